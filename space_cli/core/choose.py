@@ -1,0 +1,136 @@
+"""Choosing a token: a deterministic function of (logits, history, position, seed).
+
+Sampling adds Gumbel noise that depends on seed and position alone and takes the largest score (the Gumbel-max trick: the
+result is distributed as the softmax). Drafts are chosen with the noise of the position they are for, so that acceptance
+is plain equality and SPACE under a seed gives, token for token, what AR gives under that seed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+_NOISE_ROWS_KEPT = 64
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen, in transformers' words; temperature 0 is greedy and ignores top_k, top_p and min_p."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+
+    def processors(self) -> LogitsProcessorList:
+        """Return transformers' processors in the order `generate` applies them."""
+        processors = LogitsProcessorList()
+        if self.repetition_penalty != 1.0:
+            processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature == 0:
+            return processors
+        if self.temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            processors.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            processors.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            processors.append(MinPLogitsWarper(self.min_p))
+        return processors
+
+
+class Chooser:
+    """Chooses tokens; holds no state that changes an answer.
+
+    Args:
+        processors: transformers logits processors; each row gets its own history.
+        seed: of the noise; None is greedy.
+    """
+
+    def __init__(self, processors: LogitsProcessorList | None = None, *, seed: int | None = None) -> None:
+        self._processors = processors or LogitsProcessorList()
+        self._noise = None if seed is None else _Noise(seed)
+
+    @classmethod
+    def from_sampling(cls, sampling: Sampling) -> Chooser:
+        """Return the chooser that `sampling` describes."""
+        return cls(sampling.processors(), seed=sampling.seed if sampling.temperature else None)
+
+    def rows(self, logits: torch.Tensor) -> Rows:
+        """Return the rows of one model call, to choose from one by one.
+
+        Args:
+            logits: (Q, V) of any float type.
+        """
+        return Rows(logits, self._processors, self._noise)
+
+
+class Rows:
+    """The logits of one model call; a row is processed only when its token is asked for."""
+
+    def __init__(self, logits: torch.Tensor, processors: LogitsProcessorList, noise: _Noise | None) -> None:
+        self._logits, self._processors, self._noise = logits, processors, noise
+        # greedy: every row in one kernel and one copy off the device, the only synchronisation of a step
+        self._greedy: list[int] | None = None if processors or noise else logits.argmax(dim=-1).tolist()
+
+    def token(self, row: int, history: Sequence[int]) -> int:
+        """Return the token that follows `history` (prompt included) by the logits of `row`."""
+        if self._greedy is not None:
+            return self._greedy[row]
+        scores = self._logits[row : row + 1].float()
+        if self._processors:
+            scores = self._processors(torch.tensor([history], device=scores.device), scores)
+        if self._noise is not None:
+            scores = scores + self._noise.at(len(history), scores.shape[-1], scores.device)
+        return int(scores.argmax(dim=-1).item())
+
+
+class _Noise:
+    """Gumbel noise as a function of (seed, position), drawn on the CPU so that every device gets the same."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._generator = torch.Generator()
+        # a position's noise serves its draft first and its verification a step or two later
+        self._rows: OrderedDict[int, torch.Tensor] = OrderedDict()
+
+    def at(self, position: int, size: int, device: torch.device) -> torch.Tensor:
+        """Return (size,) float32 noise of the token at `position`."""
+        row = self._rows.get(position)
+        if row is None:
+            self._generator.manual_seed(_mix(self._seed, position))
+            # in float64: float32 uniforms end at 2**-24 and would cut the tail of the distribution
+            exponential = torch.empty(size, dtype=torch.float64).exponential_(generator=self._generator)
+            row = exponential.log_().neg_().float().to(device)
+            self._rows[position] = row
+            if len(self._rows) > _NOISE_ROWS_KEPT:
+                self._rows.popitem(last=False)
+        return row
+
+
+def _mix(seed: int, position: int) -> int:
+    """Hash seed and position to a generator seed (splitmix64's finaliser, so that neighbours share nothing)."""
+    z = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    # the CPU generator uses the low 32 bits of its seed
+    return (z ^ (z >> 31)) & 0xFFFFFFFF

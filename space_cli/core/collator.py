@@ -1,0 +1,111 @@
+"""Semi-autoregressive fine-tuning data (SAR-SFT): mask groups that ride along with ordinary examples.
+
+An example of S tokens is one `Block` without a prefix: a chain of tokens with mask groups behind some of them, the
+anchors. A slot at position p learns the token at p + 1, whether it holds a token (the AR loss) or a mask (the SAR loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from space_cli.core.block import Block
+
+IGNORED = -100
+"""The label that carries no loss, as in transformers."""
+
+
+@dataclass
+class SARCollator:
+    """Batch examples for a Hugging Face causal LM, with mask groups added.
+
+    A feature is a mapping with `input_ids` and, where part of it carries no loss (a prompt), `labels` of the same length
+    with -100 there. The batch holds `input_ids` and `position_ids` (B, S) int64, `attention_mask` (B, 1, S, S) bool, True
+    = may attend, and `labels` (B, S) int64 placed as transformers' loss expects them: `labels[:, q + 1]` is what slot q
+    learns, which is why a batch is one slot longer than its longest block.
+
+    Attributes:
+        mask_token_ids: one id for all masks (the paper) or one per mask of a group ("distinct masks").
+        masks_per_group: m.
+        pad_token_id: fills shorter rows; padding sees itself alone, so that no row of the attention is empty.
+        form: "groups" puts `groups` groups at random anchors of each example, each blind to the others; "paper" cuts the
+            example behind one random anchor and appends one group there, with probability `p_sar`.
+        groups: G, at most; an example has no more groups than anchors.
+        p_sar: share of examples that get their group in the "paper" form (paper, section 4.1: 0.5).
+        seed: of the anchors drawn.
+        pad_to_multiple_of: rounds S up, for kernels and compilers that want few shapes.
+
+    Source: SPACE paper (arXiv 2402.11809), section 3.2.
+    """
+
+    mask_token_ids: Sequence[int]
+    masks_per_group: int
+    pad_token_id: int
+    form: Literal["groups", "paper"] = "groups"
+    groups: int = 8
+    p_sar: float = 0.5
+    seed: int = 0
+    pad_to_multiple_of: int = 1
+    _generator: torch.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.form not in ("groups", "paper"):
+            raise ValueError(f"form must be 'groups' or 'paper', not {self.form!r}")
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return the batch of `features`."""
+        rows = [self._row(list(feature["input_ids"]), list(feature.get("labels", feature["input_ids"]))) for feature in features]
+        multiple = self.pad_to_multiple_of
+        length = -(-(max(block.num_slots for block, _, _ in rows) + 1) // multiple) * multiple
+        batch = {
+            "input_ids": torch.full((len(rows), length), self.pad_token_id),
+            "position_ids": torch.zeros((len(rows), length), dtype=torch.int64),
+            "attention_mask": torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1, 1),
+            "labels": torch.full((len(rows), length), IGNORED),
+        }
+        for row, (block, input_ids, targets) in enumerate(rows):
+            size = block.num_slots
+            batch["input_ids"][row, :size] = torch.tensor(input_ids)
+            batch["position_ids"][row, :size] = block.position_ids(0)[0]
+            batch["attention_mask"][row, 0, :size, :size] = torch.from_numpy(block.visibility)
+            batch["labels"][row, 1 : size + 1] = torch.tensor(targets)
+        return batch
+
+    def _row(self, tokens: list[int], labels: list[int]) -> tuple[Block, list[int], list[int]]:
+        """Return the block of one example, the ids in its slots and what each slot learns."""
+        if not tokens or len(tokens) != len(labels):
+            raise ValueError(f"an example needs tokens and as many labels, not {len(tokens)} and {len(labels)}")
+        anchors = self._draw_anchors(labels)
+        if self.form == "paper" and anchors:
+            tokens = tokens[: anchors[0] + 1]
+        block = Block.chain(len(tokens) - 1, self.masks_per_group, anchors=anchors)
+        targets = [_target(labels, offset + 1) for offset in block.offsets[: block.num_tokens]]
+        for anchor in anchors:
+            targets += _mask_targets(labels, anchor, self.masks_per_group)
+        return block, tokens + block.mask_token_ids(self.mask_token_ids), targets
+
+    def _draw_anchors(self, labels: list[int]) -> list[int]:
+        """Draw positions whose first mask has something to learn: the token two positions on carries loss."""
+        if not self.masks_per_group:
+            return []
+        if self.form == "paper" and torch.rand((), generator=self._generator).item() >= self.p_sar:
+            return []
+        eligible = [n for n in range(len(labels) - 2) if labels[n + 1] != IGNORED and labels[n + 2] != IGNORED]
+        wanted = 1 if self.form == "paper" else self.groups
+        drawn = torch.randperm(len(eligible), generator=self._generator)[:wanted].tolist()
+        return sorted(eligible[index] for index in drawn)
+
+
+def _target(labels: list[int], position: int) -> int:
+    return labels[position] if position < len(labels) else IGNORED
+
+
+def _mask_targets(labels: list[int], anchor: int, masks: int) -> list[int]:
+    """Return what the masks behind `anchor` learn, nothing from the end of the response on."""
+    targets = [_target(labels, anchor + 1 + j) for j in range(1, masks + 1)]
+    end = targets.index(IGNORED) if IGNORED in targets else masks
+    return targets[:end] + [IGNORED] * (masks - end)

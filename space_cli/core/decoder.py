@@ -1,0 +1,126 @@
+"""Auto-correct decoding: every model call verifies the last guesses and drafts the next ones.
+
+The autoregressive (AR) baseline is the same loop with the block of one slot, `AR_BLOCK`: it shares the model object,
+the cache, the chooser and the stop rules with SPACE, and differs in the block alone.
+
+Source: SPACE paper (arXiv 2402.11809), section 3.3 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from space_cli.core.block import AR_BLOCK, Block
+from space_cli.core.choose import Chooser, Rows
+from space_cli.core.engine import EagerEngine, context_length
+from space_cli.core.stopping import StopRule
+from space_cli.core.stream import Step
+from space_cli.errors import UsageProblem
+
+Drafter = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
+"""Replaces drafts: gets all tokens so far (prompt included) and the candidate of each slot, returns those to use."""
+
+
+def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise `UsageProblem` unless prompt and new tokens fit the model's context."""
+    limit = context_length(model.config)
+    if limit is not None and prompt_tokens + max_new_tokens > limit:
+        raise UsageProblem(
+            f"the prompt has {prompt_tokens} tokens, which with {max_new_tokens} new tokens exceeds the model's context of {limit}",
+            hint="shorten the prompt or lower --max-new-tokens",
+        )
+
+
+@torch.inference_mode()
+def decode(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    *,
+    stop: StopRule,
+    chooser: Chooser,
+    block: Block = AR_BLOCK,
+    mask_token_ids: Sequence[int] = (),
+    drafter: Drafter | None = None,
+) -> Iterator[Step]:
+    """Generate behind `prompt_ids`, one `Step` per model call; stop by not asking for more.
+
+    Args:
+        model: a causal LM that takes a 4-D attention mask and position ids.
+        prompt_ids: at least one token id.
+        stop: when it ends.
+        chooser: how tokens are chosen, drafts included.
+        block: the shape of every step; the default is plain AR decoding.
+        mask_token_ids: one shared id, or one per mask of a group.
+        drafter: puts other drafts in place of the model's own; whatever it returns, the output stays the same.
+
+    Raises:
+        UsageProblem: prompt and new tokens do not fit the model's context.
+        ValueError: the prompt is empty.
+    """
+    started = time.perf_counter()
+    if not prompt_ids:
+        raise ValueError("the prompt is empty: there is no head to start from")
+    check_context(model, len(prompt_ids), stop.max_new_tokens)
+    tokens = list(prompt_ids)
+    mask_ids = block.mask_token_ids(mask_token_ids) if block.masks else []
+    engine = EagerEngine(model, block, max_length=len(prompt_ids) + stop.max_new_tokens)
+    state = stop.begin()
+    # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head's keys come with the first step
+    engine.prefill(tokens[:-1])
+    candidates = _draft(block, drafter, tokens, guesses=[])
+    while True:
+        rows = chooser.rows(engine.run([tokens[-1], *candidates, *mask_ids]))
+        path, emitted = _verify(rows, block, candidates, tokens)
+        count, reason = state.push_all(emitted)
+        tokens += emitted[:count]
+        proposed, candidates = candidates, []
+        if reason is None:
+            engine.settle(path)
+            candidates = _draft(block, drafter, tokens, guesses=_guess(rows, block, path[-1], tokens))
+        yield Step(
+            tokens=tuple(emitted[:count]),
+            accepted=min(len(path) - 1, count),
+            candidates=tuple(proposed),
+            slots=block.num_slots,
+            seconds=time.perf_counter() - started,
+            finish_reason=reason,
+        )
+        if reason is not None:
+            return
+        started = time.perf_counter()
+
+
+def _verify(rows: Rows, block: Block, candidates: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Walk from the head along candidates that equal the chosen token.
+
+    Returns:
+        The slots passed (head first) and the tokens chosen at them, the last of which is the correction.
+    """
+    path, emitted, history = [0], [], list(tokens)
+    while True:
+        token = rows.token(path[-1], history)
+        emitted.append(token)
+        history.append(token)
+        following = next((slot for slot in block.children[path[-1]] if candidates[slot - 1] == token), None)
+        if following is None:
+            return path, emitted
+        path.append(following)
+
+
+def _guess(rows: Rows, block: Block, anchor: int, tokens: Sequence[int]) -> list[int]:
+    """Return what the mask group behind the last accepted slot guesses to follow `tokens`."""
+    history = list(tokens)
+    for row in block.group(anchor):
+        history.append(rows.token(row, history))
+    return history[len(tokens) :]
+
+
+def _draft(block: Block, drafter: Drafter | None, tokens: Sequence[int], *, guesses: Sequence[int]) -> list[int]:
+    """Return the candidates of the next step: guesses by depth; a slot without one holds a token like any other."""
+    depths = block.offsets[1 : block.num_tokens]
+    candidates = [guesses[depth - 1] if depth <= len(guesses) else tokens[-1] for depth in depths]
+    return candidates if drafter is None else list(drafter(tokens, candidates))

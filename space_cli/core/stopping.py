@@ -1,0 +1,115 @@
+"""When a generation ends: end-of-sequence ids, stop strings, number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from space_cli.core.stream import FinishReason
+
+
+class Decodes(Protocol):
+    """The part of a tokenizer that text needs."""
+
+    def decode(self, token_ids: list[int], /) -> str:
+        """Return the text of `token_ids`."""
+        ...
+
+
+class TextStream:
+    """Text of a growing token sequence, in pieces that never change afterwards.
+
+    Each piece is the difference between two decodes of a short tail: what a token adds depends on its neighbours (byte
+    fallback, merged spaces), and an unfinished multi-byte character must wait for its last byte.
+
+    Source: the offsets of text-generation-inference and vLLM (`detokenize_incrementally`).
+    """
+
+    def __init__(self, tokenizer: Decodes) -> None:
+        self._tokenizer = tokenizer
+        self._tail: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """Return the text that has become final with `token`; empty while a character is unfinished."""
+        self._tail.append(token)
+        before = self._tokenizer.decode(self._tail[: self._shown])
+        text = self._tokenizer.decode(self._tail)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        piece = text[len(before) :]
+        self._tail = self._tail[self._shown :]
+        self._shown = len(self._tail)
+        return piece
+
+    def flush(self) -> str:
+        """Return what is still held back, an unfinished character as U+FFFD."""
+        piece = self._tokenizer.decode(self._tail)[len(self._tokenizer.decode(self._tail[: self._shown])) :]
+        self._tail, self._shown = [], 0
+        return piece
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """The rules of a generation; `begin()` starts applying them to one.
+
+    Attributes:
+        max_new_tokens: exact upper bound of the tokens that come out.
+        eos_token_ids: a generation ends with the first of them, and includes it.
+        stop_strings: it ends with the first token by which one of them stands in the generated text.
+        tokenizer: needed for stop strings.
+    """
+
+    max_new_tokens: int
+    eos_token_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    tokenizer: Decodes | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.stop_strings and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer")
+        if "" in self.stop_strings:
+            raise ValueError("a stop string cannot be empty")
+
+    def begin(self) -> StopState:
+        """Return the state of one generation under these rules."""
+        return StopState(self)
+
+
+class StopState:
+    """How far one generation is from its end."""
+
+    def __init__(self, rule: StopRule) -> None:
+        self._rule = rule
+        self._count = 0
+        self._text = ""
+        self._keep = max(map(len, rule.stop_strings), default=0) - 1
+        self._stream = TextStream(rule.tokenizer) if rule.stop_strings and rule.tokenizer else None
+
+    def push(self, token: int) -> FinishReason | None:
+        """Take the next token and return why the generation ends with it, or None."""
+        self._count += 1
+        if token in self._rule.eos_token_ids:
+            return "eos"
+        if self._stream is not None:
+            self._text += self._stream.push(token)
+            if any(stop in self._text for stop in self._rule.stop_strings):
+                return "stop_string"
+            self._text = self._text[-self._keep :] if self._keep else ""
+        return "length" if self._count >= self._rule.max_new_tokens else None
+
+    def push_all(self, tokens: Sequence[int]) -> tuple[int, FinishReason | None]:
+        """Take tokens up to the end; return how many belong to the generation and why it ends there, or None."""
+        for index, token in enumerate(tokens, start=1):
+            reason = self.push(token)
+            if reason is not None:
+                return index, reason
+        return len(tokens), None
+
+
+def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
+    """Return `text` up to the first stop string in it."""
+    return text[: min((found for stop in stop_strings if (found := text.find(stop)) >= 0), default=len(text))]

@@ -1,0 +1,56 @@
+"""What decoding hands out: steps as they happen and the record of a whole generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["eos", "stop_string", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One model call.
+
+    Attributes:
+        tokens: the token ids that came out, in order; cut where the generation ended.
+        accepted: how many of them were candidates accepted in this step.
+        candidates: what had been proposed, in slot order; empty for AR.
+        slots: rows of the model call.
+        seconds: wall time, with the prefill in the first step.
+        finish_reason: why the generation ended with this step, or None.
+    """
+
+    tokens: tuple[int, ...]
+    accepted: int
+    candidates: tuple[int, ...]
+    slots: int
+    seconds: float
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class Generation:
+    """The steps of one answer, in order."""
+
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        """All token ids, the end-of-sequence token included."""
+        return [token for step in self.steps for token in step.tokens]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all steps, prefill included."""
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean acceptance length: tokens over model calls, the prefill not counted; 0 without a step."""
+        return len(self.tokens) / len(self.steps) if self.steps else 0.0
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; None while it runs or after an interruption."""
+        return self.steps[-1].finish_reason if self.steps else None

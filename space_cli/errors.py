@@ -1,0 +1,36 @@
+"""Errors a user can meet: one line that says what is wrong, and what to do about it."""
+
+from __future__ import annotations
+
+
+class SpaceError(Exception):
+    """A problem told in one line; `exit_code` is what the process ends with."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """Return the line: what is wrong, then what to do."""
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class CheckFailed(SpaceError):
+    """A check ran and did not hold."""
+
+    exit_code = 1
+
+
+class UsageProblem(SpaceError):
+    """Wrong use or bad input."""
+
+    exit_code = 2
+
+
+class RunFailed(SpaceError):
+    """The run itself failed."""
+
+    exit_code = 3
