@@ -1,0 +1,141 @@
+"""A run: every method on every prompt, interleaved, warm-up apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from space_cli.bench.methods import Method, Task
+from space_cli.bench.report import Sample
+from space_cli.bench.suites import Suite
+from space_cli.core.choose import Sampling
+from space_cli.core.stopping import StopRule, cut_at_stop
+from space_cli.core.stream import Generation, Step
+from space_cli.errors import UsageProblem
+from space_cli.models.loading import LoadedModel
+
+_WARM_UP_TOKENS = 16
+_REPETITIVE = 3.5
+"""Tokens over distinct tokens above which an output counts as repetitive (as in the published evaluation)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How answers are made.
+
+    Attributes:
+        candidates: k of method space; None is what the model was trained for.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling
+    candidates: int | None = None
+
+
+class View(Protocol):
+    """Sees a run as it happens; called between steps, outside what is timed."""
+
+    def started(self, suite: str, task_id: str, method: str) -> None:
+        """An answer begins."""
+
+    def stepped(self, method: str, step: Step) -> None:
+        """A model call has ended."""
+
+    def finished(self, sample: Sample) -> None:
+        """An answer is complete."""
+
+
+def measure(
+    loaded: LoadedModel, suites: Sequence[Suite], methods: Sequence[Method], settings: Settings, view: View
+) -> Iterator[Sample]:
+    """Yield one sample per prompt and method; all of a prompt before the next prompt, so that drift hits all alike.
+
+    Raises:
+        UsageProblem: candidates out of range, or a prompt that does not fit the context; before anything has run.
+    """
+    candidates = check_candidates(loaded, methods, settings.candidates)
+    tasks = [(suite, prompt.task_id, _task(loaded, suite, prompt.text, settings, candidates)) for suite in suites for prompt in suite.prompts]
+    for suite, task_id, task in tasks:
+        _check_fits(loaded, f"{suite.name} {task_id}", task)
+    for method in methods:
+        _, _, task = tasks[0]
+        method.run(replace(task, stop=replace(task.stop, max_new_tokens=_WARM_UP_TOKENS)), lambda _: None)
+    for turn, (suite, task_id, task) in enumerate(tasks):
+        # each method takes its turn at being first after the one before it
+        order = [*methods[turn % len(methods) :], *methods[: turn % len(methods)]]
+        samples = [_answer(method, suite.name, task_id, task, view) for method in order]
+        yield from _compared(samples, methods, settings.sampling, view)
+
+
+def check_candidates(loaded: LoadedModel, methods: Sequence[Method], candidates: int | None) -> int:
+    """Return k: what was asked for, or what the model was trained for.
+
+    Raises:
+        UsageProblem: k is below 1 or above what the model was trained for.
+    """
+    if not any(method.needs_training for method in methods):
+        return 0
+    if candidates is None:
+        return loaded.trained_candidates
+    if not 1 <= candidates <= loaded.trained_candidates:
+        raise UsageProblem(
+            f"--candidates {candidates}: {loaded.name} was trained for 1 to {loaded.trained_candidates}",
+            hint=f"choose 1 to {loaded.trained_candidates}",
+        )
+    return candidates
+
+
+def _task(loaded: LoadedModel, suite: Suite, text: str, settings: Settings, candidates: int) -> Task:
+    stop = StopRule(settings.max_new_tokens, loaded.eos_token_ids, suite.stop_strings, loaded.tokenizer)
+    prompt = loaded.prompt_template.replace("{}", text) if loaded.prompt_template else text
+    return Task(loaded, loaded.encode(prompt), stop, settings.sampling, candidates)
+
+
+def _check_fits(loaded: LoadedModel, name: str, task: Task) -> None:
+    length = len(task.prompt_ids)
+    if not length:
+        raise UsageProblem(f"{name}: the prompt has no tokens")
+    if loaded.context_length is not None and length + task.stop.max_new_tokens > loaded.context_length:
+        raise UsageProblem(
+            f"{name}: {length} prompt tokens and {task.stop.max_new_tokens} new ones exceed the context of"
+            f" {loaded.name}, {loaded.context_length} tokens",
+            hint="shorten the prompt or lower --max-new-tokens",
+        )
+
+
+def _answer(method: Method, suite: str, task_id: str, task: Task, view: View) -> Sample:
+    view.started(suite, task_id, method.name)
+    generation = method.run(task, lambda step: view.stepped(method.name, step))
+    return _sample(method, suite, task_id, task, generation)
+
+
+def _sample(method: Method, suite: str, task_id: str, task: Task, generation: Generation) -> Sample:
+    tokens = generation.tokens
+    text = task.loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+    return Sample(
+        suite=suite,
+        task_id=task_id,
+        method=method.name,
+        prompt_tokens=len(task.prompt_ids),
+        tokens=len(tokens),
+        steps=len(generation.steps),
+        seconds=generation.seconds,
+        first_step_seconds=generation.steps[0].seconds,
+        token_ids=tokens,
+        text=cut_at_stop(text, task.stop.stop_strings),
+        tokens_by_step=[len(step.tokens) for step in generation.steps],
+        finish_reason=generation.finish_reason,
+        repetitive=len(tokens) > _REPETITIVE * len(set(tokens)),
+    )
+
+
+def _compared(samples: list[Sample], methods: Sequence[Method], sampling: Sampling, view: View) -> Iterator[Sample]:
+    """Say of each sample whether it equals AR's; a method with a random stream of its own is not compared."""
+    expected = next((sample.token_ids for sample in samples if sample.method == "ar"), None)
+    exact = {method.name for method in methods if method.exact_under_seed or not sampling.temperature}
+    for sample in samples:
+        if expected is not None and sample.method in exact:
+            sample.identical = sample.token_ids == expected
+        view.finished(sample)
+        yield sample

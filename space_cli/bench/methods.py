@@ -1,0 +1,163 @@
+"""Methods that answer a prompt: our AR baseline and SPACE, and what transformers offers for the same model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from space_cli.core.block import AR_BLOCK, Block
+from space_cli.core.choose import Chooser, Sampling
+from space_cli.core.decoder import decode
+from space_cli.core.stopping import StopRule
+from space_cli.core.stream import Generation, Step
+from space_cli.errors import UsageProblem
+from space_cli.models.loading import LoadedModel
+
+OnStep = Callable[[Step], None]
+LOOKUP_TOKENS = 10
+"""`prompt_lookup_num_tokens` as transformers' documentation has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One prompt for one method."""
+
+    loaded: LoadedModel
+    prompt_ids: Sequence[int]
+    stop: StopRule
+    sampling: Sampling
+    candidates: int
+
+
+def _ar(task: Task, on_step: OnStep) -> Generation:
+    return _decode(task, AR_BLOCK, on_step)
+
+
+def _space(task: Task, on_step: OnStep) -> Generation:
+    return _decode(task, Block.chain(task.candidates, task.candidates), on_step)
+
+
+def _decode(task: Task, block: Block, on_step: OnStep) -> Generation:
+    generation = Generation()
+    for step in decode(
+        task.loaded.model,
+        task.prompt_ids,
+        stop=task.stop,
+        chooser=Chooser.from_sampling(task.sampling),
+        block=block,
+        mask_token_ids=task.loaded.mask_token_ids,
+    ):
+        generation.steps.append(step)
+        on_step(step)
+    return generation
+
+
+def _hf(task: Task, on_step: OnStep) -> Generation:
+    return _generate(task, on_step)
+
+
+def _hf_lookup(task: Task, on_step: OnStep) -> Generation:
+    return _generate(task, on_step, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+
+
+def _generate(task: Task, on_step: OnStep, **options: Any) -> Generation:
+    """Run transformers' `generate` with its default cache; our stop rule ends it, so that all answers end alike."""
+    sampling, loaded = task.sampling, task.loaded
+    if sampling.temperature:
+        torch.manual_seed(sampling.seed)
+        options |= {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
+        options |= {"top_p": sampling.top_p, "min_p": sampling.min_p or None}
+    config = GenerationConfig(
+        max_new_tokens=task.stop.max_new_tokens,
+        repetition_penalty=sampling.repetition_penalty,
+        eos_token_id=sorted(loaded.eos_token_ids) or None,
+        pad_token_id=min(loaded.eos_token_ids, default=0),
+        **options,
+    )
+    input_ids = torch.tensor([list(task.prompt_ids)], device=loaded.model.device)
+    recorder = _Recorder(task, on_step)
+    loaded.model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([recorder]),
+    )
+    return recorder.generation
+
+
+class _Recorder(StoppingCriteria):
+    """Turns what `generate` adds between two calls into a `Step`, and ends it by our stop rule."""
+
+    def __init__(self, task: Task, on_step: OnStep) -> None:
+        self.generation = Generation()
+        self._state = task.stop.begin()
+        self._length = len(task.prompt_ids)
+        self._on_step = on_step
+        self._started = time.perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        tokens = input_ids[0, self._length :].tolist()
+        count, reason = self._state.push_all(tokens)
+        step = Step(
+            tokens=tuple(tokens[:count]),
+            accepted=max(0, count - 1),
+            candidates=(),
+            slots=0,
+            seconds=time.perf_counter() - self._started,
+            finish_reason=reason,
+        )
+        self._length += len(tokens)
+        if self.generation.finish_reason is None:
+            self.generation.steps.append(step)
+            self._on_step(step)
+        self._started = time.perf_counter()
+        return torch.tensor([reason is not None], device=input_ids.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to answer a prompt.
+
+    Attributes:
+        exact_under_seed: sampled output is token-identical to AR's under the same seed.
+        needs_training: the model must have been trained for SPACE.
+    """
+
+    name: str
+    description: str
+    run: Callable[[Task, OnStep], Generation]
+    exact_under_seed: bool
+    needs_training: bool = False
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("ar", "one token per model call, our baseline", _ar, exact_under_seed=True),
+        Method("space", "auto-correct decoding", _space, exact_under_seed=True, needs_training=True),
+        Method("hf", "transformers' generate", _hf, exact_under_seed=False),
+        Method("hf-lookup", "generate with prompt lookup", _hf_lookup, exact_under_seed=False),
+    )
+}
+
+
+def choose_methods(names: Sequence[str], loaded: LoadedModel) -> list[Method]:
+    """Return the methods named, each once.
+
+    Raises:
+        UsageProblem: an unknown method, or one that this model cannot run.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise UsageProblem(f"no method named {name!r}", hint=f"methods: {', '.join(METHODS)}")
+        if METHODS[name].needs_training and not loaded.trained_candidates:
+            raise UsageProblem(
+                f"{loaded.name} was not trained for SPACE, so method {name!r} cannot run on it",
+                hint="choose another model, or give mask_token_ids and candidates in a models file",
+            )
+    return [METHODS[name] for name in dict.fromkeys(names)]

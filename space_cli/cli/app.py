@@ -1,0 +1,108 @@
+"""The command `space`: wiring, errors in one line, exit codes. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from space_cli.errors import SpaceError
+
+_EXIT_CODES = "Exit codes: 0 done; 1 a check failed; 2 wrong use or bad input; 3 the run failed; 130 interrupted."
+
+app = typer.Typer(
+    name="space",
+    help="Several tokens per model call from local language models, without changing a single token.",
+    epilog=_EXIT_CODES,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from space_cli import __version__
+
+        typer.echo(f"space {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error (also SPACE_DEBUG=1).")] = False,
+) -> None:
+    """Several tokens per model call from local language models, without changing a single token."""
+    del version
+    if debug:
+        os.environ["SPACE_DEBUG"] = "1"
+
+
+def _register() -> None:
+    from space_cli.cli.bench import EPILOG, bench
+
+    app.command(epilog=EPILOG)(bench)
+
+
+_register()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and leave with its exit code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; print an error as one line and return the exit code."""
+    try:
+        returned = app(args=list(arguments), prog_name="space", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader has gone (as with `| head`); what is left of the buffer must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        line, code = _told(error)
+        if os.environ.get("SPACE_DEBUG") and not isinstance(error, (typer.TyperException, SystemExit)):
+            traceback.print_exception(error)
+        if line:
+            print(line, file=sys.stderr)  # noqa: T201  # the one line of an error
+        return code
+    return returned if isinstance(returned, int) else 0
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """Return the line and the exit code of an error, the most specific kinds first."""
+    from space_cli.cli.console import visible
+
+    if isinstance(error, SystemExit):
+        return "", error.code if isinstance(error.code, int) else 3
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return "space: interrupted", 130
+    if isinstance(error, SpaceError):
+        return visible(f"space: {' '.join(str(error).split())}"), error.exit_code
+    if isinstance(error, typer.TyperException):
+        message = " ".join(error.format_message().split())
+        # typer shows help in place of a message where a command is missing
+        return (visible(f"space: {message}") if not _is_help(message) else error.format_message()), 2
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"space: the disk is full: {error.filename or ''}", 3
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "space: out of memory; use a smaller model, --quantization, or a lower --max-new-tokens", 3
+    first = (str(error).strip().splitlines() or [""])[0]
+    return visible(f"space: {type(error).__name__}: {first} (rerun with `space --debug ...` for the traceback)"), 3
+
+
+def _is_help(message: str) -> bool:
+    return message.startswith("Usage:")
+
+

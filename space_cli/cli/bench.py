@@ -1,0 +1,139 @@
+"""`space bench`: methods side by side on the same prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from space_cli.cli import options
+from space_cli.errors import UsageProblem
+
+if TYPE_CHECKING:
+    from space_cli.bench.measure import Settings
+    from space_cli.bench.report import Report
+    from space_cli.cli.live import BenchView
+    from space_cli.models.loading import LoadedModel
+
+EPILOG = "Example: space bench --limit 10    Example: space bench --suite prompts.jsonl --methods ar,space --json run.json"
+
+_Suite = Annotated[
+    list[str] | None,
+    typer.Option("--suite", "-s", help="humaneval, or a JSON Lines file with `prompt` in each line; repeatable."),
+]
+_Methods = Annotated[
+    str | None,
+    typer.Option("--methods", help="Comma-separated: ar, space, hf, hf-lookup. Default: ar,space,hf (sampled: ar,space)."),
+]
+_List = Annotated[bool, typer.Option("--list", help="List suites and methods, and leave.")]
+
+
+def bench(
+    model: options.Model = "nano",
+    suite: _Suite = None,
+    limit: options.Limit = None,
+    methods: _Methods = None,
+    candidates: options.Candidates = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantization: options.Quantization = "none",
+    models_file: options.ModelsFile = None,
+    revision: options.Revision = None,
+    json: options.Json = None,
+    quiet: options.Quiet = False,
+    show_list: _List = False,
+) -> int:
+    """Measure methods side by side: tokens per second, tokens per step, and whether the answers are identical."""
+    from space_cli.bench.suites import load_suite
+
+    if show_list:
+        return _list()
+    _check_writable(json)
+    suites = [load_suite(name, limit=limit) for name in dict.fromkeys(suite or ["humaneval"])]
+
+    from space_cli.cli.console import quiet_libraries
+
+    quiet_libraries()
+
+    from space_cli.bench.measure import Settings, measure
+    from space_cli.bench.methods import choose_methods
+    from space_cli.bench.report import results
+    from space_cli.cli.live import bench_view
+    from space_cli.core.choose import Sampling
+    from space_cli.models.loading import load_model
+
+    view = bench_view(quiet=quiet)
+    with view.loading(model):
+        loaded = load_model(
+            model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
+        )
+    default = "ar,space" if temperature else "ar,space,hf"
+    chosen = choose_methods([name.strip() for name in (methods or default).split(",")], loaded)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    settings = Settings(max_new_tokens, sampling, candidates)
+    report = _report(loaded, settings)
+    names = [method.name for method in chosen]
+    view.begin(loaded, names, sum(len(each.prompts) for each in suites))
+    try:
+        with view:
+            for sample in measure(loaded, suites, chosen, settings, view):
+                report.samples.append(sample)
+    except KeyboardInterrupt:
+        report.complete = False
+    report.results = results(report.samples, names)
+    _hand_out(report, json, view)
+    return 0 if report.complete else 130
+
+
+def _list() -> int:
+    from space_cli.bench.suites import SUITES
+
+    typer.echo("Suites")
+    for name, description in SUITES.items():
+        typer.echo(f"  {name:<10} {description}")
+    typer.echo('  FILE       JSON Lines, each line an object with "prompt" and, if you like, "task_id"')
+
+    from space_cli.bench.methods import METHODS
+
+    typer.echo("Methods")
+    for method in METHODS.values():
+        typer.echo(f"  {method.name:<10} {method.description}")
+    return 0
+
+
+def _check_writable(json: str | None) -> None:
+    """Find out before the run, not after it, that its record has no place to go."""
+    if json not in (None, "-") and not Path(str(json)).resolve().parent.is_dir():
+        raise UsageProblem(f"--json {json}: there is no folder {Path(str(json)).resolve().parent}")
+
+
+def _report(loaded: LoadedModel, settings: Settings) -> Report:
+    """Return the record of a run that has not begun."""
+    from dataclasses import asdict
+
+    import torch
+
+    from space_cli.bench.report import Report, environment
+
+    candidates = settings.candidates or loaded.trained_candidates or None
+    return Report(
+        environment=environment(device=loaded.device, dtype=loaded.dtype, threads=torch.get_num_threads()),
+        settings={"model": loaded.name, "source": loaded.source, **asdict(settings), "candidates": candidates},
+    )
+
+
+def _hand_out(report: Report, json: str | None, view: BenchView) -> None:
+    """Write the record and show the table; with --json - standard output holds the JSON alone."""
+    if json == "-":
+        typer.echo(report.to_json(), nl=False)
+    elif json is not None:
+        report.write(Path(json))
+    view.show(report, to_stderr=json == "-")

@@ -1,0 +1,52 @@
+"""Streams and what may be written to them.
+
+Standard output holds the answer or the data, standard error progress, notes and errors. Text made by a model or read
+from a file is untrusted: `visible` turns what a terminal would obey into what a person can see.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from rich.console import Console
+from rich.text import Text
+
+_BIDI = [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]
+_VISIBLE = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: "\N{SYMBOL FOR DELETE}",
+    **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
+    **{code: f"\\u{code:04x}" for code in (*_BIDI, *range(0xD800, 0xE000), 0x2028, 0x2029)},
+}
+
+
+def visible(text: str) -> str:
+    """Return `text` with control, bidi and surrogate characters replaced by visible forms; newline and tab stay."""
+    return text.translate(_VISIBLE)
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Return untrusted text for Rich: visible, and never read as markup."""
+    return Text(visible(text), style=style)
+
+
+def out() -> Console:
+    """Return the console of standard output."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def err() -> Console:
+    """Return the console of standard error."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def quiet_libraries() -> None:
+    """Keep the model libraries' own bars and notes from breaking ours; called before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,276 @@
+"""What a person sees while `space bench` runs, and the table at its end."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from space_cli.cli.console import err, out, plain, visible
+
+if TYPE_CHECKING:
+    from space_cli.bench.report import Report, Result, Sample
+    from space_cli.core.stopping import TextStream
+    from space_cli.core.stream import Step
+    from space_cli.models.loading import LoadedModel
+
+_SECONDS_PER_FRAME = 0.125
+_TEXT_LINES = 9
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class _Tally:
+    """One method so far."""
+
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    accepted: Counter[int] = field(default_factory=Counter)
+    differing: int = 0
+
+    def add(self, step: Step) -> None:
+        self.tokens += len(step.tokens)
+        self.steps += 1
+        self.seconds += step.seconds
+        self.accepted[len(step.tokens)] += 1
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class BenchView:
+    """Plain lines on standard error, one per prompt group; `LiveBenchView` draws instead."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self._console, self._quiet = console, quiet
+        self._tallies: dict[str, _Tally] = {}
+        self._prompts = self._total = 0
+        self._last_line = time.monotonic()
+
+    @contextmanager
+    def loading(self, name: str) -> Iterator[None]:
+        """Show that a model is being loaded."""
+        if not self._quiet:
+            self._console.print(plain(f"loading {name}"))
+        yield
+
+    def begin(self, loaded: LoadedModel, methods: list[str], prompts: int) -> None:
+        """Take what the run is about."""
+        self._loaded = loaded
+        self._tallies = {name: _Tally() for name in methods}
+        self._total = prompts
+
+    def __enter__(self) -> BenchView:
+        """Start showing."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop showing."""
+
+    def started(self, suite: str, task_id: str, method: str) -> None:
+        """An answer begins."""
+
+    def stepped(self, method: str, step: Step) -> None:
+        """A model call has ended."""
+        self._tallies[method].add(step)
+
+    def finished(self, sample: Sample) -> None:
+        """Print a line when a prompt is done by all methods, at most every five seconds."""
+        tally = self._tallies[sample.method]
+        tally.differing += sample.identical is False
+        self._prompts += sample.method == next(reversed(self._tallies))
+        if self._quiet or sample.method != next(reversed(self._tallies)):
+            return
+        if self._prompts == self._total or time.monotonic() - self._last_line > 5:
+            self._last_line = time.monotonic()
+            rates = "  ".join(f"{name} {tally.rate:.0f} tok/s" for name, tally in self._tallies.items())
+            self._console.print(plain(f"{self._prompts}/{self._total} prompts  {rates}"), soft_wrap=True)
+
+    def show(self, report: Report, *, to_stderr: bool) -> None:
+        """Print the table of a run."""
+        console = self._console if to_stderr else out()
+        if not console.is_terminal:
+            # without a terminal there is no width to keep to: a table cut at 80 columns would lose figures
+            console.width = max(console.width, 100)
+        if not report.complete:
+            console.print(f"Interrupted after {self._prompts} of {self._total} prompts.")
+        for part in _tables(report.results):
+            console.print(part)
+        console.print()
+        console.print(_closing(report), soft_wrap=True)
+
+
+class LiveBenchView(BenchView):
+    """Draws progress, the text being written and what each step brought; only between steps, at most 8 times a second."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, quiet=False)
+        self._live = Live(console=console, auto_refresh=False, transient=True, get_renderable=self._render)
+        self._drawn = 0.0
+        self._text = Text()
+        self._task = self._method = ""
+        self._stream: TextStream | None = None
+        self._begun = time.monotonic()
+
+    @contextmanager
+    def loading(self, name: str) -> Iterator[None]:
+        """Show a spinner while a model is being loaded."""
+        with self._console.status(plain(f"loading {name}")):
+            yield
+
+    def __enter__(self) -> LiveBenchView:
+        """Start drawing."""
+        self._begun = time.monotonic()
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """Leave the screen as it was."""
+        self._live.stop()
+
+    def started(self, suite: str, task_id: str, method: str) -> None:
+        """Clear the text for a new answer."""
+        from space_cli.core.stopping import TextStream
+
+        self._task, self._method, self._text = f"{suite} {task_id}", method, Text()
+        self._stream = TextStream(self._loaded.tokenizer)
+
+    def stepped(self, method: str, step: Step) -> None:
+        """Add the step's tokens, shaded alike."""
+        super().stepped(method, step)
+        assert self._stream is not None
+        piece = "".join(self._stream.push(token) for token in step.tokens)
+        shade = "bold" if len(step.tokens) > 1 and self._tallies[method].steps % 2 else ""
+        self._text.append_text(plain(piece, style="green " + shade if len(step.tokens) > 1 else ""))
+        if time.monotonic() - self._drawn >= _SECONDS_PER_FRAME:
+            self._live.refresh()
+            self._drawn = time.monotonic()
+
+    def finished(self, sample: Sample) -> None:
+        """Count the prompt."""
+        self._quiet = True
+        super().finished(sample)
+
+    def _render(self) -> Group:
+        size = shutil.get_terminal_size()
+        lines = self._text.split("\n", allow_blank=True)[-_TEXT_LINES:]
+        body = Text("\n", no_wrap=True, overflow="ellipsis").join(lines)
+        title = plain(f"{self._task}  {self._method}")
+        panel = Panel(body, title=title, title_align="left", height=min(_TEXT_LINES + 2, max(3, size.lines - 8)))
+        return Group(self._progress(size.columns), panel, self._methods())
+
+    def _progress(self, columns: int) -> Text:
+        done = self._prompts / self._total if self._total else 0.0
+        elapsed = time.monotonic() - self._begun
+        left = f"{_clock(elapsed / done - elapsed)} left" if done else ""
+        width = max(10, min(40, columns - 50))
+        filled = round(done * width)
+        name = f"{visible(self._loaded.name)} {self._loaded.dtype} {self._loaded.device}"
+        return Text.assemble(
+            f"{self._prompts}/{self._total} prompts ",
+            ("━" * filled, "green"),
+            ("─" * (width - filled), "dim"),
+            f" {left}  ",
+            (name, "dim"),
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+
+    def _methods(self) -> Table:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column("method")
+        for heading in ("tok/s", "tok/step"):
+            table.add_column(heading, justify="right")
+        table.add_column("tokens by step: 1, 2, 3, ...", no_wrap=True)
+        for name, tally in self._tallies.items():
+            per_step = tally.tokens / tally.steps if tally.steps else 0.0
+            style = "bold" if name == self._method else ""
+            table.add_row(name, f"{tally.rate:.0f}", f"{per_step:.2f}", _histogram(tally.accepted), style=style)
+        return table
+
+
+def bench_view(*, quiet: bool) -> BenchView:
+    """Return the view for where standard error goes."""
+    console = err()
+    if quiet or not console.is_terminal or console.is_dumb_terminal:
+        return BenchView(console, quiet=quiet)
+    return LiveBenchView(console)
+
+
+def _histogram(accepted: Counter[int]) -> str:
+    """Return one bar per number of tokens of a step, and the shares."""
+    if not accepted:
+        return ""
+    total = accepted.total()
+    shares = [accepted[count] / total for count in range(1, max(accepted) + 1)]
+    bars = "".join(_BARS[max(1 if share else 0, round(share * (len(_BARS) - 1)))] for share in shares)
+    return f"{bars}  " + " ".join(f"{share:.0%}" for share in shares)
+
+
+def _tables(results: list[Result]) -> Iterator[Text | Table]:
+    """Yield a heading and a table per suite and choice of outputs."""
+    for group in dict.fromkeys((result.suite, result.outputs) for result in results):
+        suite, outputs = group
+        yield plain(f"\n{suite}, {outputs} outputs", style="bold")
+        yield _table([result for result in results if (result.suite, result.outputs) == group])
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("method")
+    for heading in ("prompts", "tokens", "steps", "tok/step", "tok/s", "speedup"):
+        table.add_column(heading, justify="right")
+    table.add_column("identical", no_wrap=True)
+    for result in results:
+        table.add_row(
+            result.method,
+            str(result.prompts),
+            str(result.tokens),
+            str(result.steps),
+            f"{result.tokens_per_step:.2f}",
+            f"{result.tokens_per_second:.1f}",
+            "-" if result.speedup is None else f"{result.speedup:.2f}x",
+            _identical(result),
+        )
+    return table
+
+
+def _identical(result: Result) -> str:
+    if result.identical is None:
+        return "-"
+    return "yes" if result.identical else f"no ({result.identical_prompts} of {result.prompts})"
+
+
+def _closing(report: Report) -> Text:
+    settings, where = report.settings, report.environment
+    sampling = settings["sampling"]
+    mode = f"temperature {sampling['temperature']:g}, seed {sampling['seed']}" if sampling["temperature"] else "greedy"
+    parts = [
+        str(settings["model"]),
+        where["dtype"],
+        where["device"],
+        f"{where['threads']} threads",
+        mode,
+        f"{settings['max_new_tokens']} new tokens",
+        *([f"k = {settings['candidates']}"] if settings["candidates"] else []),
+        "identical: token for token the answer of ar",
+    ]
+    return plain(" · ".join(parts), style="dim")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,45 @@
+"""Options that several commands share, spelled as Hugging Face tools spell them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    from space_cli.models.registry import read_models
+
+    return [name for name in read_models() if name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="Alias of models.toml, folder, or Hub id.", autocompletion=_complete_model, show_default=True
+    ),
+]
+ModelsFile = Annotated[
+    Path | None, typer.Option("--models-file", help="Your own models.toml; its names are added to the shipped ones.")
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Quantization = Annotated[str, typer.Option("--quantization", help="none, int8, nf4 or fp4 (bitsandbytes).")]
+Candidates = Annotated[
+    int | None,
+    typer.Option("--candidates", help="Tokens guessed per step (k); default: what the model was trained for."),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer.")
+]
+Temperature = Annotated[float, typer.Option("--temperature", "--temp", min=0.0, help="0 is greedy.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample within this probability mass.")]
+MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="Least probability relative to the likeliest.")]
+RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", min=0.01, help="1 is off.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of sampling.")]
+Limit = Annotated[int | None, typer.Option("--limit", "-L", min=1, help="Only the first N prompts of each suite.")]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the record as JSON; - is standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]

@@ -1,0 +1,1 @@
+"""Models by name: the registry of aliases, loading from folder or Hub, SPACE checkpoints, refusals."""

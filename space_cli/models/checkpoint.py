@@ -1,0 +1,69 @@
+"""A SPACE checkpoint: a Hugging Face model folder plus space_config.json."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from space_cli.errors import UsageProblem
+
+SPACE_CONFIG_NAME = "space_config.json"
+
+
+class SpaceConfig(BaseModel):
+    """What SPACE must know of a checkpoint.
+
+    Attributes:
+        format: version of this file.
+        method: full, all weights were tuned; adapter, the base model is untouched.
+        mask_token_ids: one id for all masks, or one per mask of a group.
+        candidates: k, the most candidates it was trained for.
+        masks_per_group: m, as trained.
+        base_model: Hub id or folder of the base; base_revision its commit.
+        training: the settings and figures of the training.
+        acceptance: measured acceptance, by suite.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    method: Literal["full", "adapter"]
+    mask_token_ids: list[int] = Field(min_length=1)
+    candidates: int = Field(ge=1)
+    masks_per_group: int = Field(ge=1)
+    base_model: str | None = None
+    base_revision: str | None = None
+    training: dict[str, Any] = Field(default_factory=dict)
+    acceptance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _ids_match_masks(self) -> SpaceConfig:
+        if len(self.mask_token_ids) not in (1, self.masks_per_group):
+            raise ValueError(f"mask_token_ids needs 1 or {self.masks_per_group} ids, not {len(self.mask_token_ids)}")
+        return self
+
+    @classmethod
+    def load(cls, folder: Path) -> SpaceConfig:
+        """Read the config of a checkpoint folder.
+
+        Raises:
+            UsageProblem: the file is malformed; names file and key.
+        """
+        file = folder / SPACE_CONFIG_NAME
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise UsageProblem(f"{file}: {where}: {first['msg']}") from error
+
+    def save(self, folder: Path) -> None:
+        """Write the config into a folder, whole or not at all."""
+        handle, name = tempfile.mkstemp(dir=folder, prefix=SPACE_CONFIG_NAME, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(self.model_dump_json(indent=2) + "\n")
+        os.replace(name, folder / SPACE_CONFIG_NAME)

@@ -1,0 +1,213 @@
+"""Loading a model by alias, folder or Hub id, in the dtype and on the device asked for, ready for decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from space_cli.core.engine import context_length
+from space_cli.errors import UsageProblem
+from space_cli.models import support
+from space_cli.models.checkpoint import SPACE_CONFIG_NAME, SpaceConfig
+from space_cli.models.registry import ModelEntry, resolve
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and what decoding needs to know of it.
+
+    Attributes:
+        name: as the user gave it.
+        source: the folder or Hub id it came from.
+        eos_token_ids: every id that ends an answer.
+        mask_token_ids: one shared id or one per mask; empty for a model never trained for SPACE.
+        trained_candidates: k of the training; 0 for a model never trained for SPACE.
+    """
+
+    name: str
+    source: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    space: SpaceConfig | None
+    dtype: str
+    device: str
+    context_length: int | None
+    eos_token_ids: frozenset[int]
+    mask_token_ids: tuple[int, ...]
+    trained_candidates: int
+    masks_per_group: int
+    prompt_template: str | None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text` with the special tokens the tokenizer puts in front."""
+        return list(self.tokenizer(text)["input_ids"])
+
+
+def load_model(
+    name: str,
+    *,
+    models_file: Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str = "none",
+    revision: str | None = None,
+) -> LoadedModel:
+    """Load a model and refuse one that SPACE cannot run.
+
+    Args:
+        name: an alias of models.toml, a folder, or a Hub id.
+        dtype: auto, float32, bfloat16 or float16; auto is the checkpoint's own where the device computes in it.
+        device: auto, cpu, cuda, cuda:N or mps.
+        quantization: none, int8, nf4 or fp4 (bitsandbytes).
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        UsageProblem: no such model, a malformed folder, or a model that cannot work; one line each.
+    """
+    entry = resolve(name, models_file)
+    revision = revision or entry.revision
+    chosen_device = _device(device)
+    try:
+        config = AutoConfig.from_pretrained(entry.source, revision=revision)
+        support.check_config(config, name)
+        chosen_dtype = _dtype(dtype, chosen_device, config)
+        space = _space_config(entry, revision)
+        tokenizer = AutoTokenizer.from_pretrained(entry.source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            entry.source,
+            revision=revision,
+            config=config,
+            dtype=DTYPES[chosen_dtype],
+            use_safetensors=True,
+            **_quantization(quantization, chosen_device, DTYPES[chosen_dtype]),
+        )
+    except OSError as error:
+        raise _not_loaded(name, entry, error) from error
+    except ValueError as error:
+        raise _unreadable(name, error) from error
+    if quantization == "none":
+        model.to(chosen_device)
+    model.eval()
+    support.check_block(model, name)
+    return LoadedModel(
+        name=name,
+        source=str(entry.source),
+        model=model,
+        tokenizer=tokenizer,
+        space=space,
+        dtype=chosen_dtype,
+        device=chosen_device,
+        context_length=context_length(config),
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        prompt_template=entry.prompt_template,
+        **_mask_fields(name, model, space, entry),
+    )
+
+
+def _device(device: str) -> str:
+    """Return the device `auto` stands for, or check the one asked for."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in present:
+        raise UsageProblem(f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N or mps")
+    if not present[kind]:
+        raise UsageProblem(f"no {kind} device on this machine", hint="use --device cpu")
+    return device
+
+
+def _dtype(dtype: str, device: str, config: PretrainedConfig) -> str:
+    """Return the dtype `auto` stands for: the checkpoint's own, float32 on a CPU without bfloat16 instructions."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise UsageProblem(f"unknown dtype {dtype!r}", hint=f"use auto, {', '.join(DTYPES)}")
+        return dtype
+    own = str(config.get_text_config().dtype or config.dtype or "float32").removeprefix("torch.")
+    if device == "cpu" and own != "float32":
+        return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+    return own if own in DTYPES else "float32"
+
+
+def _quantization(quantization: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` for bitsandbytes weights."""
+    if quantization == "none":
+        return {}
+    if quantization not in ("int8", "nf4", "fp4"):
+        raise UsageProblem(f"unknown quantization {quantization!r}", hint="use none, int8, nf4 or fp4")
+    if find_spec("bitsandbytes") is None:
+        raise UsageProblem(
+            f"--quantization {quantization} needs bitsandbytes", hint="pip install 'space-decoding[quantization]'"
+        )
+    if quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _space_config(entry: ModelEntry, revision: str | None) -> SpaceConfig | None:
+    """Return space_config.json of the folder or Hub id, or None where it has none."""
+    found = cached_file(
+        entry.source,
+        SPACE_CONFIG_NAME,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return SpaceConfig.load(Path(found).parent) if found else None
+
+
+def _mask_fields(name: str, model: PreTrainedModel, space: SpaceConfig | None, entry: ModelEntry) -> dict[str, Any]:
+    """Return what is known of the masks, from space_config.json or else models.toml; checked against the embeddings."""
+    known = space or entry
+    ids = tuple(known.mask_token_ids or ())
+    rows = model.get_input_embeddings().num_embeddings
+    if any(not 0 <= token < rows for token in ids):
+        raise UsageProblem(f"{name}: mask_token_ids {list(ids)} lie outside its {rows} embedding rows")
+    candidates = (known.candidates or 0) if ids else 0
+    return {
+        "mask_token_ids": ids,
+        "trained_candidates": candidates,
+        "masks_per_group": (known.masks_per_group or candidates) if ids else 0,
+    }
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids that end `generate`, or the tokenizer's where the model names none."""
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+
+def _not_loaded(name: str, entry: ModelEntry, error: OSError) -> UsageProblem:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(entry.source).is_dir():
+        return UsageProblem(f"{name}: not a complete model folder: {first}")
+    return UsageProblem(
+        f"model {name!r} could not be loaded: {first}",
+        hint="give an alias of models.toml, a folder, or the id of a model on the Hub",
+    )
+
+
+def _unreadable(name: str, error: ValueError) -> UsageProblem:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return UsageProblem(f"{name} needs code of its own, which space never runs", hint="choose a model that transformers has")
+    return UsageProblem(f"{name} could not be loaded: {first}")

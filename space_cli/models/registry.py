@@ -1,0 +1,100 @@
+"""models.toml: names for models, and what a checkpoint without space_config.json does not say of itself."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from space_cli.errors import UsageProblem
+
+_PACKAGE = Path(__file__).parent.parent
+_BUNDLED = "bundled:"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class ModelEntry(BaseModel):
+    """One model: where it is, and its SPACE fields where it has no space_config.json."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str = Field(min_length=1)
+    description: str = ""
+    revision: str | None = None
+    mask_token_ids: list[int] | None = None
+    candidates: int | None = Field(default=None, ge=1)
+    masks_per_group: int | None = Field(default=None, ge=1)
+    prompt_template: str | None = None
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether the model came with this package."""
+        return self.source.startswith(str(_PACKAGE))
+
+
+class _ModelsFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    models: dict[str, ModelEntry]
+
+
+def shipped_models_file() -> Path:
+    """Return models.toml: inside the installed package, or at the top of a checkout."""
+    inside = _PACKAGE / "models.toml"
+    return inside if inside.is_file() else _PACKAGE.parent / "models.toml"
+
+
+def read_models(models_file: Path | None = None) -> dict[str, ModelEntry]:
+    """Return the entries of the shipped models.toml, and over them those of the user's.
+
+    Raises:
+        UsageProblem: a file is missing or malformed; names file, table and key.
+    """
+    entries = _read(shipped_models_file())
+    if models_file is not None:
+        entries |= _read(models_file)
+    return entries
+
+
+def resolve(name: str, models_file: Path | None = None) -> ModelEntry:
+    """Return the entry of `name`: an alias first, then an existing folder, then a Hub id.
+
+    Raises:
+        UsageProblem: none of the three; suggests aliases that look alike.
+    """
+    entries = read_models(models_file)
+    if name in entries:
+        return entries[name]
+    if Path(name).is_dir():
+        return ModelEntry(source=name)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if _HUB_ID.fullmatch(name) and not looks_local:
+        return ModelEntry(source=name)
+    close = difflib.get_close_matches(name, entries, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known names: {', '.join(entries)}"
+    raise UsageProblem(f"no model named {name!r}, and no such folder", hint=hint)
+
+
+def _read(file: Path) -> dict[str, ModelEntry]:
+    try:
+        entries = _ModelsFile.model_validate(tomllib.loads(file.read_text("utf-8"))).models
+    except OSError as error:
+        raise UsageProblem(f"{file}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageProblem(f"{file}: not TOML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageProblem(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return {name: _located(entry, file) for name, entry in entries.items()}
+
+
+def _located(entry: ModelEntry, file: Path) -> ModelEntry:
+    """Make a bundled or relative source a path; a relative one counts from the file it stands in."""
+    if entry.source.startswith(_BUNDLED):
+        return entry.model_copy(update={"source": str(_PACKAGE / entry.source.removeprefix(_BUNDLED) / "weights")})
+    if entry.source.startswith((".", "~")):
+        return entry.model_copy(update={"source": str((file.parent / Path(entry.source).expanduser()).resolve())})
+    return entry
