@@ -55,7 +55,11 @@ def measure(
         UsageProblem: candidates out of range, or a prompt that does not fit the context; before anything has run.
     """
     candidates = check_candidates(loaded, methods, settings.candidates)
-    tasks = [(suite, prompt.task_id, _task(loaded, suite, prompt.text, settings, candidates)) for suite in suites for prompt in suite.prompts]
+    tasks = [
+        (suite, prompt.task_id, _task(loaded, suite, prompt.text, settings, candidates))
+        for suite in suites
+        for prompt in suite.prompts
+    ]
     for suite, task_id, task in tasks:
         _check_fits(loaded, f"{suite.name} {task_id}", task)
     for method in methods:
@@ -87,7 +91,7 @@ def check_candidates(loaded: LoadedModel, methods: Sequence[Method], candidates:
 
 
 def _task(loaded: LoadedModel, suite: Suite, text: str, settings: Settings, candidates: int) -> Task:
-    stop = StopRule(settings.max_new_tokens, loaded.eos_token_ids, suite.stop_strings, loaded.tokenizer)
+    stop = StopRule(settings.max_new_tokens, loaded.eos_token_ids, suite.stop_strings, loaded.decode)
     prompt = loaded.prompt_template.replace("{}", text) if loaded.prompt_template else text
     return Task(loaded, loaded.encode(prompt), stop, settings.sampling, candidates)
 
@@ -112,7 +116,7 @@ def _answer(method: Method, suite: str, task_id: str, task: Task, view: View) ->
 
 def _sample(method: Method, suite: str, task_id: str, task: Task, generation: Generation) -> Sample:
     tokens = generation.tokens
-    text = task.loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+    text = task.loaded.decode(tokens, skip_special_tokens=True)
     return Sample(
         suite=suite,
         task_id=task_id,

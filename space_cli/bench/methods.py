@@ -81,7 +81,7 @@ def _generate(task: Task, on_step: OnStep, **options: Any) -> Generation:
     )
     input_ids = torch.tensor([list(task.prompt_ids)], device=loaded.model.device)
     recorder = _Recorder(task, on_step)
-    loaded.model.generate(
+    loaded.model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         generation_config=config,

@@ -56,7 +56,9 @@ def load_suite(name: str, *, limit: int | None = None) -> Suite:
     file = Path(name)
     if not file.exists():
         close = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"known suites: {', '.join(SUITES)}; or a .jsonl file of prompts"
+        hint = (
+            f"did you mean {close[0]}?" if close else f"known suites: {', '.join(SUITES)}; or a .jsonl file of prompts"
+        )
         raise UsageProblem(f"no suite and no file named {name!r}", hint=hint)
     prompts = tuple(_read_prompts(file))
     if not prompts:

@@ -39,7 +39,9 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error (also SPACE_DEBUG=1).")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show a traceback with an error (also SPACE_DEBUG=1).")
+    ] = False,
 ) -> None:
     """Several tokens per model call from local language models, without changing a single token."""
     del version
@@ -70,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
         # the reader has gone (as with `| head`); what is left of the buffer must not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  # the single place where errors become a line and an exit code
         line, code = _told(error)
         if os.environ.get("SPACE_DEBUG") and not isinstance(error, (typer.TyperException, SystemExit)):
             traceback.print_exception(error)
@@ -104,5 +106,3 @@ def _told(error: BaseException) -> tuple[str, int]:
 
 def _is_help(message: str) -> bool:
     return message.startswith("Usage:")
-
-

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from space_cli.cli.live import BenchView
     from space_cli.models.loading import LoadedModel
 
-EPILOG = "Example: space bench --limit 10    Example: space bench --suite prompts.jsonl --methods ar,space --json run.json"
+EPILOG = (
+    "Example: space bench --limit 10    Example: space bench --suite prompts.jsonl --methods ar,space --json run.json"
+)
 
 _Suite = Annotated[
     list[str] | None,
@@ -24,7 +26,9 @@ _Suite = Annotated[
 ]
 _Methods = Annotated[
     str | None,
-    typer.Option("--methods", help="Comma-separated: ar, space, hf, hf-lookup. Default: ar,space,hf (sampled: ar,space)."),
+    typer.Option(
+        "--methods", help="Comma-separated: ar, space, hf, hf-lookup. Default: ar,space,hf (sampled: ar,space)."
+    ),
 ]
 _List = Annotated[bool, typer.Option("--list", help="List suites and methods, and leave.")]
 

@@ -77,7 +77,9 @@ class BenchView:
         """Start showing."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Stop showing."""
 
     def started(self, suite: str, task_id: str, method: str) -> None:
@@ -114,7 +116,7 @@ class BenchView:
 
 
 class LiveBenchView(BenchView):
-    """Draws progress, the text being written and what each step brought; only between steps, at most 8 times a second."""
+    """Draws progress, the text being written and what steps bring; between steps only, at most 8 times a second."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, quiet=False)
@@ -137,7 +139,9 @@ class LiveBenchView(BenchView):
         self._live.start(refresh=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Leave the screen as it was."""
         self._live.stop()
 
@@ -146,7 +150,7 @@ class LiveBenchView(BenchView):
         from space_cli.core.stopping import TextStream
 
         self._task, self._method, self._text = f"{suite} {task_id}", method, Text()
-        self._stream = TextStream(self._loaded.tokenizer)
+        self._stream = TextStream(self._loaded.decode)
 
     def stepped(self, method: str, step: Step) -> None:
         """Add the step's tokens, shaded alike."""

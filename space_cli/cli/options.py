@@ -17,7 +17,11 @@ def _complete_model(incomplete: str) -> list[str]:
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="Alias of models.toml, folder, or Hub id.", autocompletion=_complete_model, show_default=True
+        "--model",
+        "-m",
+        help="Alias of models.toml, folder, or Hub id.",
+        autocompletion=_complete_model,
+        show_default=True,
     ),
 ]
 ModelsFile = Annotated[
@@ -31,9 +35,7 @@ Candidates = Annotated[
     int | None,
     typer.Option("--candidates", help="Tokens guessed per step (k); default: what the model was trained for."),
 ]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer.")
-]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", "--temp", min=0.0, help="0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest tokens; 0 is off.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample within this probability mass.")]
@@ -41,5 +43,7 @@ MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="Least pr
 RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", min=0.01, help="1 is off.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of sampling.")]
 Limit = Annotated[int | None, typer.Option("--limit", "-L", min=1, help="Only the first N prompts of each suite.")]
-Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write the record as JSON; - is standard output.")]
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the record as JSON; - is standard output.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]

@@ -1,7 +1,7 @@
 """Choosing a token: a deterministic function of (logits, history, position, seed).
 
-Sampling adds Gumbel noise that depends on seed and position alone and takes the largest score (the Gumbel-max trick: the
-result is distributed as the softmax). Drafts are chosen with the noise of the position they are for, so that acceptance
+Sampling adds Gumbel noise that depends on seed and position alone and takes the largest score (the Gumbel-max trick:
+the result is distributed as the softmax). Drafts are chosen with the noise of the position they are for, so that acceptance
 is plain equality and SPACE under a seed gives, token for token, what AR gives under that seed.
 """
 

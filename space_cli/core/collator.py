@@ -1,7 +1,7 @@
 """Semi-autoregressive fine-tuning data (SAR-SFT): mask groups that ride along with ordinary examples.
 
 An example of S tokens is one `Block` without a prefix: a chain of tokens with mask groups behind some of them, the
-anchors. A slot at position p learns the token at p + 1, whether it holds a token (the AR loss) or a mask (the SAR loss).
+anchors. A slot at position p learns the token at p + 1, whether it holds a token (AR loss) or a mask (SAR loss).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ IGNORED = -100
 class SARCollator:
     """Batch examples for a Hugging Face causal LM, with mask groups added.
 
-    A feature is a mapping with `input_ids` and, where part of it carries no loss (a prompt), `labels` of the same length
-    with -100 there. The batch holds `input_ids` and `position_ids` (B, S) int64, `attention_mask` (B, 1, S, S) bool, True
-    = may attend, and `labels` (B, S) int64 placed as transformers' loss expects them: `labels[:, q + 1]` is what slot q
-    learns, which is why a batch is one slot longer than its longest block.
+    A feature is a mapping with `input_ids` and, where part of it carries no loss (a prompt), `labels` of the same
+    length with -100 there. The batch holds `input_ids` and `position_ids` (B, S) int64, `attention_mask` (B, 1, S, S)
+    bool, True = may attend, and `labels` (B, S) int64 placed as transformers' loss expects them: `labels[:, q + 1]` is
+    what slot q learns, which is why a batch is one slot longer than its longest block.
 
     Attributes:
         mask_token_ids: one id for all masks (the paper) or one per mask of a group ("distinct masks").
         masks_per_group: m.
         pad_token_id: fills shorter rows; padding sees itself alone, so that no row of the attention is empty.
-        form: "groups" puts `groups` groups at random anchors of each example, each blind to the others; "paper" cuts the
-            example behind one random anchor and appends one group there, with probability `p_sar`.
+        form: "groups" puts `groups` groups at random anchors of each example, each blind to the others; "paper" cuts
+            the example behind one random anchor and appends one group there, with probability `p_sar`.
         groups: G, at most; an example has no more groups than anchors.
         p_sar: share of examples that get their group in the "paper" form (paper, section 4.1: 0.5).
         seed: of the anchors drawn.
@@ -58,7 +58,10 @@ class SARCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the batch of `features`."""
-        rows = [self._row(list(feature["input_ids"]), list(feature.get("labels", feature["input_ids"]))) for feature in features]
+        rows = [
+            self._row(list(feature["input_ids"]), list(feature.get("labels", feature["input_ids"])))
+            for feature in features
+        ]
         multiple = self.pad_to_multiple_of
         length = -(-(max(block.num_slots for block, _, _ in rows) + 1) // multiple) * multiple
         batch = {

@@ -30,7 +30,7 @@ def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: in
     limit = context_length(model.config)
     if limit is not None and prompt_tokens + max_new_tokens > limit:
         raise UsageProblem(
-            f"the prompt has {prompt_tokens} tokens, which with {max_new_tokens} new tokens exceeds the model's context of {limit}",
+            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the model's context of {limit} tokens",
             hint="shorten the prompt or lower --max-new-tokens",
         )
 
@@ -69,7 +69,7 @@ def decode(
     mask_ids = block.mask_token_ids(mask_token_ids) if block.masks else []
     engine = EagerEngine(model, block, max_length=len(prompt_ids) + stop.max_new_tokens)
     state = stop.begin()
-    # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head's keys come with the first step
+    # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head comes with the first step
     engine.prefill(tokens[:-1])
     candidates = _draft(block, drafter, tokens, guesses=[])
     while True:

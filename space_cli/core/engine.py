@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -20,6 +21,11 @@ def context_length(config: PretrainedConfig) -> int | None:
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     limits = [getattr(text, "max_position_embeddings", None), getattr(text, "max_seq_len", None), window]
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Return how many token ids the model can read."""
+    return cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
 
 
 class EagerEngine:
@@ -46,8 +52,8 @@ class EagerEngine:
     def _additive_mask(block: Block, max_length: int, model: PreTrainedModel) -> torch.Tensor:
         """Return the mask of the longest prefix; a shorter prefix is a slice of it, since all prefix columns are equal.
 
-        Additive and of the model's dtype: eager attention takes no other, and SDPA on CPU would turn a boolean mask into
-        this one again in every layer.
+        Additive and of the model's dtype: eager attention takes no other, and SDPA on CPU would turn a boolean mask
+        into this one again in every layer.
         """
         visible = block.attention_mask(max_length).to(model.device)
         additive = torch.zeros(visible.shape, dtype=model.dtype, device=model.device)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from space_cli.core.stream import FinishReason
 
-
-class Decodes(Protocol):
-    """The part of a tokenizer that text needs."""
-
-    def decode(self, token_ids: list[int], /) -> str:
-        """Return the text of `token_ids`."""
-        ...
+Decode = Callable[[list[int]], str]
+"""Text of token ids, as a tokenizer's `decode` gives it."""
 
 
 class TextStream:
@@ -26,16 +20,16 @@ class TextStream:
     Source: the offsets of text-generation-inference and vLLM (`detokenize_incrementally`).
     """
 
-    def __init__(self, tokenizer: Decodes) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
         self._tail: list[int] = []
         self._shown = 0
 
     def push(self, token: int) -> str:
         """Return the text that has become final with `token`; empty while a character is unfinished."""
         self._tail.append(token)
-        before = self._tokenizer.decode(self._tail[: self._shown])
-        text = self._tokenizer.decode(self._tail)
+        before = self._decode(self._tail[: self._shown])
+        text = self._decode(self._tail)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         piece = text[len(before) :]
@@ -45,7 +39,7 @@ class TextStream:
 
     def flush(self) -> str:
         """Return what is still held back, an unfinished character as U+FFFD."""
-        piece = self._tokenizer.decode(self._tail)[len(self._tokenizer.decode(self._tail[: self._shown])) :]
+        piece = self._decode(self._tail)[len(self._decode(self._tail[: self._shown])) :]
         self._tail, self._shown = [], 0
         return piece
 
@@ -58,19 +52,19 @@ class StopRule:
         max_new_tokens: exact upper bound of the tokens that come out.
         eos_token_ids: a generation ends with the first of them, and includes it.
         stop_strings: it ends with the first token by which one of them stands in the generated text.
-        tokenizer: needed for stop strings.
+        decode: turns token ids into text; needed for stop strings.
     """
 
     max_new_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
-    tokenizer: Decodes | None = None
+    decode: Decode | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.stop_strings and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer")
+        if self.stop_strings and self.decode is None:
+            raise ValueError("stop strings need a way to decode tokens")
         if "" in self.stop_strings:
             raise ValueError("a stop string cannot be empty")
 
@@ -87,7 +81,7 @@ class StopState:
         self._count = 0
         self._text = ""
         self._keep = max(map(len, rule.stop_strings), default=0) - 1
-        self._stream = TextStream(rule.tokenizer) if rule.stop_strings and rule.tokenizer else None
+        self._stream = TextStream(rule.decode) if rule.stop_strings and rule.decode else None
 
     def push(self, token: int) -> FinishReason | None:
         """Take the next token and return why the generation ends with it, or None."""

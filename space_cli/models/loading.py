@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
-from space_cli.core.engine import context_length
+from space_cli.core.engine import context_length, embedding_rows
 from space_cli.errors import UsageProblem
 from space_cli.models import support
 from space_cli.models.checkpoint import SPACE_CONFIG_NAME, SpaceConfig
@@ -58,6 +58,10 @@ class LoadedModel:
         """Return the token ids of `text` with the special tokens the tokenizer puts in front."""
         return list(self.tokenizer(text)["input_ids"])
 
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of `token_ids`."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
 
 def load_model(
     name: str,
@@ -72,6 +76,7 @@ def load_model(
 
     Args:
         name: an alias of models.toml, a folder, or a Hub id.
+        models_file: a user's own models.toml.
         dtype: auto, float32, bfloat16 or float16; auto is the checkpoint's own where the device computes in it.
         device: auto, cpu, cuda, cuda:N or mps.
         quantization: none, int8, nf4 or fp4 (bitsandbytes).
@@ -102,7 +107,7 @@ def load_model(
     except ValueError as error:
         raise _unreadable(name, error) from error
     if quantization == "none":
-        model.to(chosen_device)
+        model.to(torch.device(chosen_device))  # type: ignore[arg-type]  # wrapped in a way that hides its signature
     model.eval()
     support.check_block(model, name)
     return LoadedModel(
@@ -178,7 +183,7 @@ def _mask_fields(name: str, model: PreTrainedModel, space: SpaceConfig | None, e
     """Return what is known of the masks, from space_config.json or else models.toml; checked against the embeddings."""
     known = space or entry
     ids = tuple(known.mask_token_ids or ())
-    rows = model.get_input_embeddings().num_embeddings
+    rows = embedding_rows(model)
     if any(not 0 <= token < rows for token in ids):
         raise UsageProblem(f"{name}: mask_token_ids {list(ids)} lie outside its {rows} embedding rows")
     candidates = (known.candidates or 0) if ids else 0
@@ -191,7 +196,7 @@ def _mask_fields(name: str, model: PreTrainedModel, space: SpaceConfig | None, e
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids that end `generate`, or the tokenizer's where the model names none."""
-    ids = model.generation_config.eos_token_id if model.generation_config else None
+    ids = model.generation_config.eos_token_id
     ids = tokenizer.eos_token_id if ids is None else ids
     return frozenset([ids] if isinstance(ids, int) else ids or ())
 
@@ -209,5 +214,7 @@ def _not_loaded(name: str, entry: ModelEntry, error: OSError) -> UsageProblem:
 def _unreadable(name: str, error: ValueError) -> UsageProblem:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error):
-        return UsageProblem(f"{name} needs code of its own, which space never runs", hint="choose a model that transformers has")
+        return UsageProblem(
+            f"{name} needs code of its own, which space never runs", hint="choose a model that transformers has"
+        )
     return UsageProblem(f"{name} could not be loaded: {first}")

@@ -1,7 +1,7 @@
 """Which models SPACE can run on: any causal LM that follows a 4-D attention mask and position ids.
 
-What cannot work is refused at load with one line: by its config where that tells, and else by a probe, a few short model
-calls that compare a block with the same tokens run one by one.
+What cannot work is refused at load with one line: by its config where that tells, and else by a probe, a few short
+model calls that compare a block with the same tokens run one by one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.engine import EagerEngine, context_length
+from space_cli.core.engine import EagerEngine, context_length, embedding_rows
 from space_cli.errors import UsageProblem
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse", "moe"}
@@ -31,7 +31,9 @@ def check_config(config: PretrainedConfig, name: str) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _refusal(name, f"transformers has no causal language model for {config.model_type!r}")
     if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False):
-        raise _refusal(name, f"{config.model_type!r} keeps a recurrent state, which cannot step back over rejected tokens")
+        raise _refusal(
+            name, f"{config.model_type!r} keeps a recurrent state, which cannot step back over rejected tokens"
+        )
 
 
 @torch.inference_mode()
@@ -41,7 +43,7 @@ def check_block(model: PreTrainedModel, name: str) -> None:
     Raises:
         UsageProblem: with the reason in one line.
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = embedding_rows(model)
     prefix, slots = [token % vocabulary for token in (11, 23, 5, 42)], [token % vocabulary for token in (7, 19, 31)]
     length = len(prefix) + len(slots)
     if (context_length(model.config) or length) < length:

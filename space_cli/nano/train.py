@@ -120,7 +120,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the matrices inside the layers, AdamW for everything else; torch's own two, stepped together."""
 
     def __init__(self, model: PreTrainedModel, lr: float) -> None:
-        inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+        inner = [
+            p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name
+        ]
         known = {id(p) for p in inner}
         outer = [p for p in model.parameters() if id(p) not in known]
         self.parts = [
@@ -146,16 +148,22 @@ class Deadline(TrainerCallback):
         self.started = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
         self.started = time.monotonic()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the learning rate of this step."""
         left = max(0.0, 1 - (time.monotonic() - self.started) / self.seconds)
-        lr = self.peak * min(1.0, (state.global_step + 1) / self.warmup_steps) * (0.1 + 0.9 * left if self.decay else 1.0)
+        lr = (
+            self.peak
+            * min(1.0, (state.global_step + 1) / self.warmup_steps)
+            * (0.1 + 0.9 * left if self.decay else 1.0)
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop when the time is over."""
         if time.monotonic() - self.started > self.seconds:
             control.should_training_stop = True
 
@@ -225,7 +233,9 @@ def main() -> None:
         seed=args.seed,
         max_tokens=args.max_tokens,
     )
-    print(f"{len(windows)} windows of {args.window} tokens, {model.num_parameters() / 1e6:.2f} M parameters", flush=True)
+    print(
+        f"{len(windows)} windows of {args.window} tokens, {model.num_parameters() / 1e6:.2f} M parameters", flush=True
+    )
     optimizer = MuonWithAdamW(model, args.lr)
     output = args.root / args.output
     trainer = Trainer(
@@ -248,7 +258,11 @@ def main() -> None:
         ),
         train_dataset=windows,
         data_collator=SARCollator(
-            mask_token_ids(tokenizer), MASKS if args.groups else 0, tokenizer.pad_token_id, groups=args.groups, seed=args.seed
+            mask_token_ids(tokenizer),
+            MASKS if args.groups else 0,
+            tokenizer.pad_token_id,
+            groups=args.groups,
+            seed=args.seed,
         ),
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
         callbacks=[Deadline(args.minutes, optimizer, decay=args.decay, warmup_steps=50)],
@@ -256,7 +270,11 @@ def main() -> None:
     trainer.train()
     model.eval()
     measured = held_out(model, tokenizer, args.root / "heldout.jsonl")
-    report = {"steps": trainer.state.global_step, "tokens": trainer.state.global_step * args.batch * args.window, **measured}
+    report = {
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.global_step * args.batch * args.window,
+        **measured,
+    }
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     SpaceConfig(
