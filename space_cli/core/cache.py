@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 class PreallocatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers leaves its __init_subclass__ untyped
     """Cache layer that writes into a buffer allocated once and attends over its used part only.
 
-    `StaticCache` attends over the whole buffer, `DynamicCache` copies the whole prefix at every step; this does neither.
+    `StaticCache` attends over the whole buffer, `DynamicCache` copies the whole prefix each step; this does neither.
     """
 
     is_sliding = False

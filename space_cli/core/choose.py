@@ -1,8 +1,8 @@
 """Choosing a token: a deterministic function of (logits, history, position, seed).
 
 Sampling adds Gumbel noise that depends on seed and position alone and takes the largest score (the Gumbel-max trick:
-the result is distributed as the softmax). Drafts are chosen with the noise of the position they are for, so that acceptance
-is plain equality and SPACE under a seed gives, token for token, what AR gives under that seed.
+the result is distributed as the softmax). Drafts are chosen with the noise of the position they are for, so that
+acceptance is plain equality and SPACE under a seed gives, token for token, what AR gives under that seed.
 """
 
 from __future__ import annotations
