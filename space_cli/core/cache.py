@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class PreallocatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers leaves its __init_subclass__ untyped
+class PreallocatedLayer(CacheLayerMixin):
     """Cache layer that writes into a buffer allocated once and attends over its used part only.
 
     `StaticCache` attends over the whole buffer, `DynamicCache` copies the whole prefix each step; this does neither.
@@ -18,9 +18,11 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # tr
 
     is_sliding = False
     is_croppable = True
+    keys: torch.Tensor  # type: ignore[assignment]  # None until the first update, and not used before
+    values: torch.Tensor  # type: ignore[assignment]
 
     def __init__(self, max_length: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.max_length = max_length
         self.length = 0
 
@@ -68,12 +70,13 @@ class KVCache:
     """
 
     def __init__(self, max_length: int) -> None:
-        self.past_key_values = Cache(layer_class_to_replicate=partial(PreallocatedLayer, max_length))
+        new_layer: Any = partial(PreallocatedLayer, max_length)  # transformers calls it once per layer of the model
+        self.past_key_values = Cache(layer_class_to_replicate=new_layer)
 
     @property
     def length(self) -> int:
         """L, tokens in the cache."""
-        return int(self.past_key_values.layers[0].get_seq_length()) if self.past_key_values.layers else 0
+        return max((layer.length for layer in self._layers()), default=0)
 
     def rollback(self, length: int) -> None:
         """Forget everything behind the first `length` tokens."""

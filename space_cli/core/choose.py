@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import (
@@ -98,7 +99,7 @@ class Rows:
             return self._greedy[row]
         scores = self._logits[row : row + 1].float()
         if self._processors:
-            scores = self._processors(torch.tensor([history], device=scores.device), scores)
+            scores = self._processors(cast(torch.LongTensor, torch.tensor([history], device=scores.device)), scores)
         if self._noise is not None:
             scores = scores + self._noise.at(len(history), scores.shape[-1], scores.device)
         return int(scores.argmax(dim=-1).item())

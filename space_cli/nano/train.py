@@ -60,7 +60,7 @@ def new_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
 
 def mask_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return nano's distinct mask ids, one per mask of a group."""
-    return [int(tokenizer.convert_tokens_to_ids(f"<|mask{j}|>")) for j in range(1, MASKS + 1)]
+    return [tokenizer.get_vocab()[f"<|mask{j}|>"] for j in range(1, MASKS + 1)]
 
 
 def encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> tuple[list[int], list[int]]:
@@ -133,7 +133,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         # the parts read their learning rate from the very groups that the scheduler writes to
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # a closure is never given
         """Step both parts."""
         for part in self.parts:
             part.step()
@@ -268,7 +268,7 @@ def main() -> None:
         callbacks=[Deadline(args.minutes, optimizer, decay=args.decay, warmup_steps=50)],
     )
     trainer.train()
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     measured = held_out(model, tokenizer, args.root / "heldout.jsonl")
     report = {
         "steps": trainer.state.global_step,

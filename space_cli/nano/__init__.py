@@ -1,0 +1,1 @@
+"""The bundled model: its weights, its card and the recipe that makes it."""
