@@ -88,6 +88,8 @@ def load_model(
     entry = resolve(name, models_file)
     revision = revision or entry.revision
     chosen_device = _device(device)
+    if Path(entry.source).is_dir() and not Path(entry.source, "config.json").is_file():
+        raise UsageProblem(f"{name}: not a complete model folder: no config.json in {entry.source}")
     try:
         config = AutoConfig.from_pretrained(entry.source, revision=revision)
         support.check_config(config, name)
@@ -161,7 +163,8 @@ def _quantization(quantization: str, device: str, dtype: torch.dtype) -> dict[st
             f"--quantization {quantization} needs bitsandbytes", hint="pip install 'space-decoding[quantization]'"
         )
     if quantization == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
+        # with its outlier columns, chosen over all rows of a call, a row's result would depend on the rows beside it
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": config, "device_map": {"": device}}
