@@ -75,10 +75,10 @@ def bench(
     from space_cli.models.loading import load_model
 
     view = bench_view(quiet=quiet)
-    with view.loading(model):
-        loaded = load_model(
-            model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
-        )
+    view.loading(model)
+    loaded = load_model(
+        model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
+    )
     default = "ar,space" if temperature else "ar,space,hf"
     chosen = choose_methods([name.strip() for name in (methods or default).split(",")], loaded)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)

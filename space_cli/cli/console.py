@@ -42,11 +42,13 @@ def err() -> Console:
 
 
 def quiet_libraries() -> None:
-    """Keep the model libraries' own bars and notes from breaking ours; called before they are imported."""
+    """Keep the model libraries' notes and bars from breaking ours; a download keeps its bar in a terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        enable_progress_bars()

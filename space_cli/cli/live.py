@@ -6,7 +6,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -60,12 +59,10 @@ class BenchView:
         self._prompts = self._total = 0
         self._last_line = time.monotonic()
 
-    @contextmanager
-    def loading(self, name: str) -> Iterator[None]:
-        """Show that a model is being loaded."""
+    def loading(self, name: str) -> None:
+        """Say that a model is being loaded."""
         if not self._quiet:
-            self._console.print(plain(f"loading {name}"))
-        yield
+            self._console.print(plain(f"loading {name}"), soft_wrap=True)
 
     def begin(self, loaded: LoadedModel, methods: list[str], prompts: int) -> None:
         """Take what the run is about."""
@@ -120,22 +117,16 @@ class LiveBenchView(BenchView):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, quiet=False)
-        self._live = Live(console=console, auto_refresh=False, transient=True, get_renderable=self._render)
         self._drawn = 0.0
         self._text = Text()
         self._task = self._method = ""
         self._stream: TextStream | None = None
         self._begun = time.monotonic()
 
-    @contextmanager
-    def loading(self, name: str) -> Iterator[None]:
-        """Show a spinner while a model is being loaded."""
-        with self._console.status(plain(f"loading {name}")):
-            yield
-
     def __enter__(self) -> LiveBenchView:
         """Start drawing."""
         self._begun = time.monotonic()
+        self._live = Live(console=self._console, auto_refresh=False, transient=True, get_renderable=self._render)
         self._live.start(refresh=True)
         return self
 

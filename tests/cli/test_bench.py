@@ -1,0 +1,175 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+FAST = ("--dtype", "float32", "--max-new-tokens", "12")
+
+
+def bench(run_space, model, *arguments, **env):
+    return run_space("bench", "--model", model, *FAST, *arguments, **env)
+
+
+def test_a_run_without_a_terminal_is_plain_text(run_space, tiny_model_dir, prompts_file):
+    done = bench(run_space, tiny_model_dir, "--suite", prompts_file, "--methods", "ar,space,hf,hf-lookup")
+
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\r" not in done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    for method in ("ar", "space", "hf", "hf-lookup"):
+        row = next(row for row in rows if row and row[0] == method)
+        assert row[1] == "2"
+        assert row[-1] == "yes"
+    assert "float32" in done.stdout.splitlines()[-1]
+    assert "2/2 prompts" in done.stderr
+
+
+def test_json_holds_the_contract(run_space, tiny_model_dir, prompts_file, tmp_path):
+    done = bench(run_space, tiny_model_dir, "--suite", prompts_file, "--json", tmp_path / "run.json", "--seed", 3)
+
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert done.returncode == 0
+    assert record["complete"] is True
+    assert {"space", "python", "torch", "transformers", "processor", "dtype", "device", "threads", "date"} <= set(
+        record["environment"]
+    )
+    assert record["settings"]["sampling"]["seed"] == 3
+    assert record["settings"]["candidates"] == 3
+    row = next(row for row in record["results"] if row["method"] == "space")
+    assert {"suite", "prompts", "tokens", "steps", "seconds", "tokens_per_second", "tokens_per_step"} <= set(row)
+    assert row["identical"] is True
+    assert len(record["samples"]) == 6
+    assert record["samples"][1]["task_id"] == "prompts/1"
+
+
+def test_json_on_standard_output_stands_alone(run_space, tiny_model_dir, prompts_file):
+    done = bench(run_space, tiny_model_dir, "--suite", prompts_file, "--methods", "ar", "--json", "-", "--quiet")
+
+    assert json.loads(done.stdout)["results"][0]["method"] == "ar"
+    assert "tok/s" in done.stderr
+
+
+def test_sampled_runs_are_identical_under_a_seed(run_space, tiny_model_dir, prompts_file):
+    options = ("--temperature", "0.8", "--top-k", "50", "--top-p", "0.95", "--min-p", "0.01")
+    done = bench(
+        run_space, tiny_model_dir, "--suite", prompts_file, *options, "--repetition-penalty", "1.1", "--json", "-"
+    )
+
+    rows = {row["method"]: row for row in json.loads(done.stdout)["results"]}
+    assert set(rows) == {"ar", "space"}
+    assert rows["space"]["identical"] is True
+
+
+def test_candidates_choose_the_block(run_space, tiny_model_dir, prompts_file):
+    done = bench(run_space, tiny_model_dir, "--suite", prompts_file, "--candidates", "1", "--json", "-", "--limit", "1")
+
+    samples = {sample["method"]: sample for sample in json.loads(done.stdout)["samples"]}
+    assert max(samples["space"]["tokens_by_step"]) <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--candidates", "0"], "was trained for 1 to 3; choose 1 to 3"),
+        (["--candidates", "4"], "was trained for 1 to 3"),
+        (["--methods", "ar,beam"], "no method named 'beam'"),
+        (["--max-new-tokens", "256"], "exceed the context of"),
+        (["--dtype", "int4"], "unknown dtype 'int4'"),
+        (["--device", "abacus"], "unknown device 'abacus'"),
+        (["--quantization", "q4"], "unknown quantization 'q4'"),
+    ],
+)
+def test_wrong_values_are_one_line_and_exit_code_2(run_space, tiny_model_dir, prompts_file, arguments, told):
+    done = bench(run_space, tiny_model_dir, "--quiet", "--suite", prompts_file, *arguments)
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [("", "no prompts in it"), ('{"prompt": "a"}\n{oops\n', "prompts.jsonl:2: not JSON")]
+)
+def test_a_bad_suite_file_is_told_with_the_line(run_space, prompts_file, content, told):
+    prompts_file.write_text(content)
+
+    done = run_space("bench", "--suite", prompts_file)
+
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_hostile_names_and_text_do_nothing(run_space, tiny_model_dir, tmp_path):
+    file = tmp_path / "hostile.jsonl"
+    file.write_text(json.dumps({"prompt": "a\x1b[31m[red]", "task_id": "\x1b]0;x\x07"}) + "\n")
+
+    done = bench(run_space, tiny_model_dir, "--suite", file, "--methods", "ar")
+
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_ctrl_c_keeps_what_is_done(clean_env, tiny_model_dir, tmp_path):
+    prompts = tmp_path / "many.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"def f{n}("}) + "\n" for n in range(5000)))
+    record = tmp_path / "run.json"
+    command = [
+        sys.executable, "-u", "-m", "space_cli", "bench", "--model", tiny_model_dir, "--suite", prompts, "--json", record,
+        *FAST,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)), env=clean_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        for line in process.stderr:
+            if "prompts  ar" in line:
+                break
+        os.kill(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+
+    saved = json.loads(record.read_text())
+    assert process.returncode == 130
+    assert "Interrupted after" in out
+    assert "tok/step" in out
+    assert saved["complete"] is False
+    assert 0 < len(saved["samples"]) < 15000
+    assert saved["results"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_shows_the_run_live(clean_env, tiny_model_dir, prompts_file):
+    import pty
+
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "space_cli", "bench", "--model", tiny_model_dir, "--suite", prompts_file, *FAST]
+    process = subprocess.Popen(
+        list(map(str, command)), env=clean_env, stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True
+    )
+    os.close(terminal)
+    screen = b""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            piece = os.read(controller, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        screen += piece
+    os.close(controller)
+
+    text = screen.decode("utf-8", errors="replace")
+    assert process.wait(timeout=60) == 0
+    assert "tokens by step" in text
+    assert "/2 prompts" in text
+    assert "speedup" in text
+    assert text.rstrip().splitlines()[-1].find("Traceback") == -1

@@ -1,0 +1,115 @@
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from space_cli.cli.console import visible
+
+
+def test_help_tells_the_commands_and_exit_codes_without_torch(clean_env):
+    code = (
+        "import sys; from space_cli.cli.app import run; code = run(['--help']);"
+        "loaded = {'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules); sys.exit(code or bool(loaded) * 9)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean_env, check=False)
+
+    assert done.returncode == 0
+    assert "bench" in done.stdout
+    assert "130 interrupted" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-h"], ["bench", "--help"], ["bench", "-h"], ["--version"], ["bench", "--list"]]
+)
+def test_information_goes_to_standard_output(run_space, arguments):
+    done = run_space(*arguments)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["bnech"], "No such command 'bnech'"),
+        (["bench", "--nope"], "No such option: --nope"),
+        (["bench", "--limit", "x"], "should be a valid integer"),
+        (["bench", "--limit", "0"], "should be greater than or equal to 1"),
+        (["bench", "--temperature", "-1"], "should be greater than or equal to 0"),
+        (["bench", "--top-p", "2"], "should be less than or equal to 1"),
+        (["bench", "--max-new-tokens", "0"], "should be greater than or equal to 1"),
+        (["bench", "--suite", "absent.jsonl"], "no suite and no file named 'absent.jsonl'"),
+        (["bench", "--model", "nan0"], "no model named 'nan0', and no such folder; did you mean nano?"),
+        (["bench", "--models-file", "absent.toml"], "absent.toml: No such file"),
+        (["bench", "--json", "absent/run.json"], "there is no folder"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(run_space, arguments, told):
+    done = run_space(*arguments)
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert told in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("space:")] == done.stderr.splitlines()[-1:]
+
+
+def test_no_command_shows_help(run_space):
+    done = run_space()
+
+    assert done.returncode == 2
+    assert "Usage: space" in done.stderr + done.stdout
+
+
+def test_debug_shows_the_traceback(run_space):
+    for done in (run_space("--debug", "bench", "--suite", "x"), run_space("bench", "--suite", "x", SPACE_DEBUG="1")):
+        assert done.returncode == 2
+        assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "line", "code"),
+    [
+        ("KeyboardInterrupt()", "", 130),
+        ("OSError(28, 'No space left on device', 'out.json')", "space: the disk is full: out.json", 3),
+        ("MemoryError()", "space: out of memory", 3),
+        ("RuntimeError('one\\ntwo')", "space: RuntimeError: one (rerun", 3),
+        ("CheckFailed('not lossless')", "space: not lossless", 1),
+        ("RunFailed('a', hint='b')", "space: a; b", 3),
+        ("UsageProblem('\\x1b[31mred')", "space: ␛[31mred", 2),
+        ("BrokenPipeError()", "", 0),
+    ],
+)
+def test_every_kind_of_error_has_its_line_and_code(clean_env, raised, line, code):
+    script = (
+        "import sys; from space_cli.cli import app; from space_cli.errors import *\n"
+        f"@app.app.command('fail')\ndef fail():\n    raise {raised}\n"
+        "sys.exit(app.run(['fail']))"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, encoding="utf-8", env=clean_env, check=False
+    )
+
+    assert done.returncode == code
+    assert done.stderr.startswith(line)
+    assert len(done.stderr.splitlines()) == bool(line)
+
+
+@given(st.text())
+def test_nothing_a_terminal_obeys_gets_through(text):
+    shown = visible(text)
+
+    assert not any(unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t" for character in shown)
+    shown.encode("utf-8")
+
+
+def test_known_attacks_become_visible():
+    assert visible("\x1b]8;;http://x\x07a\x9b31m\r\x00\u202e\ud800") == ("␛]8;;http://x␇a\\x9b31m␍␀\\u202e\\ud800")
+
+
+def test_package_runs_as_a_module(run_space):
+    assert run_space("--version").stdout.startswith("space ")
