@@ -39,6 +39,7 @@ _NOISE_COMMENT = re.compile(r"\s*#.*(noqa|type: ignore|pragma|pylint|TODO|XXX|FI
 _EMPTY_BODY = re.compile(
     r"(pass|raise NotImplementedError.*|\.\.\.|return self\._?\w+|return super\(\).*|return NotImplemented)$"
 )
+_EXAMPLE = re.compile(r"^[ ]*>>>.*\n(?:(?![ ]*>>>)[ ]*\S.*\n)*", re.MULTILINE)
 _SKIPPED_FOLDER = re.compile(r"(^|/)(tests?|testing|_vendor|vendored|locale|migrations|idlelib|lib2to3|site-packages)/")
 _IMPORTED = {
     "bisect", "collections", "copy", "datetime", "functools", "heapq", "itertools", "json", "math", "numpy", "operator",
@@ -78,10 +79,20 @@ def _function(
     used = set(re.findall(r"[A-Za-z_]\w*", signature + body))
     needed = [line for name, line in imports.items() if name in used][:3]
     head = "\n".join(needed) + "\n\n\n" if needed else ""
-    return {
-        "prompt": f"{head}{signature}\n{textwrap.indent(docstring, '    ')}\n",
-        "completion": textwrap.indent(body, "    ") + "\n",
-    }
+    prompt = f"{head}{signature}\n{textwrap.indent(docstring, '    ')}\n"
+    completion = textwrap.indent(body, "    ") + "\n"
+    # cutting by lines breaks the rare body that holds text at the left margin
+    return {"prompt": prompt, "completion": completion} if _parses(prompt + completion) else None
+
+
+def _parses(text: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _body(lines: list[str]) -> str | None:
@@ -109,13 +120,13 @@ def shorten(doc: str) -> str | None:
 
 
 def _doctest(lines: list[str]) -> list[str]:
-    """Return up to six lines of examples with their results."""
-    tests, in_example = [], False
-    for line in lines:
-        if line.strip().startswith(">>>") or (in_example and line.strip() and not line.strip().startswith("...")):
-            tests.append(line)
-        in_example = line.strip().startswith((">>>", "..."))
-    return tests[:6]
+    """Return the first examples with their results, six lines at most, none of them cut short."""
+    kept: list[str] = []
+    for example in _EXAMPLE.findall("\n".join(lines) + "\n"):
+        if len(kept) + example.count("\n") > 6:
+            break
+        kept += example.splitlines()
+    return kept
 
 
 def _imports(tree: ast.Module) -> dict[str, str]:
