@@ -64,7 +64,8 @@ def measure(
         _check_fits(loaded, f"{suite.name} {task_id}", task)
     for method in methods:
         _, _, task = tasks[0]
-        method.run(replace(task, stop=replace(task.stop, max_new_tokens=_WARM_UP_TOKENS)), lambda _: None)
+        few = min(_WARM_UP_TOKENS, settings.max_new_tokens)
+        method.run(replace(task, stop=replace(task.stop, max_new_tokens=few)), lambda _: None)
     for turn, (suite, task_id, task) in enumerate(tasks):
         # each method takes its turn at being first after the one before it
         order = [*methods[turn % len(methods) :], *methods[: turn % len(methods)]]

@@ -37,7 +37,6 @@ class _Tally:
     steps: int = 0
     seconds: float = 0.0
     accepted: Counter[int] = field(default_factory=Counter)
-    differing: int = 0
 
     def add(self, step: Step) -> None:
         self.tokens += len(step.tokens)
@@ -87,16 +86,18 @@ class BenchView:
         self._tallies[method].add(step)
 
     def finished(self, sample: Sample) -> None:
-        """Print a line when a prompt is done by all methods, at most every five seconds."""
-        tally = self._tallies[sample.method]
-        tally.differing += sample.identical is False
-        self._prompts += sample.method == next(reversed(self._tallies))
-        if self._quiet or sample.method != next(reversed(self._tallies)):
+        """Count the prompt when it is done by all methods."""
+        if sample.method == next(reversed(self._tallies)):
+            self._prompts += 1
+            self._prompt_done()
+
+    def _prompt_done(self) -> None:
+        """Print a line, at most every five seconds and at the end."""
+        if self._quiet or (self._prompts < self._total and time.monotonic() - self._last_line < 5):
             return
-        if self._prompts == self._total or time.monotonic() - self._last_line > 5:
-            self._last_line = time.monotonic()
-            rates = "  ".join(f"{name} {tally.rate:.0f} tok/s" for name, tally in self._tallies.items())
-            self._console.print(plain(f"{self._prompts}/{self._total} prompts  {rates}"), soft_wrap=True)
+        self._last_line = time.monotonic()
+        rates = "  ".join(f"{name} {tally.rate:.0f} tok/s" for name, tally in self._tallies.items())
+        self._console.print(plain(f"{self._prompts}/{self._total} prompts  {rates}"), soft_wrap=True)
 
     def show(self, report: Report, *, to_stderr: bool) -> None:
         """Print the table of a run."""
@@ -154,10 +155,8 @@ class LiveBenchView(BenchView):
             self._live.refresh()
             self._drawn = time.monotonic()
 
-    def finished(self, sample: Sample) -> None:
-        """Count the prompt."""
-        self._quiet = True
-        super().finished(sample)
+    def _prompt_done(self) -> None:
+        """Draw instead of printing lines."""
 
     def _render(self) -> Group:
         size = shutil.get_terminal_size()

@@ -18,8 +18,9 @@ class PreallocatedLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
-    keys: torch.Tensor  # type: ignore[assignment]  # None until the first update, and not used before
-    values: torch.Tensor  # type: ignore[assignment]
+    # None until the first update, and not used before
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, max_length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

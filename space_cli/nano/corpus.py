@@ -177,9 +177,10 @@ def _modules(archive: Path) -> Iterator[bytes]:
     else:
         with tarfile.open(archive) as tar:
             for member in tar:
-                file = tar.extractfile(member) if member.name.endswith(".py") else None
-                if file is not None and not _SKIPPED_FOLDER.search(member.name):
-                    yield file.read()
+                wanted = member.name.endswith(".py") and not _SKIPPED_FOLDER.search(member.name)
+                content = tar.extractfile(member) if wanted else None
+                if content is not None:
+                    yield content.read()
 
 
 def read_package(archive: Path) -> tuple[list[dict[str, str]], int]:
