@@ -44,4 +44,9 @@ def tiny_configs():
         "phi": tf.PhiConfig(**grouped),
         "opt": tf.OPTConfig(**common, ffn_dim=64, word_embed_proj_dim=32),
         "olmo2": tf.Olmo2Config(**grouped),
+        "phi3": tf.Phi3Config(**grouped),
+        "glm": tf.GlmConfig(**grouped, head_dim=8),
+        "granite": tf.GraniteConfig(**grouped),
+        "mixtral": tf.MixtralConfig(**grouped, num_local_experts=4),
+        "gpt_neo": tf.GPTNeoConfig(**common, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]),
     }

@@ -172,6 +172,21 @@ def test_a_window_shorter_than_a_block_is_refused():
         support.check_block(model, "it")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        tf.MptConfig(vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=2, max_seq_len=256),
+        tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_head=4, n_layer=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_that_count_slots_instead_of_positions_are_refused(config):
+    model = lively(tf.AutoModelForCausalLM.from_config(config))
+
+    with pytest.raises(UsageProblem, match="does not work with SPACE"):
+        support.check_block(model, "it")
+
+
 def test_a_model_that_ignores_the_mask_is_refused(tiny_models, monkeypatch):
     model = tiny_models["llama"]
     forward = type(model).forward
