@@ -25,7 +25,7 @@ class Settings:
     """How answers are made.
 
     Attributes:
-        candidates: k of method space; None is what the model was trained for.
+        candidates: k of method space; None is what its checkpoint says.
     """
 
     max_new_tokens: int
@@ -77,16 +77,16 @@ def check_candidates(loaded: LoadedModel, methods: Sequence[Method], candidates:
     """Return k: what was asked for, or what the model was trained for.
 
     Raises:
-        UsageProblem: k is below 1 or above what the model was trained for.
+        UsageProblem: k is below 1 or above the masks of a group the model was trained with.
     """
     if not any(method.needs_training for method in methods):
         return 0
     if candidates is None:
-        return loaded.trained_candidates
-    if not 1 <= candidates <= loaded.trained_candidates:
+        return loaded.candidates
+    if not 1 <= candidates <= loaded.masks_per_group:
         raise UsageProblem(
-            f"--candidates {candidates}: {loaded.name} was trained for 1 to {loaded.trained_candidates}",
-            hint=f"choose 1 to {loaded.trained_candidates}",
+            f"--candidates {candidates}: {loaded.name} was trained for 1 to {loaded.masks_per_group}",
+            hint=f"choose 1 to {loaded.masks_per_group}",
         )
     return candidates
 

@@ -155,7 +155,7 @@ def choose_methods(names: Sequence[str], loaded: LoadedModel) -> list[Method]:
     for name in names:
         if name not in METHODS:
             raise UsageProblem(f"no method named {name!r}", hint=f"methods: {', '.join(METHODS)}")
-        if METHODS[name].needs_training and not loaded.trained_candidates:
+        if METHODS[name].needs_training and not loaded.candidates:
             raise UsageProblem(
                 f"{loaded.name} was not trained for SPACE, so method {name!r} cannot run on it",
                 hint="choose another model, or give mask_token_ids and candidates in a models file",

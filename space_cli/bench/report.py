@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,6 +15,7 @@ from pydantic import BaseModel, Field
 
 import space_cli
 from space_cli.errors import RunFailed
+from space_cli.files import write_whole
 
 SCHEMA_VERSION = 1
 
@@ -74,10 +73,10 @@ class Result(BaseModel):
 
 
 class Report(BaseModel):
-    """The whole of a run; `complete` is false after an interruption."""
+    """The whole of a run; `complete` is false when it was cut short."""
 
     schema_version: int = SCHEMA_VERSION
-    complete: bool = True
+    complete: bool = False
     environment: dict[str, Any]
     settings: dict[str, Any]
     results: list[Result] = Field(default_factory=list)
@@ -94,15 +93,7 @@ class Report(BaseModel):
             RunFailed: the file cannot be written.
         """
         try:
-            handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                    stream.write(self.to_json())
-                Path(name).chmod(0o644)
-                Path(name).replace(file)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            write_whole(file, self.to_json())
         except OSError as error:
             raise RunFailed(f"{file}: could not be written: {error.strerror or error}") from error
 

@@ -90,11 +90,15 @@ def bench(
         with view:
             for sample in measure(loaded, suites, chosen, settings, view):
                 report.samples.append(sample)
+        report.complete = True
     except KeyboardInterrupt:
-        report.complete = False
-    report.results = results(report.samples, names)
-    _hand_out(report, json, view)
-    return 0 if report.complete else 130
+        return 130
+    finally:
+        # what is done is shown and kept, whatever ended the run
+        if report.samples:
+            report.results = results(report.samples, names)
+            _hand_out(report, json, view)
+    return 0
 
 
 def _list() -> int:
@@ -127,7 +131,7 @@ def _report(loaded: LoadedModel, settings: Settings) -> Report:
 
     from space_cli.bench.report import Report, environment
 
-    candidates = settings.candidates or loaded.trained_candidates or None
+    candidates = settings.candidates or loaded.candidates or None
     return Report(
         environment=environment(device=loaded.device, dtype=loaded.dtype, threads=torch.get_num_threads()),
         settings={"model": loaded.name, "source": loaded.source, **asdict(settings), "candidates": candidates},

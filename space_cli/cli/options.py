@@ -33,7 +33,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N o
 Quantization = Annotated[str, typer.Option("--quantization", help="none, int8, nf4 or fp4 (bitsandbytes).")]
 Candidates = Annotated[
     int | None,
-    typer.Option("--candidates", help="Tokens guessed per step (k); default: what the model was trained for."),
+    typer.Option("--candidates", help="Tokens guessed per step (k); default: what the checkpoint says."),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", "--temp", min=0.0, help="0 is greedy.")]

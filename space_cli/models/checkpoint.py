@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from space_cli.errors import UsageProblem
+from space_cli.files import write_whole
 
 SPACE_CONFIG_NAME = "space_config.json"
 
@@ -21,7 +20,7 @@ class SpaceConfig(BaseModel):
         format: version of this file.
         method: full, all weights were tuned; adapter, the base model is untouched.
         mask_token_ids: one id for all masks, or one per mask of a group.
-        candidates: k, the most candidates it was trained for.
+        candidates: k to decode with unless the user chooses another, up to `masks_per_group`.
         masks_per_group: m, as trained.
         base_model: Hub id or folder of the base; base_revision its commit.
         training: the settings and figures of the training.
@@ -63,7 +62,4 @@ class SpaceConfig(BaseModel):
 
     def save(self, folder: Path) -> None:
         """Write the config into a folder, whole or not at all."""
-        handle, name = tempfile.mkstemp(dir=folder, prefix=SPACE_CONFIG_NAME, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=2) + "\n")
-        os.replace(name, folder / SPACE_CONFIG_NAME)
+        write_whole(folder / SPACE_CONFIG_NAME, self.model_dump_json(indent=2) + "\n")

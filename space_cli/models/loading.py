@@ -37,7 +37,8 @@ class LoadedModel:
         source: the folder or Hub id it came from.
         eos_token_ids: every id that ends an answer.
         mask_token_ids: one shared id or one per mask; empty for a model never trained for SPACE.
-        trained_candidates: k of the training; 0 for a model never trained for SPACE.
+        candidates: k to decode with by default; 0 for a model never trained for SPACE.
+        masks_per_group: m of the training, the largest k that makes sense.
     """
 
     name: str
@@ -50,7 +51,7 @@ class LoadedModel:
     context_length: int | None
     eos_token_ids: frozenset[int]
     mask_token_ids: tuple[int, ...]
-    trained_candidates: int
+    candidates: int
     masks_per_group: int
     prompt_template: str | None
 
@@ -192,7 +193,7 @@ def _mask_fields(name: str, model: PreTrainedModel, space: SpaceConfig | None, e
     candidates = (known.candidates or 0) if ids else 0
     return {
         "mask_token_ids": ids,
-        "trained_candidates": candidates,
+        "candidates": candidates,
         "masks_per_group": (known.masks_per_group or candidates) if ids else 0,
     }
 

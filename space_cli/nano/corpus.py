@@ -30,6 +30,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from space_cli.files import write_whole
+
 SOURCES = Path(__file__).with_name("sources.toml")
 HELD_OUT = 1500
 _MOST_PER_PACKAGE = 9000
@@ -203,9 +205,7 @@ def _download(requirement: str, folder: Path) -> None:
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:
-    part = file.with_suffix(".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    part.replace(file)
+    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:

@@ -21,13 +21,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path("build/nano"), help="folder the other paths are relative to")
     parser.add_argument("--init", required=True, help="folder of the stage")
+    parser.add_argument("--candidates", type=int, required=True, help="k to decode with by default")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     args = parser.parse_args()
     stage = args.root / args.init
     model = AutoModelForCausalLM.from_pretrained(stage, dtype=getattr(torch, args.dtype))
     model.save_pretrained(WEIGHTS)
     AutoTokenizer.from_pretrained(stage).save_pretrained(WEIGHTS)
-    SpaceConfig.load(stage).save(WEIGHTS)
+    SpaceConfig.load(stage).model_copy(update={"candidates": args.candidates}).save(WEIGHTS)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_unknown_methods_and_untrained_models_are_told(loaded):
     with pytest.raises(UsageProblem, match="no method named 'beam'"):
         choose_methods(["ar", "beam"], loaded)
     with pytest.raises(UsageProblem, match="was not trained for SPACE"):
-        choose_methods(["space"], replace(loaded, trained_candidates=0))
+        choose_methods(["space"], replace(loaded, candidates=0))
 
 
 def test_a_method_that_answers_differently_is_found(loaded, monkeypatch):

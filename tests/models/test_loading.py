@@ -28,7 +28,7 @@ def test_a_space_checkpoint_knows_its_masks(tiny_model_dir):
     loaded = load_model(str(tiny_model_dir), dtype="float32")
 
     assert loaded.mask_token_ids == MASK_IDS
-    assert (loaded.trained_candidates, loaded.masks_per_group) == (3, 3)
+    assert (loaded.candidates, loaded.masks_per_group) == (3, 3)
     assert loaded.eos_token_ids == {0}
     assert loaded.context_length == 256
     assert loaded.decode(loaded.encode("def add(a, b):")) == "def add(a, b):"
@@ -39,7 +39,7 @@ def test_a_plain_model_is_not_trained_for_space(copied):
 
     loaded = load_model(str(copied))
 
-    assert (loaded.trained_candidates, loaded.mask_token_ids, loaded.space) == (0, (), None)
+    assert (loaded.candidates, loaded.mask_token_ids, loaded.space) == (0, (), None)
 
 
 def test_models_file_gives_what_the_checkpoint_does_not_say(copied, tmp_path):
@@ -52,7 +52,7 @@ def test_models_file_gives_what_the_checkpoint_does_not_say(copied, tmp_path):
 
     loaded = load_model("mine", models_file=file)
 
-    assert (loaded.mask_token_ids, loaded.trained_candidates, loaded.prompt_template) == ((299,), 5, "Human:{}")
+    assert (loaded.mask_token_ids, loaded.candidates, loaded.prompt_template) == ((299,), 5, "Human:{}")
 
 
 def test_mask_ids_outside_the_embeddings_are_refused(copied, tmp_path):

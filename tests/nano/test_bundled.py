@@ -33,7 +33,7 @@ def answer(nano, prompt, block, *, sampling=None, tokens=48):
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.task_id)
 def test_space_equals_ar_and_transformers(nano, problem):
-    block = Block.chain(nano.trained_candidates, nano.masks_per_group)
+    block = Block.chain(nano.candidates, nano.masks_per_group)
 
     space = answer(nano, problem.text, block)
 
@@ -42,7 +42,7 @@ def test_space_equals_ar_and_transformers(nano, problem):
 
 
 def test_sampled_space_equals_sampled_ar(nano):
-    block, sampling = Block.chain(nano.trained_candidates, nano.masks_per_group), Sampling(0.8, seed=5)
+    block, sampling = Block.chain(nano.candidates, nano.masks_per_group), Sampling(0.8, seed=5)
 
     outputs = [answer(nano, PROBLEMS[0].text, shape, sampling=sampling).tokens for shape in (block, AR_BLOCK)]
 
@@ -51,7 +51,7 @@ def test_sampled_space_equals_sampled_ar(nano):
 
 def test_masks_have_learned_to_guess(nano):
     """Guards the shipped weights: untrained masks bring 1.0 token per step."""
-    block = Block.chain(nano.trained_candidates, nano.masks_per_group)
+    block = Block.chain(nano.candidates, nano.masks_per_group)
 
     generations = [answer(nano, problem.text, block) for problem in PROBLEMS]
 
