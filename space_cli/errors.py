@@ -15,7 +15,7 @@ class SpaceError(Exception):
 
     def __str__(self) -> str:
         """Return the line: what is wrong, then what to do."""
-        return f"{self.message}; {self.hint}" if self.hint else self.message
+        return f"{self.message.rstrip('.')}; {self.hint}" if self.hint else self.message
 
 
 class CheckFailed(SpaceError):

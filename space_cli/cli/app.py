@@ -15,12 +15,18 @@ from space_cli.errors import SpaceError
 
 _EXIT_CODES = "Exit codes: 0 done; 1 a check failed; 2 wrong use or bad input; 3 the run failed; 130 interrupted."
 
+# names that mlx-lm's users type; understood, and kept out of the help
+_ALIASES = {"temp": "temperature", "max-tokens": "max-new-tokens"}
+
 app = typer.Typer(
     name="space",
     help="Several tokens per model call from local language models, without changing a single token.",
     epilog=_EXIT_CODES,
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: _ALIASES.get(name, name),
+    },
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -51,8 +57,10 @@ def _root(
 
 def _register() -> None:
     from space_cli.cli.bench import EPILOG, bench
+    from space_cli.cli.models import models
 
     app.command(epilog=EPILOG)(bench)
+    app.add_typer(models)
 
 
 _register()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from space_cli.cli import options
-from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
     from space_cli.bench.measure import Settings
@@ -60,7 +59,6 @@ def bench(
 
     if show_list:
         return _list()
-    _check_writable(json)
     suites = [load_suite(name, limit=limit) for name in dict.fromkeys(suite or ["humaneval"])]
 
     from space_cli.cli.console import quiet_libraries
@@ -115,12 +113,6 @@ def _list() -> int:
     for method in METHODS.values():
         typer.echo(f"  {method.name:<10} {method.description}")
     return 0
-
-
-def _check_writable(json: str | None) -> None:
-    """Find out before the run, not after it, that its record has no place to go."""
-    if json not in (None, "-") and not Path(str(json)).resolve().parent.is_dir():
-        raise UsageProblem(f"--json {json}: there is no folder {Path(str(json)).resolve().parent}")
 
 
 def _report(loaded: LoadedModel, settings: Settings) -> Report:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from space_cli.errors import UsageProblem
+
+
+def _checked_record(json: str | None) -> str | None:
+    """Find out before a run, not after it, that its record has no place to go."""
+    if json is None or json == "-":
+        return json
+    file = Path(json).resolve()
+    if file.is_dir():
+        raise UsageProblem(f"--json {json}: is a folder", hint="give a file, or - for standard output")
+    if not file.parent.is_dir():
+        raise UsageProblem(f"--json {json}: there is no folder {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        raise UsageProblem(f"--json {json}: may not write into {file.parent}")
+    return json
 
 
 def _complete_model(incomplete: str) -> list[str]:
@@ -35,8 +52,8 @@ Candidates = Annotated[
     int | None,
     typer.Option("--candidates", help="Tokens guessed per step (k); default: what the checkpoint says."),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "--max-tokens", min=1, help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option("--temperature", "--temp", min=0.0, help="0 is greedy.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest tokens; 0 is off.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample within this probability mass.")]
 MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="Least probability relative to the likeliest.")]
@@ -44,6 +61,9 @@ RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", min=0.
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of sampling.")]
 Limit = Annotated[int | None, typer.Option("--limit", "-L", min=1, help="Only the first N prompts of each suite.")]
 Json = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the record as JSON; - is standard output.")
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE", callback=_checked_record, help="Write the record as JSON; - is standard output."
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]

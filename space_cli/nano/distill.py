@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 _BATCH = 64
 _MAX_PROMPT_TOKENS = 256
-_MAX_NEW_TOKENS = 160
+_MAX_NEW_TOKENS = 112
 _REPETITIVE = 3.5
 
 

@@ -23,10 +23,11 @@ def test_help_tells_the_commands_and_exit_codes_without_torch(clean_env):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["-h"], ["bench", "--help"], ["bench", "-h"], ["--version"], ["bench", "--list"]]
+    "arguments",
+    ["-h", "bench --help", "bench -h", "bench --list", "models -h", "models list -h", "--version"],
 )
 def test_information_goes_to_standard_output(run_space, arguments):
-    done = run_space(*arguments)
+    done = run_space(*arguments.split())
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
@@ -36,7 +37,10 @@ def test_information_goes_to_standard_output(run_space, arguments):
     ("arguments", "told"),
     [
         (["bnech"], "No such command 'bnech'"),
+        (["models", "lits"], "No such command 'lits'"),
+        (["bench", "surplus"], "unexpected extra argument(s) (surplus)"),
         (["bench", "--nope"], "No such option: --nope"),
+        (["bench", "--limit"], "Option '--limit' requires an argument"),
         (["bench", "--limit", "x"], "should be a valid integer"),
         (["bench", "--limit", "0"], "should be greater than or equal to 1"),
         (["bench", "--temperature", "-1"], "should be greater than or equal to 0"),
@@ -45,7 +49,9 @@ def test_information_goes_to_standard_output(run_space, arguments):
         (["bench", "--suite", "absent.jsonl"], "no suite and no file named 'absent.jsonl'"),
         (["bench", "--model", "nan0"], "no model named 'nan0', and no such folder; did you mean nano?"),
         (["bench", "--models-file", "absent.toml"], "absent.toml: No such file"),
-        (["bench", "--json", "absent/run.json"], "there is no folder"),
+        (["bench", "--json", "absent/run.json"], "--json absent/run.json: there is no folder"),
+        (["bench", "--json", "."], "--json .: is a folder; give a file"),
+        (["models", "list", "--json", "absent/models.json"], "there is no folder"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(run_space, arguments, told):
@@ -57,11 +63,51 @@ def test_wrong_use_is_one_line_and_exit_code_2(run_space, arguments, told):
     assert [line for line in done.stderr.splitlines() if line.startswith("space:")] == done.stderr.splitlines()[-1:]
 
 
-def test_no_command_shows_help(run_space):
-    done = run_space()
+@pytest.mark.parametrize("arguments", [[], ["models"]])
+def test_no_command_shows_help(run_space, arguments):
+    done = run_space(*arguments)
 
     assert done.returncode == 2
     assert "Usage: space" in done.stderr + done.stdout
+
+
+def test_mlx_spellings_are_understood_and_not_shown(run_space):
+    shown = run_space("bench", "--help").stdout
+
+    assert "--max-tokens" not in shown
+    assert "--temp " not in shown
+    assert "'--temperature': Input" in run_space("bench", "--temp", "-1").stderr
+    assert "'--max-new-tokens': Input" in run_space("bench", "--max-tokens", "0").stderr
+
+
+def test_completion_offers_the_names_of_models(clean_env):
+    asked = {"_SPACE_COMPLETE": "complete_bash", "COMP_WORDS": "space bench --model vi", "COMP_CWORD": "3"}
+    script = "import sys; from space_cli.cli.app import run; sys.exit(run([]))"
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=clean_env | asked, check=False
+    )
+
+    assert (done.returncode, done.stdout.split()) == (0, ["vicuna-v1.3-7b-space"])
+
+
+@pytest.mark.parametrize(
+    ("terminal", "has_colour"),
+    [
+        ({}, False),
+        ({"FORCE_COLOR": "1"}, True),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+    ],
+)
+def test_colour_follows_the_environment(clean_env, terminal, has_colour):
+    script = "from space_cli.cli.console import out, plain; out().print(plain('x', style='green'))"
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=clean_env | terminal, check=False
+    )
+
+    assert ("\x1b[32m" in done.stdout) is has_colour
 
 
 def test_debug_shows_the_traceback(run_space):
@@ -78,7 +124,7 @@ def test_debug_shows_the_traceback(run_space):
         ("MemoryError()", "space: out of memory", 3),
         ("RuntimeError('one\\ntwo')", "space: RuntimeError: one (rerun", 3),
         ("CheckFailed('not lossless')", "space: not lossless", 1),
-        ("RunFailed('a', hint='b')", "space: a; b", 3),
+        ("RunFailed('a.', hint='b')", "space: a; b", 3),
         ("UsageProblem('\\x1b[31mred')", "space: ␛[31mred", 2),
         ("BrokenPipeError()", "", 0),
     ],
