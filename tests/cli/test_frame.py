@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import unicodedata
@@ -6,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from space_cli.cli.app import run
 from space_cli.cli.console import visible
 
 
@@ -61,6 +63,15 @@ def test_wrong_use_is_one_line_and_exit_code_2(run_space, arguments, told):
     assert done.stdout == ""
     assert told in done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("space:")] == done.stderr.splitlines()[-1:]
+
+
+def test_a_record_that_may_not_be_written_is_told_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+
+    code = run(["models", "list", "--json", str(tmp_path / "models.json")])
+
+    assert code == 2
+    assert f"may not write into {tmp_path}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["models"]])

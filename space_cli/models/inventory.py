@@ -1,0 +1,111 @@
+"""Which named models are on this machine and which were trained for SPACE; reads files only, asks no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
+
+from space_cli.errors import UsageProblem
+from space_cli.models.checkpoint import SPACE_CONFIG_NAME, SpaceConfig
+from space_cli.models.registry import ModelEntry, read_models
+
+_WEIGHTS = "model.safetensors"
+_SHARDS = "model.safetensors.index.json"
+
+
+class ModelStatus(BaseModel):
+    """One name of models.toml as it stands here.
+
+    Attributes:
+        kind: what `source` is.
+        present: whether configuration and all weights are on this machine.
+        trained: whether it was trained for SPACE; None where only a download would tell.
+        problem: what is wrong with what is here.
+    """
+
+    name: str
+    description: str
+    kind: Literal["bundled", "folder", "hub"]
+    source: str
+    revision: str | None
+    present: bool
+    trained: bool | None
+    candidates: int | None = None
+    masks_per_group: int | None = None
+    problem: str | None = None
+
+
+def inventory(models_file: Path | None = None) -> list[ModelStatus]:
+    """Return the status of every name, in the order of the files.
+
+    Raises:
+        UsageProblem: a models.toml is missing or malformed.
+    """
+    return [_status(name, entry) for name, entry in read_models(models_file).items()]
+
+
+def _status(name: str, entry: ModelEntry) -> ModelStatus:
+    path = Path(entry.source)
+    is_local = path.is_dir() or path.is_absolute()
+    status = ModelStatus(
+        name=name,
+        description=entry.description,
+        kind="bundled" if entry.is_bundled else "folder" if is_local else "hub",
+        source=entry.source,
+        revision=entry.revision,
+        present=False,
+        trained=True if entry.mask_token_ids and entry.candidates else None,
+        candidates=entry.candidates,
+        masks_per_group=entry.masks_per_group or entry.candidates,
+    )
+    try:
+        folder = (path if path.is_dir() else None) if is_local else _snapshot(entry)
+        return status.model_copy(update=_found(folder, entry)) if folder else status
+    except (UsageProblem, OSError, ValueError) as error:
+        return status.model_copy(update={"problem": str(error)})
+
+
+def _found(folder: Path, entry: ModelEntry) -> dict[str, object]:
+    """Return what the files of a model say; its space_config.json goes before models.toml, as in loading."""
+    missing = _missing(folder)
+    found: dict[str, object] = {"present": not missing, "problem": f"no {missing}" if missing else None}
+    if (folder / SPACE_CONFIG_NAME).is_file():
+        config = SpaceConfig.load(folder)
+        return found | {
+            "trained": True,
+            "candidates": config.candidates,
+            "masks_per_group": config.masks_per_group,
+        }
+    return found if entry.mask_token_ids or not _known_absent(entry) else found | {"trained": False}
+
+
+def _known_absent(entry: ModelEntry) -> bool:
+    """Return whether a model without space_config.json here has none: a cache also notes what the Hub does not have."""
+    if Path(entry.source).is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(entry.source, SPACE_CONFIG_NAME, revision=entry.revision)
+    return found is not None and not isinstance(found, str)
+
+
+def _missing(folder: Path) -> str | None:
+    """Return the first file that loading would miss."""
+    names = ["config.json"]
+    if (folder / _SHARDS).is_file():
+        shards = json.loads((folder / _SHARDS).read_text("utf-8")).get("weight_map", {})
+        names += sorted(set(shards.values()))
+    else:
+        names.append(_WEIGHTS)
+    return next((name for name in names if not (folder / name).is_file()), None)
+
+
+def _snapshot(entry: ModelEntry) -> Path | None:
+    """Return the folder of a Hub model in the local cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(entry.source, "config.json", revision=entry.revision)
+    return Path(found).parent if isinstance(found, str) else None
