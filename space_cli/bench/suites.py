@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from space_cli.errors import UsageProblem
 
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where a function body ends (Codex paper, arXiv 2107.03374, section 2.1 and its released evaluation)."""
+"""Where a function body ends: the five stop sequences of the Codex paper (arXiv 2107.03374)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Suite:
     """Prompts that are measured together.
 
     Attributes:
-        name: as in reports.
+        name: as the user gave it, and as in reports; two files of one name in two folders stay apart.
         prompts: in file order.
         stop_strings: an answer ends where one of them appears.
     """
@@ -53,22 +54,17 @@ def load_suite(name: str, *, limit: int | None = None) -> Suite:
     """
     if name == "humaneval":
         return Suite(name, tuple(_humaneval())[:limit], HUMANEVAL_STOPS)
-    file = Path(name)
-    if not file.exists():
-        close = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {close[0]}?" if close else f"known suites: {', '.join(SUITES)}; or a .jsonl file of prompts"
-        )
-        raise UsageProblem(f"no suite and no file named {name!r}", hint=hint)
-    prompts = tuple(_read_prompts(file))
+    lines: dict[str, int] = {}
+    prompts = []
+    for number, prompt in _read_prompts(Path(name)):
+        if prompt.task_id in lines:
+            first = lines[prompt.task_id]
+            raise UsageProblem(f"{name}:{number}: task_id {prompt.task_id!r} stands in line {first} already")
+        lines[prompt.task_id] = number
+        prompts.append(prompt)
     if not prompts:
-        raise UsageProblem(f"{file}: no prompts in it", hint='each line is an object like {"prompt": "..."}')
-    seen: set[str] = set()
-    for prompt in prompts:
-        if prompt.task_id in seen:
-            raise UsageProblem(f"{file}: task_id {prompt.task_id!r} stands there twice")
-        seen.add(prompt.task_id)
-    return Suite(file.name, prompts[:limit])
+        raise UsageProblem(f"{name}: no prompts in it", hint='each line is an object like {"prompt": "..."}')
+    return Suite(name, tuple(prompts[:limit]))
 
 
 def _humaneval() -> Iterator[Prompt]:
@@ -78,27 +74,42 @@ def _humaneval() -> Iterator[Prompt]:
         yield Prompt(task_id, problem["prompt"])
 
 
-def _read_prompts(file: Path) -> Iterator[Prompt]:
+def _read_prompts(file: Path) -> Iterator[tuple[int, Prompt]]:
+    """Yield line number and prompt."""
+    # JSON Lines ends lines with \n alone: str.splitlines would cut inside strings that hold U+2028 and the like
+    for number, line in enumerate(_read(file).removeprefix(BOM_UTF8).split(b"\n"), start=1):
+        if line.strip():
+            yield number, _parse(line, f"{file}:{number}", default_id=f"{file.stem}/{number}")
+
+
+def _read(file: Path) -> bytes:
     try:
-        text = file.read_text("utf-8-sig")
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        close = difflib.get_close_matches(str(file), SUITES, n=1, cutoff=0.5)
+        known = f"known suites: {', '.join(SUITES)}; or a .jsonl file of prompts"
+        hint = f"did you mean {close[0]}?" if close else known
+        raise UsageProblem(f"no suite and no file named {str(file)!r}", hint=hint) from error
     except OSError as error:
         raise UsageProblem(f"{file}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageProblem(f"{file}: not UTF-8 text (byte {error.start})") from error
-    # JSON Lines ends lines with \n alone: str.splitlines would cut inside strings that hold U+2028 and the like
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _parse(line, f"{file}:{number}", default_id=f"{file.stem}/{number}")
 
 
-def _parse(line: str, where: str, *, default_id: str) -> Prompt:
+def _parse(line: bytes, where: str, *, default_id: str) -> Prompt:
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise UsageProblem(f"{where}: not UTF-8 text") from error
+    except (ValueError, RecursionError) as error:  # ValueError alone: a number of too many digits
         raise UsageProblem(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
         raise UsageProblem(f"{where}: needs a non-empty string field 'prompt'")
     task_id = row.get("task_id", default_id)
     if not isinstance(task_id, (str, int)):
         raise UsageProblem(f"{where}: 'task_id' must be a string or a number")
+    for field, text in {"prompt": row["prompt"], "task_id": str(task_id)}.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # JSON can escape half of a surrogate pair; no tokenizer takes it
+            raise UsageProblem(f"{where}: {field!r} holds half of a surrogate pair") from error
     return Prompt(str(task_id), row["prompt"])

@@ -35,8 +35,12 @@ def test_any_text_is_read_as_it_was_written(tmp_path_factory, prompts):
         (b'["a"]\n', r"prompts\.jsonl:1: needs"),
         (b'{"prompt": ""}\n', r"prompts\.jsonl:1: needs"),
         (b'{"prompt": "a", "task_id": {}}\n', r"prompts\.jsonl:1: 'task_id'"),
-        (b'{"prompt": "a", "task_id": 1}\n{"prompt": "b", "task_id": "1"}\n', "task_id '1' stands there twice"),
-        (b'{"prompt": "\xff"}\n', "not UTF-8"),
+        (b'{"prompt": "a", "task_id": 1}\n\n{"prompt": "b", "task_id": "1"}\n', "jsonl:3: task_id .1. stands in line"),
+        (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', r"prompts\.jsonl:2: not UTF-8"),
+        (b'{"prompt": "a\\ud800"}\n', r"prompts\.jsonl:1: 'prompt' holds half of a surrogate pair"),
+        (b'{"prompt": "a", "task_id": "\\udfff"}\n', r"prompts\.jsonl:1: 'task_id' holds half"),
+        (b'{"prompt": "a", "task_id": ' + b"9" * 5000 + b"}\n", r"prompts\.jsonl:1: not JSON: Exceeds the limit"),
+        (b"[" * 200_000 + b"\n", r"prompts\.jsonl:1: not JSON"),
     ],
 )
 def test_a_malformed_file_is_told_with_the_line(tmp_path, content, told):
@@ -52,3 +56,23 @@ def test_an_unknown_suite_is_told_with_a_suggestion(tmp_path):
         load_suite("humanevl")
     with pytest.raises(UsageProblem, match="Is a directory"):
         load_suite(str(tmp_path))
+    with pytest.raises(UsageProblem, match="File name too long"):
+        load_suite("x" * 300)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
+
+    assert [prompt.text for prompt in load_suite(str(file)).prompts] == ["a", "b"]
+
+
+def test_files_of_one_name_in_two_folders_stay_two_suites(tmp_path):
+    files = [tmp_path / folder / "prompts.jsonl" for folder in ("one", "two")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text('{"prompt": "a"}\n')
+
+    first, second = (load_suite(str(file)) for file in files)
+
+    assert first.name != second.name
