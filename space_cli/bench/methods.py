@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
@@ -80,14 +82,25 @@ def _generate(task: Task, on_step: OnStep, **options: Any) -> Generation:
         **options,
     )
     input_ids = torch.tensor([list(task.prompt_ids)], device=loaded.model.device)
-    recorder = _Recorder(task, on_step)
-    loaded.model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        generation_config=config,
-        stopping_criteria=StoppingCriteriaList([recorder]),
-    )
+    with _no_defaults_of_its_own(loaded.model):
+        recorder = _Recorder(task, on_step)
+        loaded.model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([recorder]),
+        )
     return recorder.generation
+
+
+@contextmanager
+def _no_defaults_of_its_own(model: PreTrainedModel) -> Iterator[None]:
+    """Keep `generate` from filling in what many checkpoints ask for: sampling, penalties, beams, another cache."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _Recorder(StoppingCriteria):
@@ -152,12 +165,25 @@ def choose_methods(names: Sequence[str], loaded: LoadedModel) -> list[Method]:
     Raises:
         UsageProblem: an unknown method, or one that this model cannot run.
     """
-    for name in names:
-        if name not in METHODS:
-            raise UsageProblem(f"no method named {name!r}", hint=f"methods: {', '.join(METHODS)}")
-        if METHODS[name].needs_training and not loaded.candidates:
+    methods = methods_named(names)
+    for method in methods:
+        if method.needs_training and not loaded.candidates:
             raise UsageProblem(
-                f"{loaded.name} was not trained for SPACE, so method {name!r} cannot run on it",
+                f"{loaded.name} was not trained for SPACE, so method {method.name!r} cannot run on it",
                 hint="choose another model, or give mask_token_ids and candidates in a models file",
             )
+    return methods
+
+
+def methods_named(names: Sequence[str]) -> list[Method]:
+    """Return the methods named, each once, whatever the model; to know of a wrong name before a model is loaded.
+
+    Raises:
+        UsageProblem: an unknown method.
+    """
+    for name in names:
+        if name not in METHODS:
+            close = difflib.get_close_matches(name, METHODS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"methods: {', '.join(METHODS)}"
+            raise UsageProblem(f"no method named {name!r}", hint=hint)
     return [METHODS[name] for name in dict.fromkeys(names)]

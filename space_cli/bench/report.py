@@ -183,7 +183,9 @@ def _commit() -> str | None:
     root = Path(space_cli.__file__).parent.parent
     if not (root / ".git").exists():
         return None
-    git = subprocess.run(  # fixed arguments, no shell
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False)  # fixed arguments, no shell
+    except OSError:  # a checkout on a machine without git
+        return None
     return git.stdout.strip() or None

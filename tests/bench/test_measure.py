@@ -1,10 +1,12 @@
 from dataclasses import replace
 
 import pytest
+from transformers import GenerationConfig
 
+import space_cli
 from space_cli.bench.measure import Settings, measure
-from space_cli.bench.methods import METHODS, Method, choose_methods
-from space_cli.bench.report import Report, Sample, results
+from space_cli.bench.methods import METHODS, Method, choose_methods, methods_named
+from space_cli.bench.report import Report, Sample, environment, results
 from space_cli.bench.suites import Prompt, Suite
 from space_cli.core.choose import Sampling
 from space_cli.core.stream import Generation, Step
@@ -57,6 +59,16 @@ def test_all_methods_end_at_the_same_stop_string(loaded):
     assert text[4:6] not in samples[0].text
 
 
+def test_generation_defaults_of_a_checkpoint_do_not_reach_generate(loaded, monkeypatch):
+    own = GenerationConfig(do_sample=True, temperature=5.0, num_beams=2, no_repeat_ngram_size=1, suppress_tokens=[40])
+    monkeypatch.setattr(loaded.model, "generation_config", own)
+
+    samples = run(loaded, ["ar", "hf", "hf-lookup"])
+
+    assert all(sample.identical for sample in samples)
+    assert loaded.model.generation_config is own
+
+
 def test_sampled_space_equals_sampled_ar_and_generate_is_not_compared(loaded):
     samples = run(loaded, ["ar", "space", "hf"], sampling=Sampling(0.9, top_k=50, seed=4))
 
@@ -94,6 +106,8 @@ def test_candidates_keep_to_what_was_trained(loaded):
 def test_unknown_methods_and_untrained_models_are_told(loaded):
     with pytest.raises(UsageProblem, match="no method named 'beam'"):
         choose_methods(["ar", "beam"], loaded)
+    with pytest.raises(UsageProblem, match="did you mean hf-lookup"):
+        methods_named(["hf-lokup"])
     with pytest.raises(UsageProblem, match="was not trained for SPACE"):
         choose_methods(["space"], replace(loaded, candidates=0))
 
@@ -157,6 +171,14 @@ def test_repetitive_is_told_by_distinct_tokens(loaded):
 
     assert all(each.repetitive for each in found)
     assert found[0].identical is None
+
+
+def test_a_checkout_without_git_has_no_commit(tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(space_cli, "__file__", str(tmp_path / "space_cli" / "__init__.py"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert environment(device="cpu", dtype="float32", threads=1)["commit"] is None
 
 
 def test_report_is_written_whole_or_not_at_all(tmp_path):
