@@ -18,6 +18,8 @@ def _checked_record(json: str | None) -> str | None:
     file = Path(json).resolve()
     if file.is_dir():
         raise UsageProblem(f"--json {json}: is a folder", hint="give a file, or - for standard output")
+    if Path(json).exists() and not file.is_file():
+        return json  # a device or a pipe, as of `--json >(jq ...)`
     if not file.parent.is_dir():
         raise UsageProblem(f"--json {json}: there is no folder {file.parent}")
     if not os.access(file.parent, os.W_OK):
@@ -58,7 +60,7 @@ TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k li
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample within this probability mass.")]
 MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="Least probability relative to the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", min=0.01, help="1 is off.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of sampling.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of sampling.")]
 Limit = Annotated[int | None, typer.Option("--limit", "-L", min=1, help="Only the first N prompts of each suite.")]
 Json = Annotated[
     str | None,
