@@ -65,24 +65,24 @@ def bench(
 
     quiet_libraries()
 
-    from space_cli.bench.measure import Settings, measure
-    from space_cli.bench.methods import choose_methods
+    from space_cli.bench.measure import Settings, check_candidates, measure
+    from space_cli.bench.methods import choose_methods, methods_named
     from space_cli.bench.report import results
     from space_cli.cli.live import bench_view
     from space_cli.core.choose import Sampling
     from space_cli.models.loading import load_model
 
+    default = "ar,space" if temperature else "ar,space,hf"
+    names = [method.name for method in methods_named([name.strip() for name in (methods or default).split(",")])]
     view = bench_view(quiet=quiet)
     view.loading(model)
     loaded = load_model(
         model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
     )
-    default = "ar,space" if temperature else "ar,space,hf"
-    chosen = choose_methods([name.strip() for name in (methods or default).split(",")], loaded)
+    chosen = choose_methods(names, loaded)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     settings = Settings(max_new_tokens, sampling, candidates)
-    report = _report(loaded, settings)
-    names = [method.name for method in chosen]
+    report = _report(loaded, settings, check_candidates(loaded, chosen, candidates))
     view.begin(loaded, names, sum(len(each.prompts) for each in suites))
     try:
         with view:
@@ -115,7 +115,7 @@ def _list() -> int:
     return 0
 
 
-def _report(loaded: LoadedModel, settings: Settings) -> Report:
+def _report(loaded: LoadedModel, settings: Settings, candidates: int) -> Report:
     """Return the record of a run that has not begun."""
     from dataclasses import asdict
 
@@ -123,17 +123,19 @@ def _report(loaded: LoadedModel, settings: Settings) -> Report:
 
     from space_cli.bench.report import Report, environment
 
-    candidates = settings.candidates or loaded.candidates or None
     return Report(
         environment=environment(device=loaded.device, dtype=loaded.dtype, threads=torch.get_num_threads()),
-        settings={"model": loaded.name, "source": loaded.source, **asdict(settings), "candidates": candidates},
+        settings={"model": loaded.name, "source": loaded.source, **asdict(settings), "candidates": candidates or None},
     )
 
 
 def _hand_out(report: Report, json: str | None, view: BenchView) -> None:
     """Write the record and show the table; with --json - standard output holds the JSON alone."""
-    if json == "-":
-        typer.echo(report.to_json(), nl=False)
-    elif json is not None:
-        report.write(Path(json))
-    view.show(report, to_stderr=json == "-")
+    try:
+        if json == "-":
+            typer.echo(report.to_json(), nl=False)
+        elif json is not None:
+            report.write(Path(json))
+    finally:
+        # a record that cannot be written must not cost the table of a long run
+        view.show(report, to_stderr=json == "-")

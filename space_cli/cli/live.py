@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -159,12 +158,15 @@ class LiveBenchView(BenchView):
         """Draw instead of printing lines."""
 
     def _render(self) -> Group:
-        size = shutil.get_terminal_size()
-        lines = self._text.split("\n", allow_blank=True)[-_TEXT_LINES:]
-        body = Text("\n", no_wrap=True, overflow="ellipsis").join(lines)
-        title = plain(f"{self._task}  {self._method}")
-        panel = Panel(body, title=title, title_align="left", height=min(_TEXT_LINES + 2, max(3, size.lines - 8)))
-        return Group(self._progress(size.columns), panel, self._methods())
+        size = self._console.size
+        height = min(_TEXT_LINES, max(1, size.height - len(self._tallies) - 6))
+        # the newest text is what counts: it stays in sight where a line is longer than the panel is wide
+        lines = self._text.split("\n", allow_blank=True)[-height:]
+        wrapped = [part for line in lines for part in line.wrap(self._console, size.width - 4, overflow="fold")]
+        body = Text("\n", no_wrap=True).join(wrapped[-height:])
+        title = plain(f"{self._method}  {self._task}")
+        panel = Panel(body, title=title, title_align="left", height=height + 2)
+        return Group(self._progress(size.width), panel, self._methods())
 
     def _progress(self, columns: int) -> Text:
         done = self._prompts / self._total if self._total else 0.0

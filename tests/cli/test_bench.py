@@ -7,6 +7,9 @@ import time
 
 import pytest
 
+from space_cli.cli.bench import _hand_out
+from space_cli.errors import RunFailed
+
 FAST = ("--dtype", "float32", "--max-new-tokens", "12")
 
 
@@ -142,6 +145,23 @@ def test_ctrl_c_keeps_what_is_done(clean_env, tiny_model_dir, tmp_path):
     assert saved["complete"] is False
     assert 0 < len(saved["samples"]) < 15000
     assert saved["results"]
+
+
+def test_a_record_that_cannot_be_written_does_not_cost_the_table():
+    shown = []
+
+    class View:
+        def show(self, report, *, to_stderr):
+            shown.append(to_stderr)
+
+    class FullDisk:
+        def write(self, file):
+            raise RunFailed(f"{file}: No space left on device")
+
+    with pytest.raises(RunFailed):
+        _hand_out(FullDisk(), "run.json", View())
+
+    assert shown == [False]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
