@@ -282,7 +282,7 @@ def main() -> None:
         mask_token_ids=mask_token_ids(tokenizer),
         candidates=MASKS,
         masks_per_group=MASKS,
-        training={"arguments": {k: str(v) for k, v in vars(args).items()}, **report},
+        training={"arguments": {k: str(v) for k, v in vars(args).items() if k != "root"}, **report},
     ).save(output)
     print(json.dumps(report), flush=True)
 
