@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _SECONDS_PER_FRAME = 0.125
 _TEXT_LINES = 9
+_ROUNDING = (
+    "Half precision rounds a row in a block and the same row alone differently; --dtype float32 compares exactly."
+)
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -110,6 +113,8 @@ class BenchView:
             console.print(part)
         console.print()
         console.print(_closing(report), soft_wrap=True)
+        if report.environment["dtype"] != "float32" and any(result.identical is False for result in report.results):
+            console.print(_ROUNDING, style="dim", soft_wrap=True)
 
 
 class LiveBenchView(BenchView):
