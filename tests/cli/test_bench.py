@@ -126,17 +126,23 @@ def test_ctrl_c_keeps_what_is_done(clean_env, tiny_model_dir, tmp_path):
     record = tmp_path / "run.json"
     options = ("--model", tiny_model_dir, "--suite", prompts, "--json", record, *FAST)
     command = [sys.executable, "-u", "-m", "space_cli", "bench", *options]
-    process = subprocess.Popen(
-        list(map(str, command)), env=clean_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        for line in process.stderr:
-            if "prompts  ar" in line:
-                break
-        os.kill(process.pid, signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    # a job in the background of a script inherits a SIGINT that is ignored, and so would the command
+    with subprocess.Popen(
+        list(map(str, command)),
+        env=clean_env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            for line in process.stderr:
+                if "prompts  ar" in line:
+                    break
+            os.kill(process.pid, signal.SIGINT)
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
 
     saved = json.loads(record.read_text())
     assert process.returncode == 130
