@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 _SECONDS_PER_FRAME = 0.125
 _TEXT_LINES = 9
-_ROUNDING = (
-    "Half precision rounds a row in a block and the same row alone differently; --dtype float32 compares exactly."
-)
+_ROUNDING = "Half precision rounds a position differently in calls of different shape; --dtype float32 is exact."
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
