@@ -2,8 +2,6 @@
 
 import torch
 
-from space_cli.core.block import SlotKind
-
 
 def mask_by_definition(block, prefix_length):
     """The block's mask by the words of the method, slot by slot."""
@@ -42,8 +40,3 @@ def chain_visibility(candidates, masks):
             pairs |= {(mask, seen) for seen in (head, *range(1, i + 1))}
             pairs |= {(mask, group_start[i] + earlier) for earlier in range(j + 1)}
     return pairs
-
-
-def is_mask(block, slot):
-    """Whether a slot holds a mask."""
-    return block.kinds[slot] is SlotKind.MASK

@@ -133,11 +133,6 @@ class Block:
         return tuple(tuple(row) for row in children)
 
     @cached_property
-    def is_chain(self) -> bool:
-        """Whether the candidates stand in one row."""
-        return self.candidate_parents == tuple(range(self.num_candidates))
-
-    @cached_property
     def _groups(self) -> dict[int, range]:
         starts = range(self.num_tokens, self.num_slots, self.masks) if self.masks else ()
         return {anchor: range(start, start + self.masks) for anchor, start in zip(self.anchors, starts, strict=False)}

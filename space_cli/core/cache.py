@@ -17,7 +17,6 @@ class PreallocatedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_croppable = True
     # None until the first update, and not used before
     keys: torch.Tensor
     values: torch.Tensor
@@ -57,10 +56,6 @@ class PreallocatedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Return the length of the buffer."""
         return self.max_length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last tokens; negative, as transformers has it."""
-        self.length += min(0, tokens_to_remove)
 
 
 class KVCache:

@@ -46,11 +46,6 @@ class Generation:
         return sum(step.seconds for step in self.steps)
 
     @property
-    def tokens_per_step(self) -> float:
-        """Mean acceptance length: tokens over model calls, the prefill not counted; 0 without a step."""
-        return len(self.tokens) / len(self.steps) if self.steps else 0.0
-
-    @property
     def finish_reason(self) -> FinishReason | None:
         """Why it ended; None while it runs or after an interruption."""
         return self.steps[-1].finish_reason if self.steps else None
