@@ -11,13 +11,11 @@ from space_cli.bench.report import Sample
 from space_cli.bench.suites import Suite
 from space_cli.core.choose import Sampling
 from space_cli.core.stopping import StopRule, cut_at_stop
-from space_cli.core.stream import Generation, Step
+from space_cli.core.stream import Generation, Step, is_repetitive
 from space_cli.errors import UsageProblem
 from space_cli.models.loading import LoadedModel
 
 _WARM_UP_TOKENS = 16
-_REPETITIVE = 3.5
-"""Tokens over distinct tokens above which an output counts as repetitive (as in the published evaluation)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +129,7 @@ def _sample(method: Method, suite: str, task_id: str, task: Task, generation: Ge
         text=cut_at_stop(text, task.stop.stop_strings),
         tokens_by_step=[len(step.tokens) for step in generation.steps],
         finish_reason=generation.finish_reason,
-        repetitive=len(tokens) > _REPETITIVE * len(set(tokens)),
+        repetitive=is_repetitive(tokens),
     )
 
 

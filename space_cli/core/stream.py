@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["eos", "stop_string", "length"]
+
+
+def is_repetitive(tokens: Sequence[int]) -> bool:
+    """Return whether an output loops: tokens over distinct tokens above 3.5, as in the published evaluation."""
+    return len(tokens) > 3.5 * len(set(tokens))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from space_cli.core.stream import is_repetitive
+
 _BATCH = 64
 _MAX_PROMPT_TOKENS = 256
 _MAX_NEW_TOKENS = 112
-_REPETITIVE = 3.5
 
 
 def answers(
@@ -66,7 +67,7 @@ def main() -> None:
         for number, batch in enumerate(batches):
             rows = answers(model, tokenizer, batch, temperature=0.8 if number % 3 == 2 else 0.0)
             for prompt, ids in zip(batch, rows, strict=True):
-                if len(ids) > 1 and len(ids) <= _REPETITIVE * len(set(ids)):
+                if len(ids) > 1 and not is_repetitive(ids):
                     finished = ids[-1] == tokenizer.eos_token_id
                     row = {
                         "prompt": prompt,
