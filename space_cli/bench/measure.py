@@ -10,6 +10,7 @@ from space_cli.bench.methods import Method, Task
 from space_cli.bench.report import Sample
 from space_cli.bench.suites import Suite
 from space_cli.core.choose import Sampling
+from space_cli.core.engine import Numerics
 from space_cli.core.stopping import StopRule, cut_at_stop
 from space_cli.core.stream import Generation, Step, is_repetitive
 from space_cli.errors import UsageProblem
@@ -24,11 +25,13 @@ class Settings:
 
     Attributes:
         candidates: k of method space; None is what its checkpoint says.
+        numerics: how our calls are shaped; None is the model's default.
     """
 
     max_new_tokens: int
     sampling: Sampling
     candidates: int | None = None
+    numerics: Numerics | None = None
 
 
 class View(Protocol):
@@ -40,7 +43,7 @@ class View(Protocol):
     def stepped(self, method: str, step: Step) -> None:
         """A model call has ended."""
 
-    def finished(self, sample: Sample) -> None:
+    def finished(self, method: str) -> None:
         """An answer is complete."""
 
 
@@ -53,22 +56,41 @@ def measure(
         UsageProblem: candidates out of range, or a prompt that does not fit the context; before anything has run.
     """
     candidates = check_candidates(loaded, methods, settings.candidates)
-    tasks = [
-        (suite, prompt.task_id, _task(loaded, suite, prompt.text, settings, candidates))
+    planned = plan(loaded, suites, settings, candidates)
+    for method in methods:
+        task = planned[0].task
+        few = min(_WARM_UP_TOKENS, settings.max_new_tokens)
+        method.run(replace(task, stop=replace(task.stop, max_new_tokens=few)), lambda _: None)
+    for turn, each in enumerate(planned):
+        # each method takes its turn at being first after the one before it
+        order = [*methods[turn % len(methods) :], *methods[: turn % len(methods)]]
+        samples = [_answer(method, each, view) for method in order]
+        yield from _compared(samples, methods, settings.sampling, view)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A prompt of a suite, ready to be answered."""
+
+    suite: str
+    task_id: str
+    task: Task
+
+
+def plan(loaded: LoadedModel, suites: Sequence[Suite], settings: Settings, candidates: int) -> list[Planned]:
+    """Return the tasks of all prompts, in order.
+
+    Raises:
+        UsageProblem: a prompt that is empty or does not fit the context; before anything has run.
+    """
+    planned = [
+        Planned(suite.name, prompt.task_id, _task(loaded, suite, prompt.text, settings, candidates))
         for suite in suites
         for prompt in suite.prompts
     ]
-    for suite, task_id, task in tasks:
-        _check_fits(loaded, f"{suite.name} {task_id}", task)
-    for method in methods:
-        _, _, task = tasks[0]
-        few = min(_WARM_UP_TOKENS, settings.max_new_tokens)
-        method.run(replace(task, stop=replace(task.stop, max_new_tokens=few)), lambda _: None)
-    for turn, (suite, task_id, task) in enumerate(tasks):
-        # each method takes its turn at being first after the one before it
-        order = [*methods[turn % len(methods) :], *methods[: turn % len(methods)]]
-        samples = [_answer(method, suite.name, task_id, task, view) for method in order]
-        yield from _compared(samples, methods, settings.sampling, view)
+    for each in planned:
+        _check_fits(loaded, f"{each.suite} {each.task_id}", each.task)
+    return planned
 
 
 def check_candidates(loaded: LoadedModel, methods: Sequence[Method], candidates: int | None) -> int:
@@ -92,7 +114,7 @@ def check_candidates(loaded: LoadedModel, methods: Sequence[Method], candidates:
 def _task(loaded: LoadedModel, suite: Suite, text: str, settings: Settings, candidates: int) -> Task:
     stop = StopRule(settings.max_new_tokens, loaded.eos_token_ids, suite.stop_strings, loaded.decode)
     prompt = loaded.prompt_template.replace("{}", text) if loaded.prompt_template else text
-    return Task(loaded, loaded.encode(prompt), stop, settings.sampling, candidates)
+    return Task(loaded, loaded.encode(prompt), stop, settings.sampling, candidates, settings.numerics)
 
 
 def _check_fits(loaded: LoadedModel, name: str, task: Task) -> None:
@@ -107,18 +129,18 @@ def _check_fits(loaded: LoadedModel, name: str, task: Task) -> None:
         )
 
 
-def _answer(method: Method, suite: str, task_id: str, task: Task, view: View) -> Sample:
-    view.started(suite, task_id, method.name)
-    generation = method.run(task, lambda step: view.stepped(method.name, step))
-    return _sample(method, suite, task_id, task, generation)
+def _answer(method: Method, planned: Planned, view: View) -> Sample:
+    view.started(planned.suite, planned.task_id, method.name)
+    generation = method.run(planned.task, lambda step: view.stepped(method.name, step))
+    return _sample(method, planned, generation)
 
 
-def _sample(method: Method, suite: str, task_id: str, task: Task, generation: Generation) -> Sample:
-    tokens = generation.tokens
+def _sample(method: Method, planned: Planned, generation: Generation) -> Sample:
+    task, tokens = planned.task, generation.tokens
     text = task.loaded.decode(tokens, skip_special_tokens=True)
     return Sample(
-        suite=suite,
-        task_id=task_id,
+        suite=planned.suite,
+        task_id=planned.task_id,
         method=method.name,
         prompt_tokens=len(task.prompt_ids),
         tokens=len(tokens),
@@ -140,5 +162,5 @@ def _compared(samples: list[Sample], methods: Sequence[Method], sampling: Sampli
     for sample in samples:
         if expected is not None and sample.method in exact:
             sample.identical = sample.token_ids == expected
-        view.finished(sample)
+        view.finished(sample.method)
         yield sample

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
-from space_cli.core.decoder import decode
+from space_cli.core.decoder import Drafter, decode
+from space_cli.core.engine import Numerics
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
@@ -34,17 +35,19 @@ class Task:
     stop: StopRule
     sampling: Sampling
     candidates: int
+    numerics: Numerics | None = None
 
 
 def _ar(task: Task, on_step: OnStep) -> Generation:
-    return _decode(task, AR_BLOCK, on_step)
+    return run_decode(task, AR_BLOCK, on_step)
 
 
 def _space(task: Task, on_step: OnStep) -> Generation:
-    return _decode(task, Block.chain(task.candidates, task.candidates), on_step)
+    return run_decode(task, Block.chain(task.candidates, task.candidates), on_step)
 
 
-def _decode(task: Task, block: Block, on_step: OnStep) -> Generation:
+def run_decode(task: Task, block: Block, on_step: OnStep, *, drafter: Drafter | None = None) -> Generation:
+    """Answer a task with our decoder."""
     generation = Generation()
     for step in decode(
         task.loaded.model,
@@ -53,6 +56,8 @@ def _decode(task: Task, block: Block, on_step: OnStep) -> Generation:
         chooser=Chooser.from_sampling(task.sampling),
         block=block,
         mask_token_ids=task.loaded.mask_token_ids,
+        drafter=drafter,
+        numerics=task.numerics,
     ):
         generation.steps.append(step)
         on_step(step)

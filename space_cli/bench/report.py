@@ -72,15 +72,13 @@ class Result(BaseModel):
     identical_prompts: int | None
 
 
-class Report(BaseModel):
-    """The whole of a run; `complete` is false when it was cut short."""
+class Record(BaseModel):
+    """What every run leaves behind; `complete` is false when it was cut short."""
 
     schema_version: int = SCHEMA_VERSION
     complete: bool = False
     environment: dict[str, Any]
     settings: dict[str, Any]
-    results: list[Result] = Field(default_factory=list)
-    samples: list[Sample] = Field(default_factory=list)
 
     def to_json(self) -> str:
         """Return the JSON text; a figure that was not measured is null."""
@@ -96,6 +94,13 @@ class Report(BaseModel):
             write_whole(file, self.to_json())
         except OSError as error:
             raise RunFailed(f"{file}: could not be written: {error.strerror or error}") from error
+
+
+class Report(Record):
+    """A benchmark."""
+
+    results: list[Result] = Field(default_factory=list)
+    samples: list[Sample] = Field(default_factory=list)
 
 
 def results(samples: Sequence[Sample], methods: Sequence[str]) -> list[Result]:

@@ -12,7 +12,7 @@ from space_cli.cli import options
 if TYPE_CHECKING:
     from space_cli.bench.measure import Settings
     from space_cli.bench.report import Report
-    from space_cli.cli.live import BenchView
+    from space_cli.cli.live import RunView
     from space_cli.models.loading import LoadedModel
 
 EPILOG = (
@@ -68,13 +68,13 @@ def bench(
     from space_cli.bench.measure import Settings, check_candidates, measure
     from space_cli.bench.methods import choose_methods, methods_named
     from space_cli.bench.report import results
-    from space_cli.cli.live import bench_view
+    from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
     from space_cli.models.loading import load_model
 
     default = "ar,space" if temperature else "ar,space,hf"
     names = [method.name for method in methods_named([name.strip() for name in (methods or default).split(",")])]
-    view = bench_view(quiet=quiet)
+    view = run_view(quiet=quiet)
     view.loading(model)
     loaded = load_model(
         model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
@@ -129,8 +129,10 @@ def _report(loaded: LoadedModel, settings: Settings, candidates: int) -> Report:
     )
 
 
-def _hand_out(report: Report, json: str | None, view: BenchView) -> None:
+def _hand_out(report: Report, json: str | None, view: RunView) -> None:
     """Write the record and show the table; with --json - standard output holds the JSON alone."""
+    from space_cli.cli.tables import show_bench
+
     try:
         if json == "-":
             typer.echo(report.to_json(), nl=False)
@@ -138,4 +140,4 @@ def _hand_out(report: Report, json: str | None, view: BenchView) -> None:
             report.write(Path(json))
     finally:
         # a record that cannot be written must not cost the table of a long run
-        view.show(report, to_stderr=json == "-")
+        show_bench(report, view.done, to_stderr=json == "-")

@@ -1,10 +1,9 @@
-"""What a person sees while `space bench` runs, and the table at its end."""
+"""What a person sees while methods answer prompts, in `space bench` and `space verify-lossless`."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -15,17 +14,15 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from space_cli.cli.console import err, out, plain, visible
+from space_cli.cli.console import err, plain, visible
 
 if TYPE_CHECKING:
-    from space_cli.bench.report import Report, Result, Sample
     from space_cli.core.stopping import TextStream
     from space_cli.core.stream import Step
     from space_cli.models.loading import LoadedModel
 
 _SECONDS_PER_FRAME = 0.125
 _TEXT_LINES = 9
-_ROUNDING = "Half precision rounds a position differently in calls of different shape; --dtype float32 is exact."
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -49,14 +46,19 @@ class _Tally:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-class BenchView:
-    """Plain lines on standard error, one per prompt group; `LiveBenchView` draws instead."""
+class RunView:
+    """Plain lines on standard error, one per prompt group; `LiveRunView` draws instead."""
 
     def __init__(self, console: Console, *, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
         self._tallies: dict[str, _Tally] = {}
         self._prompts = self._total = 0
         self._last_line = time.monotonic()
+
+    @property
+    def done(self) -> str:
+        """How far the run got."""
+        return f"{self._prompts} of {self._total} prompts"
 
     def loading(self, name: str) -> None:
         """Say that a model is being loaded."""
@@ -69,7 +71,7 @@ class BenchView:
         self._tallies = {name: _Tally() for name in methods}
         self._total = prompts
 
-    def __enter__(self) -> BenchView:
+    def __enter__(self) -> RunView:
         """Start showing."""
         return self
 
@@ -85,9 +87,9 @@ class BenchView:
         """A model call has ended."""
         self._tallies[method].add(step)
 
-    def finished(self, sample: Sample) -> None:
+    def finished(self, method: str) -> None:
         """Count the prompt when it is done by all methods."""
-        if sample.method == next(reversed(self._tallies)):
+        if method == next(reversed(self._tallies)):
             self._prompts += 1
             self._prompt_done()
 
@@ -99,23 +101,8 @@ class BenchView:
         rates = "  ".join(f"{name} {tally.rate:.0f} tok/s" for name, tally in self._tallies.items())
         self._console.print(plain(f"{self._prompts}/{self._total} prompts  {rates}"), soft_wrap=True)
 
-    def show(self, report: Report, *, to_stderr: bool) -> None:
-        """Print the table of a run."""
-        console = self._console if to_stderr else out()
-        if not console.is_terminal:
-            # without a terminal there is no width to keep to: a table cut at 80 columns would lose figures
-            console.width = max(console.width, 100)
-        if not report.complete:
-            console.print(f"Interrupted after {self._prompts} of {self._total} prompts.")
-        for part in _tables(report.results):
-            console.print(part)
-        console.print()
-        console.print(_closing(report), soft_wrap=True)
-        if report.environment["dtype"] != "float32" and any(result.identical is False for result in report.results):
-            console.print(_ROUNDING, style="dim", soft_wrap=True)
 
-
-class LiveBenchView(BenchView):
+class LiveRunView(RunView):
     """Draws progress, the text being written and what steps bring; between steps only, at most 8 times a second."""
 
     def __init__(self, console: Console) -> None:
@@ -126,7 +113,7 @@ class LiveBenchView(BenchView):
         self._stream: TextStream | None = None
         self._begun = time.monotonic()
 
-    def __enter__(self) -> LiveBenchView:
+    def __enter__(self) -> LiveRunView:
         """Start drawing."""
         self._begun = time.monotonic()
         self._live = Live(console=self._console, auto_refresh=False, transient=True, get_renderable=self._render)
@@ -197,19 +184,19 @@ class LiveBenchView(BenchView):
         for name, tally in self._tallies.items():
             per_step = tally.tokens / tally.steps if tally.steps else 0.0
             style = "bold" if name == self._method else ""
-            table.add_row(name, f"{tally.rate:.0f}", f"{per_step:.2f}", _histogram(tally.accepted), style=style)
+            table.add_row(name, f"{tally.rate:.0f}", f"{per_step:.2f}", histogram(tally.accepted), style=style)
         return table
 
 
-def bench_view(*, quiet: bool) -> BenchView:
+def run_view(*, quiet: bool) -> RunView:
     """Return the view for where standard error goes."""
     console = err()
     if quiet or not console.is_terminal or console.is_dumb_terminal:
-        return BenchView(console, quiet=quiet)
-    return LiveBenchView(console)
+        return RunView(console, quiet=quiet)
+    return LiveRunView(console)
 
 
-def _histogram(accepted: Counter[int]) -> str:
+def histogram(accepted: Counter[int]) -> str:
     """Return one bar per number of tokens of a step, and the shares."""
     if not accepted:
         return ""
@@ -217,57 +204,6 @@ def _histogram(accepted: Counter[int]) -> str:
     shares = [accepted[count] / total for count in range(1, max(accepted) + 1)]
     bars = "".join(_BARS[max(1 if share else 0, round(share * (len(_BARS) - 1)))] for share in shares)
     return f"{bars}  " + " ".join(f"{share:.0%}" for share in shares)
-
-
-def _tables(results: list[Result]) -> Iterator[Text | Table]:
-    """Yield a heading and a table per suite and choice of outputs."""
-    for group in dict.fromkeys((result.suite, result.outputs) for result in results):
-        suite, outputs = group
-        yield plain(f"\n{suite}, {outputs} outputs", style="bold")
-        yield _table([result for result in results if (result.suite, result.outputs) == group])
-
-
-def _table(results: list[Result]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("method")
-    for heading in ("prompts", "tokens", "steps", "tok/step", "tok/s", "speedup"):
-        table.add_column(heading, justify="right")
-    table.add_column("identical", no_wrap=True)
-    for result in results:
-        table.add_row(
-            result.method,
-            str(result.prompts),
-            str(result.tokens),
-            str(result.steps),
-            f"{result.tokens_per_step:.2f}",
-            f"{result.tokens_per_second:.1f}",
-            "-" if result.speedup is None else f"{result.speedup:.2f}x",
-            _identical(result),
-        )
-    return table
-
-
-def _identical(result: Result) -> str:
-    if result.identical is None:
-        return "-"
-    return "yes" if result.identical else f"no ({result.identical_prompts} of {result.prompts})"
-
-
-def _closing(report: Report) -> Text:
-    settings, where = report.settings, report.environment
-    sampling = settings["sampling"]
-    mode = f"temperature {sampling['temperature']:g}, seed {sampling['seed']}" if sampling["temperature"] else "greedy"
-    parts = [
-        str(settings["model"]),
-        where["dtype"],
-        where["device"],
-        f"{where['threads']} threads",
-        mode,
-        f"{settings['max_new_tokens']} new tokens",
-        *([f"k = {settings['candidates']}"] if settings["candidates"] else []),
-        "identical: token for token the answer of ar",
-    ]
-    return plain(" · ".join(parts), style="dim")
 
 
 def _clock(seconds: float) -> str:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(slots=True)
+class Extent:
+    """How much of their buffers all layers of a cache show: the used part, rounded up to a multiple."""
+
+    multiple: int = 1
+
+    def of(self, used: int) -> int:
+        """Return the number of slots shown when `used` are in use."""
+        return -(-used // self.multiple) * self.multiple
 
 
 class PreallocatedLayer(CacheLayerMixin):
@@ -21,9 +33,10 @@ class PreallocatedLayer(CacheLayerMixin):
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int, extent: Extent) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.max_length = max_length
+        self.extent = extent
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -36,18 +49,19 @@ class PreallocatedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (B, H, Q, D) states; return views (B, H, L + Q, D) of the used part."""
+        """Append (B, H, Q, D) states; return views (B, H, N, D) of the part shown, L + Q slots or more."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self.length, self.length + key_states.shape[2]
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        shown = self.extent.of(end)
+        return self.keys[:, :, :shown], self.values[:, :, :shown]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return number of keys and offset of the first, as transformers' masks need them."""
-        return self.length + query_length, 0
+        return self.extent.of(self.length + query_length), 0
 
     def get_seq_length(self) -> int:
         """Return L."""
@@ -63,10 +77,15 @@ class KVCache:
 
     Args:
         max_length: tokens it must hold at once, the slots of a block included.
+
+    Attributes:
+        extent: of all layers; a multiple above 1 needs a mask over the slots not in use.
     """
 
     def __init__(self, max_length: int) -> None:
-        new_layer: Any = partial(PreallocatedLayer, max_length)  # transformers calls it once per layer of the model
+        self.extent = Extent()
+        # transformers calls it once per layer of the model
+        new_layer: Any = partial(PreallocatedLayer, max_length, self.extent)
         self.past_key_values = Cache(layer_class_to_replicate=new_layer)
 
     @property

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Rows
-from space_cli.core.engine import EagerEngine, context_length
+from space_cli.core.engine import EagerEngine, Numerics, context_length
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
 from space_cli.errors import UsageProblem
@@ -45,6 +45,7 @@ def decode(
     block: Block = AR_BLOCK,
     mask_token_ids: Sequence[int] = (),
     drafter: Drafter | None = None,
+    numerics: Numerics | None = None,
 ) -> Iterator[Step]:
     """Generate behind `prompt_ids`, one `Step` per model call; stop by not asking for more.
 
@@ -56,6 +57,7 @@ def decode(
         block: the shape of every step; the default is plain AR decoding.
         mask_token_ids: one shared id, or one per mask of a group.
         drafter: puts other drafts in place of the model's own; whatever it returns, the output stays the same.
+        numerics: how calls are shaped; None is the model's default.
 
     Raises:
         UsageProblem: prompt and new tokens do not fit the model's context.
@@ -67,7 +69,7 @@ def decode(
     check_context(model, len(prompt_ids), stop.max_new_tokens)
     tokens = list(prompt_ids)
     mask_ids = block.mask_token_ids(mask_token_ids) if block.masks else []
-    engine = EagerEngine(model, block, max_length=len(prompt_ids) + stop.max_new_tokens)
+    engine = EagerEngine(model, block, max_length=len(prompt_ids) + stop.max_new_tokens, numerics=numerics)
     state = stop.begin()
     # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head comes with the first step
     engine.prefill(tokens[:-1])

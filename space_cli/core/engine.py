@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from contextlib import nullcontext
+from typing import Literal, cast
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from space_cli.core.attention import KEY_TILE, can_be_invariant, invariant_attention_of
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
+
+Numerics = Literal["plain", "invariant"]
+"""plain: the model's own attention over the used part of the cache. invariant: calls of one inner shape whatever the
+block and the length, so that half precision rounds a token alike in AR and SPACE (see `core.attention`)."""
+
+
+def default_numerics(model: PreTrainedModel) -> Numerics:
+    """Return invariant where it makes AR and SPACE agree bit for bit at no cost: half precision with SDPA on a CPU."""
+    return "invariant" if can_be_invariant(model) else "plain"
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -25,7 +37,7 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Return how many token ids the model can read."""
-    return cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
+    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
 
 
 class EagerEngine:
@@ -35,29 +47,33 @@ class EagerEngine:
         model: a causal LM that takes a 4-D attention mask and position ids.
         block: the shape of every step.
         max_length: prompt and new tokens together.
+        numerics: None is the model's default.
     """
 
-    def __init__(self, model: PreTrainedModel, block: Block, *, max_length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, block: Block, *, max_length: int, numerics: Numerics | None = None
+    ) -> None:
         self.model = model
         self.block = block
-        self.cache = KVCache(max_length + block.num_slots)
+        self._tile = KEY_TILE if (numerics or default_numerics(model)) == "invariant" else 1
+        self.cache = KVCache(-(-(max_length + block.num_slots) // self._tile) * self._tile)
         # slots beyond the context hold nothing that can still be emitted, and learned positions have no row for them
         last = (context_length(model.config) or max_length + block.num_slots) - 1
         positions = torch.arange(max_length)[:, None] + block.position_ids(0)
         self._position_ids = positions.clamp_(max=last)[:, None].to(model.device)
         self._max_length = max_length
-        self._mask = self._additive_mask(block, max_length, model) if block.num_slots > 1 else None
+        # one query that sees all keys needs no mask, and transformers then takes its faster grouped-query path
+        self._mask = self._additive_mask() if block.num_slots > 1 or self._tile > 1 else None
 
-    @staticmethod
-    def _additive_mask(block: Block, max_length: int, model: PreTrainedModel) -> torch.Tensor:
+    def _additive_mask(self) -> torch.Tensor:
         """Return the mask of the longest prefix; a shorter prefix is a slice of it, since all prefix columns are equal.
 
-        Additive and of the model's dtype: eager attention takes no other, and SDPA on CPU would turn a boolean mask
-        into this one again in every layer.
+        Behind the block stand hidden columns, one tile less one. Additive and of the model's dtype: eager attention
+        takes no other, and SDPA on CPU would turn a boolean mask into this one again in every layer.
         """
-        visible = block.attention_mask(max_length).to(model.device)
-        additive = torch.zeros(visible.shape, dtype=model.dtype, device=model.device)
-        return additive.masked_fill_(~visible, torch.finfo(model.dtype).min)
+        visible = nn.functional.pad(self.block.attention_mask(self._max_length), (0, self._tile - 1))
+        additive = torch.zeros(visible.shape, dtype=self.model.dtype)
+        return additive.masked_fill_(~visible, torch.finfo(self.model.dtype).min).to(self.model.device)
 
     @property
     def length(self) -> int:
@@ -69,6 +85,7 @@ class EagerEngine:
         if not token_ids:
             return
         start = self.length
+        self.cache.extent.multiple = 1
         positions = torch.arange(start, start + len(token_ids), device=self.model.device)[None]
         self.model.base_model(
             input_ids=torch.tensor([list(token_ids)], device=self.model.device),
@@ -84,15 +101,18 @@ class EagerEngine:
             slot_ids: the token id in each slot, Q of them.
         """
         length = self.length
-        # one query needs no mask, and transformers then takes its faster grouped-query path
-        mask = None if self._mask is None else self._mask[..., self._max_length - length :]
-        logits: torch.Tensor = self.model(
-            input_ids=torch.tensor([slot_ids], device=self.model.device),
-            attention_mask=mask,
-            position_ids=self._position_ids[length],
-            past_key_values=self.cache.past_key_values,
-            use_cache=True,
-        ).logits
+        self.cache.extent.multiple = self._tile
+        first = self._max_length - length
+        shown = self.cache.extent.of(length + self.block.num_slots)
+        mask = None if self._mask is None else self._mask[..., first : first + shown]
+        with invariant_attention_of(self.model) if self._tile > 1 else nullcontext():
+            logits: torch.Tensor = self.model(
+                input_ids=torch.tensor([slot_ids], device=self.model.device),
+                attention_mask=mask,
+                position_ids=self._position_ids[length],
+                past_key_values=self.cache.past_key_values,
+                use_cache=True,
+            ).logits
         return logits[0]
 
     def settle(self, slots: Sequence[int]) -> None:

@@ -19,7 +19,7 @@ def show(monkeypatch):
 
     def run(text, *, width=60, height=24, task="suite/1"):
         file = io.StringIO()
-        view = live.LiveBenchView(Console(file=file, force_terminal=True, width=width, height=height))
+        view = live.LiveRunView(Console(file=file, force_terminal=True, width=width, height=height))
         view.begin(LOADED, ["ar", "space"], 2)
         with view:
             view.started("suite", task, "space")
