@@ -55,8 +55,8 @@ def measure(
     Raises:
         UsageProblem: candidates out of range, or a prompt that does not fit the context; before anything has run.
     """
-    candidates = check_candidates(loaded, methods, settings.candidates)
-    planned = plan(loaded, suites, settings, candidates)
+    settings = replace(settings, candidates=candidates_of(loaded, methods, settings.candidates))
+    planned = plan(loaded, suites, settings)
     for method in methods:
         task = planned[0].task
         few = min(_WARM_UP_TOKENS, settings.max_new_tokens)
@@ -77,14 +77,14 @@ class Planned:
     task: Task
 
 
-def plan(loaded: LoadedModel, suites: Sequence[Suite], settings: Settings, candidates: int) -> list[Planned]:
+def plan(loaded: LoadedModel, suites: Sequence[Suite], settings: Settings) -> list[Planned]:
     """Return the tasks of all prompts, in order.
 
     Raises:
         UsageProblem: a prompt that is empty or does not fit the context; before anything has run.
     """
     planned = [
-        Planned(suite.name, prompt.task_id, _task(loaded, suite, prompt.text, settings, candidates))
+        Planned(suite.name, prompt.task_id, _task(loaded, suite, prompt.text, settings))
         for suite in suites
         for prompt in suite.prompts
     ]
@@ -93,14 +93,21 @@ def plan(loaded: LoadedModel, suites: Sequence[Suite], settings: Settings, candi
     return planned
 
 
-def check_candidates(loaded: LoadedModel, methods: Sequence[Method], candidates: int | None) -> int:
-    """Return k: what was asked for, or what the model was trained for.
+def candidates_of(loaded: LoadedModel, methods: Sequence[Method], candidates: int | None) -> int:
+    """Return k, or 0 where no method drafts.
+
+    Raises:
+        UsageProblem: as of `check_candidates`.
+    """
+    return check_candidates(loaded, candidates) if any(method.needs_training for method in methods) else 0
+
+
+def check_candidates(loaded: LoadedModel, candidates: int | None) -> int:
+    """Return k of a model trained for SPACE: what was asked for, or what it was trained for.
 
     Raises:
         UsageProblem: k is below 1 or above the masks of a group the model was trained with.
     """
-    if not any(method.needs_training for method in methods):
-        return 0
     if candidates is None:
         return loaded.candidates
     if not 1 <= candidates <= loaded.masks_per_group:
@@ -111,10 +118,10 @@ def check_candidates(loaded: LoadedModel, methods: Sequence[Method], candidates:
     return candidates
 
 
-def _task(loaded: LoadedModel, suite: Suite, text: str, settings: Settings, candidates: int) -> Task:
+def _task(loaded: LoadedModel, suite: Suite, text: str, settings: Settings) -> Task:
     stop = StopRule(settings.max_new_tokens, loaded.eos_token_ids, suite.stop_strings, loaded.decode)
     prompt = loaded.prompt_template.replace("{}", text) if loaded.prompt_template else text
-    return Task(loaded, loaded.encode(prompt), stop, settings.sampling, candidates, settings.numerics)
+    return Task(loaded, loaded.encode(prompt), stop, settings.sampling, settings.candidates or 0, settings.numerics)
 
 
 def _check_fits(loaded: LoadedModel, name: str, task: Task) -> None:

@@ -6,7 +6,7 @@ import difflib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,9 +74,26 @@ def _hf_lookup(task: Task, on_step: OnStep) -> Generation:
 
 def _generate(task: Task, on_step: OnStep, **options: Any) -> Generation:
     """Run transformers' `generate` with its default cache; our stop rule ends it, so that all answers end alike."""
+    if task.sampling.temperature:
+        torch.manual_seed(task.sampling.seed)
+    recorder = _Recorder(task, on_step)
+    _call_generate(task, task.prompt_ids, stopping_criteria=StoppingCriteriaList([recorder]), **options)
+    return recorder.generation
+
+
+def next_token_probabilities(task: Task, prompt_ids: Sequence[int]) -> torch.Tensor:
+    """Return the (V,) float64 probabilities from which transformers' `generate` would draw the next token."""
+    few = replace(task, stop=replace(task.stop, max_new_tokens=1))
+    output = _call_generate(few, prompt_ids, output_scores=True, return_dict_in_generate=True)
+    scores: torch.Tensor = output.scores[0][0]
+    return scores.double().softmax(dim=-1)
+
+
+def _call_generate(
+    task: Task, prompt_ids: Sequence[int], *, stopping_criteria: StoppingCriteriaList | None = None, **options: Any
+) -> Any:
     sampling, loaded = task.sampling, task.loaded
     if sampling.temperature:
-        torch.manual_seed(sampling.seed)
         options |= {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
         options |= {"top_p": sampling.top_p, "min_p": sampling.min_p or None}
     config = GenerationConfig(
@@ -86,16 +103,14 @@ def _generate(task: Task, on_step: OnStep, **options: Any) -> Generation:
         pad_token_id=min(loaded.eos_token_ids, default=0),
         **options,
     )
-    input_ids = torch.tensor([list(task.prompt_ids)], device=loaded.model.device)
+    input_ids = torch.tensor([list(prompt_ids)], device=loaded.model.device)
     with _no_defaults_of_its_own(loaded.model):
-        recorder = _Recorder(task, on_step)
-        loaded.model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
+        return loaded.model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([recorder]),
+            stopping_criteria=stopping_criteria,
         )
-    return recorder.generation
 
 
 @contextmanager

@@ -58,8 +58,11 @@ def _root(
 def _register() -> None:
     from space_cli.cli.bench import EPILOG, bench
     from space_cli.cli.models import models
+    from space_cli.cli.verify import EPILOG as VERIFY_EPILOG
+    from space_cli.cli.verify import verify_lossless
 
     app.command(epilog=EPILOG)(bench)
+    app.command(epilog=VERIFY_EPILOG)(verify_lossless)
     app.add_typer(models)
 
 

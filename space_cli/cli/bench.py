@@ -19,10 +19,6 @@ EPILOG = (
     "Example: space bench --limit 10    Example: space bench --suite prompts.jsonl --methods ar,space --json run.json"
 )
 
-_Suite = Annotated[
-    list[str] | None,
-    typer.Option("--suite", "-s", help="humaneval, or a JSON Lines file with `prompt` in each line; repeatable."),
-]
 _Methods = Annotated[
     str | None,
     typer.Option(
@@ -34,7 +30,7 @@ _List = Annotated[bool, typer.Option("--list", help="List suites and methods, an
 
 def bench(
     model: options.Model = "nano",
-    suite: _Suite = None,
+    suite: options.Suite = None,
     limit: options.Limit = None,
     methods: _Methods = None,
     candidates: options.Candidates = None,
@@ -65,7 +61,7 @@ def bench(
 
     quiet_libraries()
 
-    from space_cli.bench.measure import Settings, check_candidates, measure
+    from space_cli.bench.measure import Settings, candidates_of, measure
     from space_cli.bench.methods import choose_methods, methods_named
     from space_cli.bench.report import results
     from space_cli.cli.live import run_view
@@ -82,7 +78,7 @@ def bench(
     chosen = choose_methods(names, loaded)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     settings = Settings(max_new_tokens, sampling, candidates)
-    report = _report(loaded, settings, check_candidates(loaded, chosen, candidates))
+    report = _report(loaded, settings, candidates_of(loaded, chosen, candidates))
     view.begin(loaded, names, sum(len(each.prompts) for each in suites))
     try:
         with view:

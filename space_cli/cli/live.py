@@ -58,18 +58,23 @@ class RunView:
     @property
     def done(self) -> str:
         """How far the run got."""
-        return f"{self._prompts} of {self._total} prompts"
+        return f"{self._prompts} of {self._total} {self._unit}"
 
     def loading(self, name: str) -> None:
         """Say that a model is being loaded."""
-        if not self._quiet:
-            self._console.print(plain(f"loading {name}"), soft_wrap=True)
+        self.note(f"loading {name}")
 
-    def begin(self, loaded: LoadedModel, methods: list[str], prompts: int) -> None:
-        """Take what the run is about."""
+    def note(self, text: str) -> None:
+        """Say what is going on beside the answers."""
+        if not self._quiet:
+            self._console.print(plain(text), soft_wrap=True)
+
+    def begin(self, loaded: LoadedModel, methods: list[str], total: int, *, unit: str = "prompts") -> None:
+        """Take what the run is about: how many prompts or answers are to be done by all methods, the last one last."""
         self._loaded = loaded
+        self._unit = unit
         self._tallies = {name: _Tally() for name in methods}
-        self._total = prompts
+        self._total = total
 
     def __enter__(self) -> RunView:
         """Start showing."""
@@ -99,7 +104,7 @@ class RunView:
             return
         self._last_line = time.monotonic()
         rates = "  ".join(f"{name} {tally.rate:.0f} tok/s" for name, tally in self._tallies.items())
-        self._console.print(plain(f"{self._prompts}/{self._total} prompts  {rates}"), soft_wrap=True)
+        self._console.print(plain(f"{self._prompts}/{self._total} {self._unit}  {rates}"), soft_wrap=True)
 
 
 class LiveRunView(RunView):
@@ -166,7 +171,7 @@ class LiveRunView(RunView):
         filled = round(done * width)
         name = f"{visible(self._loaded.name)} {self._loaded.dtype} {self._loaded.device}"
         return Text.assemble(
-            f"{self._prompts}/{self._total} prompts ",
+            f"{self._prompts}/{self._total} {self._unit} ",
             ("━" * filled, "green"),
             ("─" * (width - filled), "dim"),
             f" {left}  ",

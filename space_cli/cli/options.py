@@ -11,20 +11,31 @@ import typer
 from space_cli.errors import UsageProblem
 
 
-def _checked_record(json: str | None) -> str | None:
+def _check_place(option: str, name: str) -> None:
     """Find out before a run, not after it, that its record has no place to go."""
-    if json is None or json == "-":
-        return json
-    file = Path(json).resolve()
+    file = Path(name).resolve()
     if file.is_dir():
-        raise UsageProblem(f"--json {json}: is a folder", hint="give a file, or - for standard output")
-    if Path(json).exists() and not file.is_file():
-        return json  # a device or a pipe, as of `--json >(jq ...)`
+        raise UsageProblem(f"{option} {name}: is a folder", hint="give a file")
+    if Path(name).exists() and not file.is_file():
+        return  # a device or a pipe, as of `--json >(jq ...)`
     if not file.parent.is_dir():
-        raise UsageProblem(f"--json {json}: there is no folder {file.parent}")
+        raise UsageProblem(f"{option} {name}: there is no folder {file.parent}")
     if not os.access(file.parent, os.W_OK):
-        raise UsageProblem(f"--json {json}: may not write into {file.parent}")
+        raise UsageProblem(f"{option} {name}: may not write into {file.parent}")
+
+
+def _checked_record(json: str | None) -> str | None:
+    if json is not None and json != "-":
+        _check_place("--json", json)
     return json
+
+
+def _checked_report(report: Path | None) -> Path | None:
+    if report is not None:
+        if report.suffix not in (".html", ".md"):
+            raise UsageProblem(f"--report {report}: unknown kind of file", hint="end it with .html or .md")
+        _check_place("--report", str(report))
+    return report
 
 
 def _complete_model(incomplete: str) -> list[str]:
@@ -62,10 +73,18 @@ MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="Least pr
 RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", min=0.01, help="1 is off.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of sampling.")]
 Limit = Annotated[int | None, typer.Option("--limit", "-L", min=1, help="Only the first N prompts of each suite.")]
+Suite = Annotated[
+    list[str] | None,
+    typer.Option("--suite", "-s", help="humaneval, or a JSON Lines file with `prompt` in each line; repeatable."),
+]
 Json = Annotated[
     str | None,
     typer.Option(
         "--json", metavar="FILE", callback=_checked_record, help="Write the record as JSON; - is standard output."
     ),
+]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", callback=_checked_report, help="Write a report to read, FILE.html or FILE.md."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from space_cli.cli.console import err, out, plain
+from space_cli.cli.live import histogram
+from space_cli.verify.record import LEAST_P_VALUE
 
 if TYPE_CHECKING:
-    from space_cli.bench.report import Report, Result
+    from space_cli.bench.report import Record, Report, Result
+    from space_cli.verify.record import Divergence, Verification
 
+_DIVERGENCES_SHOWN = 8
 _ROUNDING = "Half precision rounds a position differently in calls of different shape; --dtype float32 is exact."
 
 
@@ -24,10 +30,7 @@ def show_bench(report: Report, done: str, *, to_stderr: bool) -> None:
         done: how far it got, for a run cut short.
         to_stderr: leave standard output alone.
     """
-    console = err() if to_stderr else out()
-    if not console.is_terminal:
-        # without a terminal there is no width to keep to: a table cut at 80 columns would lose figures
-        console.width = max(console.width, 100)
+    console = _console(to_stderr=to_stderr)
     if not report.complete:
         console.print(f"Interrupted after {done}.")
     for part in _tables(report.results):
@@ -36,6 +39,14 @@ def show_bench(report: Report, done: str, *, to_stderr: bool) -> None:
     console.print(_closing(report), soft_wrap=True)
     if report.environment["dtype"] != "float32" and any(result.identical is False for result in report.results):
         console.print(_ROUNDING, style="dim", soft_wrap=True)
+
+
+def _console(*, to_stderr: bool) -> Console:
+    console = err() if to_stderr else out()
+    if not console.is_terminal:
+        # without a terminal there is no width to keep to: a table cut at 80 columns would lose figures
+        console.width = max(console.width, 100)
+    return console
 
 
 def _tables(results: list[Result]) -> Iterator[Text | Table]:
@@ -73,17 +84,123 @@ def _identical(result: Result) -> str:
 
 
 def _closing(report: Report) -> Text:
-    settings, where = report.settings, report.environment
+    candidates = report.settings["candidates"]
+    k = [f"k = {candidates}"] if candidates else []
+    return plain(" · ".join([*how(report), *k, "identical: token for token the answer of ar"]), style="dim")
+
+
+def how(record: Record) -> list[str]:
+    """Return how a run was made, in a few words each."""
+    settings, where = record.settings, record.environment
     sampling = settings["sampling"]
     mode = f"temperature {sampling['temperature']:g}, seed {sampling['seed']}" if sampling["temperature"] else "greedy"
-    parts = [
+    return [
         str(settings["model"]),
         where["dtype"],
         where["device"],
         f"{where['threads']} threads",
         mode,
         f"{settings['max_new_tokens']} new tokens",
-        *([f"k = {settings['candidates']}"] if settings["candidates"] else []),
-        "identical: token for token the answer of ar",
     ]
-    return plain(" · ".join(parts), style="dim")
+
+
+def show_verification(record: Verification, done: str, *, to_stderr: bool) -> None:
+    """Print the verdict of a verification, and what it rests on.
+
+    Args:
+        record: what was found.
+        done: how far it got, for a run cut short.
+        to_stderr: leave standard output alone.
+    """
+    console = _console(to_stderr=to_stderr)
+    if not record.complete:
+        console.print(f"Interrupted after {done}.")
+    for divergence in record.divergences[:_DIVERGENCES_SHOWN]:
+        console.print(_divergence(divergence), soft_wrap=True)
+    if len(record.divergences) > _DIVERGENCES_SHOWN:
+        console.print(
+            f"... and {len(record.divergences) - _DIVERGENCES_SHOWN} more; --json or --report has them all.\n"
+        )
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for heading in ("suite", "against"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("answers", "identical", "ties", "violations"):
+        table.add_column(heading, justify="right")
+    for row in record.rows:
+        counts = (row.answers, row.identical, row.ties, row.violations)
+        table.add_row(plain(row.suite), row.against, *map(str, counts))
+    console.print(table)
+    console.print()
+    for line in evidence(record):
+        console.print(plain(line), soft_wrap=True)
+    console.print(plain(" · ".join(verification_settings(record)), style="dim"), soft_wrap=True)
+    console.print(Text(verdict(record), style="bold green" if record.lossless else "bold red"), soft_wrap=True)
+
+
+def verification_settings(record: Verification) -> list[str]:
+    """Return how a verification was made, in a few words each."""
+    settings = record.settings
+    own = [f"k = {settings['candidates']}", f"drafts: {settings['drafts']}", f"numerics: {settings['numerics']}"]
+    return [*how(record), *own, *([f"{settings['seeds']} seeds"] if settings["seeds"] > 1 else [])]
+
+
+def evidence(record: Verification) -> list[str]:
+    """Return what the verdict rests on besides the table."""
+    lengths = Counter({length + 1: count for length, count in enumerate(record.accepted) if count})
+    lines = [f"Candidates accepted in a step: 0, 1, ...  {histogram(lengths)}"]
+    if record.never_accepted:
+        never = ", ".join(map(str, record.never_accepted))
+        lines.append(f"No step accepted {never}: nothing is known of that; --drafts mixed gives every length.")
+    if record.kernels is not None:
+        kernels, bits = record.kernels, f"largest difference of a logit {record.kernels.largest_difference:.2g}"
+        same = f"{kernels.bit_equal} of {kernels.positions} positions bit for bit"
+        alone = "at the head" if record.settings["numerics"] == "same-shape" else "alone"
+        lines.append(f"This machine, the same tokens {alone} and inside a block: equal at {same}, {bits}.")
+    lines += [
+        f"First two tokens of {test.prompt} under {test.draws} seeds, {test.method} against transformers' distribution:"
+        f" chi-squared {test.chi_squared:.1f} over {test.bins} bins, p = {test.p_value:.2g}."
+        for test in record.distributions
+    ]
+    return lines
+
+
+def verdict(record: Verification) -> str:
+    """Return the verdict in one line."""
+    ties = sum(found.verdict == "tie" for found in record.divergences)
+    violations = len(record.divergences) - ties
+    unlikely = [test for test in record.distributions if test.p_value < LEAST_P_VALUE]
+    scope = f"{record.tokens} tokens of {len(record.answers)} answers"
+    if violations or unlikely:
+        found = [f"{violations} violations"] if violations else []
+        found += [
+            f"the distribution of {test.method} is not transformers' (p = {test.p_value:.1g})" for test in unlikely
+        ]
+        return f"NOT LOSSLESS: {', '.join(found)} in {scope}"
+    if ties:
+        judged = "LOSSLESS UP TO ROUNDING" if record.lossless else "NOT LOSSLESS (--strict)"
+        return f"{judged}: no violation and {ties} ties in {scope}; --dtype float32 is exact"
+    return f"LOSSLESS: {scope} are identical"
+
+
+def _divergence(found: Divergence) -> Text:
+    sides = {"ar": "ar", "hf": "hf", "drafts": "the masks in a causal call"}
+    seed = "" if found.seed is None else f", seed {found.seed}"
+    what = "draft" if found.against == "drafts" else "token"
+    style = "yellow" if found.verdict == "tie" else "bold red"
+    wide = max(len(sides[found.against]), len("space"))
+    return Text.assemble(
+        (f"{found.verdict} ", style),
+        plain(f"{found.suite} {found.prompt}{seed}, {what} {found.position} against {found.against}\n"),
+        plain(f"  after     {_one_line(found.context)}\n", style="dim"),
+        plain(f"  {sides[found.against]:<{wide}} {_side(found.expected, found.expected_text)}\n"),
+        plain(f"  {'space':<{wide}} {_side(found.got, found.got_text)}\n"),
+        plain(f"  {found.reason}\n"),
+    )
+
+
+def _side(token: int | None, text: str) -> str:
+    return "(ended)" if token is None else f"{text!r} (id {token})"
+
+
+def _one_line(text: str) -> str:
+    return "..." + repr(text[-60:])[1:-1]

@@ -97,12 +97,20 @@ class Rows:
         """Return the token that follows `history` (prompt included) by the logits of `row`."""
         if self._greedy is not None:
             return self._greedy[row]
-        scores = self._logits[row : row + 1].float()
+        return int(self.scores(row, history).argmax(dim=-1).item())
+
+    def scores(self, row: int, history: Sequence[int]) -> torch.Tensor:
+        """Return the (V,) scores of `row` whose largest is chosen: processed logits, and noise if sampled.
+
+        float32, or float64 where the logits are.
+        """
+        scores = self._logits[row : row + 1]
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if self._processors:
             scores = self._processors(cast(torch.LongTensor, torch.tensor([history], device=scores.device)), scores)
         if self._noise is not None:
             scores = scores + self._noise.at(len(history), scores.shape[-1], scores.device)
-        return int(scores.argmax(dim=-1).item())
+        return scores[0]
 
 
 class _Noise:

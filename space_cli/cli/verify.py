@@ -1,0 +1,223 @@
+"""`space verify-lossless`: is the output the same, against whom, and where not, why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from space_cli.cli import options
+from space_cli.errors import UsageProblem
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from space_cli.bench.measure import Planned, Settings
+    from space_cli.cli.live import RunView
+    from space_cli.core.block import Block
+    from space_cli.core.engine import Numerics
+    from space_cli.models.loading import LoadedModel
+    from space_cli.verify.compare import Comparison
+    from space_cli.verify.record import Verification
+
+EPILOG = (
+    "Example: space verify-lossless --limit 20    "
+    "Example: space verify-lossless --model ./mine --drafts mixed --report proof.html"
+)
+
+_UNTRAINED_CANDIDATES, _MOST_CANDIDATES = 5, 31
+
+_Against = Annotated[
+    str,
+    typer.Option("--against", help="Comma-separated: ar (our AR baseline), hf (transformers' generate)."),
+]
+_Drafts = Annotated[
+    Literal["model", "mixed"] | None,
+    typer.Option(
+        "--drafts",
+        help="model: its own. mixed: right and wrong tokens blended, so that any causal LM can be checked and every"
+        " acceptance length occurs. Default: model where it was trained for SPACE.",
+    ),
+]
+_Numerics = Annotated[
+    Literal["auto", "plain", "same-shape", "invariant"],
+    typer.Option(
+        "--numerics",
+        help="plain: the model's own kernels. invariant: kernels that round a token alike alone and in a block."
+        " same-shape: ar runs blocks of SPACE's shape too. auto: invariant in half precision on a CPU, else plain.",
+    ),
+]
+_Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds, sampled runs only.")]
+_Draws = Annotated[
+    int,
+    typer.Option("--draws", min=100, help="Seeds whose first tokens are tested against hf's distribution, sampled."),
+]
+_Strict = Annotated[bool, typer.Option("--strict", help="Ties fail too.")]
+
+
+def verify_lossless(
+    model: options.Model = "nano",
+    suite: options.Suite = None,
+    limit: options.Limit = None,
+    against: _Against = "ar,hf",
+    drafts: _Drafts = None,
+    numerics: _Numerics = "auto",
+    candidates: options.Candidates = None,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = 0,
+    seeds: _Seeds = 1,
+    draws: _Draws = 400,
+    strict: _Strict = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantization: options.Quantization = "none",
+    models_file: options.ModelsFile = None,
+    revision: options.Revision = None,
+    json: options.Json = None,
+    report: options.Report = None,
+    quiet: options.Quiet = False,
+) -> int:
+    """Check that SPACE's output is token for token that of plain decoding, and examine every divergence."""
+    from space_cli.bench.suites import load_suite
+
+    names = _named(against)
+    if seeds > 1 and not temperature:
+        raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
+    suites = [load_suite(name, limit=limit) for name in dict.fromkeys(suite or ["humaneval"])]
+
+    from space_cli.cli.console import quiet_libraries
+
+    quiet_libraries()
+
+    from space_cli.bench.measure import Settings, plan
+    from space_cli.cli.live import run_view
+    from space_cli.core.choose import Sampling
+    from space_cli.models.loading import load_model
+    from space_cli.verify.compare import Comparison
+
+    view = run_view(quiet=quiet)
+    view.loading(model)
+    loaded = load_model(
+        model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
+    )
+    drafts = drafts or ("model" if loaded.candidates else "mixed")
+    block = _block(loaded, drafts, candidates)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    same_shape = numerics == "same-shape"
+    settings = Settings(max_new_tokens, sampling, block.num_candidates, _shaped(loaded, numerics))
+    planned = plan(loaded, suites, settings)
+    comparison = Comparison(block, drafts, names, same_shape, seeds)
+    record = _record(loaded, comparison, settings, strict=strict)
+    run_names = ["ar", "space", *(["hf"] if "hf" in names and not temperature else [])]
+    view.begin(loaded, run_names, len(planned) * seeds, unit="answers")
+    try:
+        with view:
+            _run(record, planned, comparison, view, draws=draws)
+        record.complete = True
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        # what is done is shown and kept, whatever ended the run
+        if record.answers:
+            record.conclude(candidates=block.num_candidates, strict=strict)
+            _hand_out(record, json, report, view)
+    return 0 if record.lossless else 1
+
+
+def _named(against: str) -> tuple[str, ...]:
+    from space_cli.verify.record import AGAINST
+
+    names = tuple(dict.fromkeys(name.strip() for name in against.split(",")))
+    for name in names:
+        if name not in AGAINST:
+            raise UsageProblem(f"--against {name}: nothing of that name to compare with", hint="use ar, hf or both")
+    return names
+
+
+def _block(loaded: LoadedModel, drafts: str, candidates: int | None) -> Block:
+    """Return SPACE's block; for a model without masks, candidates alone."""
+    from space_cli.bench.measure import check_candidates
+    from space_cli.core.block import Block
+
+    if loaded.candidates:
+        k = check_candidates(loaded, candidates)
+        return Block.chain(k, k)
+    if drafts == "model":
+        raise UsageProblem(f"{loaded.name} was not trained for SPACE, so it has no drafts", hint="use --drafts mixed")
+    k = _UNTRAINED_CANDIDATES if candidates is None else candidates
+    if not 1 <= k <= _MOST_CANDIDATES:
+        raise UsageProblem(f"--candidates {k}: out of range", hint=f"choose 1 to {_MOST_CANDIDATES}")
+    return Block.chain(k, 0)
+
+
+def _shaped(loaded: LoadedModel, numerics: str) -> Numerics:
+    from space_cli.core.engine import default_numerics
+
+    if numerics == "auto":
+        return default_numerics(loaded.model)
+    # blocks of one shape also need one length of the cache
+    return "plain" if numerics == "plain" else "invariant"
+
+
+def _record(loaded: LoadedModel, comparison: Comparison, settings: Settings, *, strict: bool) -> Verification:
+    """Return the record of a run that has not begun."""
+    from dataclasses import asdict
+
+    import torch
+
+    from space_cli.bench.report import environment
+    from space_cli.verify.record import Verification
+
+    return Verification(
+        environment=environment(device=loaded.device, dtype=loaded.dtype, threads=torch.get_num_threads()),
+        settings={
+            "model": loaded.name,
+            "source": loaded.source,
+            **asdict(settings),
+            "numerics": "same-shape" if comparison.same_shape else settings.numerics,
+            "drafts": comparison.drafts,
+            "against": list(comparison.against),
+            "seeds": comparison.seeds,
+            "strict": strict,
+        },
+    )
+
+
+def _run(
+    record: Verification, planned: Sequence[Planned], comparison: Comparison, view: RunView, *, draws: int
+) -> None:
+    """Fill the record as far as it gets."""
+    from space_cli.verify.compare import compare, samplers
+    from space_cli.verify.distribution import compare_distributions
+    from space_cli.verify.kernels import check_kernels
+
+    task = planned[0].task
+    record.kernels = check_kernels(task, comparison.block, same_shape=comparison.same_shape)
+    for answer in compare(planned, comparison, view):
+        record.answers.append(answer)
+    if task.sampling.temperature and "hf" in comparison.against:
+        view.note(f"drawing the first tokens of {planned[0].task_id} under {draws} seeds")
+        record.distributions += compare_distributions(planned[0], samplers(comparison), draws=draws)
+
+
+def _hand_out(record: Verification, json: str | None, report: Path | None, view: RunView) -> None:
+    """Write the record and the report and show the verdict; with --json - standard output holds the JSON alone."""
+    from space_cli.cli.page import verification_page, write_page
+    from space_cli.cli.tables import show_verification
+
+    try:
+        if json == "-":
+            typer.echo(record.to_json(), nl=False)
+        elif json is not None:
+            record.write(Path(json))
+        if report is not None:
+            write_page(report, verification_page(record))
+    finally:
+        # a file that cannot be written must not cost the verdict of a long run
+        show_verification(record, view.done, to_stderr=json == "-")

@@ -1,0 +1,229 @@
+"""The comparison: SPACE's answers against those of AR and of transformers' `generate`, token for token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Literal
+
+import torch
+
+from space_cli.bench.measure import Planned, View
+from space_cli.bench.methods import METHODS, Task, run_decode
+from space_cli.core.attention import invariant_attention_of
+from space_cli.core.block import AR_BLOCK, Block
+from space_cli.core.choose import Chooser
+from space_cli.core.decoder import Drafter
+from space_cli.core.engine import embedding_rows
+from space_cli.core.stream import Generation, Step
+from space_cli.verify.divergence import Anatomist
+from space_cli.verify.record import Answer, Divergence
+
+Drafts = Literal["model", "mixed"]
+_CONTEXT_TOKENS = 24
+_DRAFTS_PER_ANSWER = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What is compared, and how.
+
+    Attributes:
+        block: of SPACE.
+        drafts: the model's own, or a blend of right and wrong tokens that gives every acceptance length.
+        against: of `record.AGAINST`; sampled, hf is left to `distribution`.
+        same_shape: AR runs blocks of the same shape too, all of its drafts wrong.
+        seeds: how many, from that of the tasks on.
+    """
+
+    block: Block
+    drafts: Drafts
+    against: tuple[str, ...]
+    same_shape: bool = False
+    seeds: int = 1
+
+
+def compare(planned: Sequence[Planned], comparison: Comparison, view: View) -> Iterator[Answer]:
+    """Yield what is found for each prompt and seed, in order."""
+    anatomist = Anatomist(planned[0].task.loaded.model)
+    for each in planned:
+        first = each.task.sampling.seed
+        for seed in range(first, first + comparison.seeds):
+            task = replace(each.task, sampling=replace(each.task.sampling, seed=seed))
+            yield _Case(replace(each, task=task), comparison, anatomist, view).answer()
+
+
+class _Case:
+    """One prompt under one seed."""
+
+    def __init__(self, planned: Planned, comparison: Comparison, anatomist: Anatomist, view: View) -> None:
+        self._planned, self._task = planned, planned.task
+        self._comparison, self._anatomist, self._view = comparison, anatomist, view
+        self._chooser = Chooser.from_sampling(self._task.sampling)
+        self._seed = self._task.sampling.seed if self._task.sampling.temperature else None
+
+    def answer(self) -> Answer:
+        """Answer by all methods and examine what differs."""
+        ar = self._watched("ar", lambda on_step: run_ar(self._task, self._comparison, on_step)).tokens
+        space = self._watched("space", lambda on_step: run_space(self._task, self._comparison, ar, on_step))
+        answers = {"ar": ar} if "ar" in self._comparison.against else {}
+        if "hf" in self._comparison.against and self._seed is None:
+            answers["hf"] = self._watched("hf", self._run_hf).tokens
+        divergences = [
+            self._parting(name, tokens, space.tokens) for name, tokens in answers.items() if tokens != space.tokens
+        ]
+        checked, wrong = self._check_drafts(space)
+        return Answer(
+            suite=self._planned.suite,
+            prompt=self._planned.task_id,
+            seed=self._seed,
+            tokens=len(space.tokens),
+            identical={name: tokens == space.tokens for name, tokens in answers.items()},
+            accepted_by_step=[step.accepted for step in space.steps],
+            drafts_checked=checked,
+            divergences=divergences + wrong,
+        )
+
+    def _watched(self, name: str, run: Callable[[Callable[[Step], None]], Generation]) -> Generation:
+        self._view.started(self._planned.suite, self._planned.task_id, name)
+        generation = run(lambda step: self._view.stepped(name, step))
+        self._view.finished(name)
+        return generation
+
+    def _run_hf(self, on_step: Callable[[Step], None]) -> Generation:
+        # bit for bit the same only where generate's calls have our inner shapes too
+        invariant = self._task.numerics == "invariant"
+        with invariant_attention_of(self._task.loaded.model) if invariant else nullcontext():
+            return METHODS["hf"].run(self._task, on_step)
+
+    def _parting(self, against: str, expected: list[int], got: list[int]) -> Divergence:
+        """Examine the first place where two answers differ."""
+        parted = (index for index, (one, other) in enumerate(zip(expected, got, strict=False)) if one != other)
+        position = next(parted, min(len(expected), len(got)))
+        history = [*self._task.prompt_ids, *got[:position]]
+        one, other = (answer[position] if position < len(answer) else None for answer in (expected, got))
+        return self._examined(against, position, history, history, one, other)
+
+    @torch.inference_mode()
+    def _check_drafts(self, space: Generation) -> tuple[int, list[Divergence]]:
+        """Recompute what some mask groups guessed by a plain causal call without cache or block.
+
+        Wrong drafts change no output, only speed; they are found here or nowhere.
+        """
+        block, loaded = self._comparison.block, self._task.loaded
+        if self._comparison.drafts != "model" or not block.masks:
+            return 0, []
+        checked, wrong = 0, []
+        masks = block.mask_token_ids(loaded.mask_token_ids)[: block.masks]
+        last = len(space.steps) - 1
+        for index in sorted({last * part // _DRAFTS_PER_ANSWER for part in range(_DRAFTS_PER_ANSWER)} if last else ()):
+            # the masks stood behind the last accepted slot and did not see the correction, which is the new head
+            done = [token for step in space.steps[: index + 1] for token in step.tokens]
+            input_ids = [*self._task.prompt_ids, *done[:-1], *masks]
+            call = torch.tensor([input_ids], device=loaded.model.device)
+            rows = self._chooser.rows(loaded.model(input_ids=call, use_cache=False).logits[0, -len(masks) :])
+            history = [*self._task.prompt_ids, *done]
+            checked += 1
+            for mask, got in enumerate(space.steps[index + 1].candidates[: len(masks)]):
+                expected = rows.token(mask, history)
+                if expected != got:
+                    seen = input_ids[: len(input_ids) - len(masks) + mask + 1]
+                    wrong.append(self._examined("drafts", len(done) + mask, seen, history, expected, got))
+                    break
+                history.append(got)
+        return checked, wrong
+
+    def _examined(
+        self,
+        against: str,
+        position: int,
+        input_ids: Sequence[int],
+        history: Sequence[int],
+        expected: int | None,
+        got: int | None,
+    ) -> Divergence:
+        decode = self._task.loaded.decode
+        divergence = Divergence(
+            suite=self._planned.suite,
+            prompt=self._planned.task_id,
+            seed=self._seed,
+            against=against,
+            position=position,
+            expected=expected,
+            got=got,
+            expected_text="" if expected is None else decode([expected]),
+            got_text="" if got is None else decode([got]),
+            context=decode(list(history[-_CONTEXT_TOKENS:])),
+            gap=None,
+            noise=None,
+            exact_dtype=None,
+            verdict="violation",
+            reason="one answer ended where the other went on",
+        )
+        if expected is None or got is None:
+            return divergence
+        finding = self._anatomist.examine(input_ids, history, self._chooser, expected=expected, got=got)
+        divergence.gap, divergence.noise = finding.gap, finding.noise
+        divergence.exact_dtype, divergence.verdict = finding.exact_dtype, finding.verdict
+        divergence.reason = _reason(divergence, self._task.loaded.dtype)
+        return divergence
+
+
+def run_ar(task: Task, comparison: Comparison, on_step: Callable[[Step], None]) -> Generation:
+    """Answer as AR: a row at a time, or in blocks of SPACE's shape whose drafts are all wrong."""
+    if not comparison.same_shape:
+        return run_decode(task, AR_BLOCK, on_step)
+    # no answer holds a mask token, so none of these is accepted; were one right, the output would be the same
+    wrong = [next(iter(task.loaded.mask_token_ids), 0)] * comparison.block.num_candidates
+    return run_decode(task, comparison.block, on_step, drafter=lambda *_: wrong)
+
+
+def run_space(
+    task: Task, comparison: Comparison, expected: Sequence[int], on_step: Callable[[Step], None]
+) -> Generation:
+    """Answer as SPACE; `expected` is AR's answer, from which mixed drafts are made."""
+    drafter = None
+    if comparison.drafts == "mixed":
+        drafter = mixed_drafter([*task.prompt_ids, *expected], embedding_rows(task.loaded.model))
+    return run_decode(task, comparison.block, on_step, drafter=drafter)
+
+
+def samplers(comparison: Comparison) -> dict[str, Callable[[Task], list[int]]]:
+    """Return what answers a task with token ids, by method."""
+
+    def ar(task: Task) -> list[int]:
+        return run_ar(task, comparison, lambda _: None).tokens
+
+    def space(task: Task) -> list[int]:
+        # mixed drafts need to know the right tokens
+        expected = ar(task) if comparison.drafts == "mixed" else []
+        return run_space(task, comparison, expected, lambda _: None).tokens
+
+    return {"ar": ar, "space": space}
+
+
+def mixed_drafter(expected: Sequence[int], vocabulary: int) -> Drafter:
+    """Return drafts of which 0, 1, ..., k, 0, ... are right up to a wrong one, and right again behind it.
+
+    Args:
+        expected: prompt and answer, the source of right tokens; behind its end any token will do.
+        vocabulary: number of token ids.
+    """
+    turn = count()
+
+    def draft(tokens: Sequence[int], candidates: Sequence[int]) -> Sequence[int]:
+        wrong = next(turn) % (len(candidates) + 1)
+        following = [*expected[len(tokens) : len(tokens) + len(candidates)], *candidates]
+        return [(following[i] + (i == wrong)) % vocabulary for i in range(len(candidates))]
+
+    return draft
+
+
+def _reason(divergence: Divergence, dtype: str) -> str:
+    noise = f"{dtype} errs by up to {divergence.noise:.2g} in a logit here"
+    gap = "one could not be chosen at all" if divergence.gap is None else f"their scores are {divergence.gap:.2g} apart"
+    if divergence.verdict == "tie":
+        return f"{gap} in {divergence.exact_dtype}, and {noise}: rounding explains either"
+    return f"{gap} in {divergence.exact_dtype}, but {noise}: rounding does not explain both"

@@ -1,0 +1,133 @@
+"""The anatomy of a divergence: could rounding have made both choices, or is one of them wrong?
+
+Nothing here goes through our block, cache or engine: a mistake in them must not vouch for itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import psutil
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from space_cli.core.choose import Chooser
+from space_cli.verify.record import Verdict
+
+_ROWS_MEASURED = 32
+_ROUNDINGS_TRIED = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is known of a place where two choices differ.
+
+    Attributes:
+        gap: difference of the two scores in `exact_dtype`; None where one of the tokens could not be chosen.
+        noise: largest error of a logit in the run's dtype, measured at this place.
+    """
+
+    gap: float | None
+    noise: float
+    exact_dtype: str
+    verdict: Verdict
+
+
+class Anatomist:
+    """Examines divergences of one model; makes a copy of it in a wider type the first time it is asked.
+
+    Args:
+        model: as it was run.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    @torch.inference_mode()
+    def examine(
+        self, input_ids: Sequence[int], history: Sequence[int], chooser: Chooser, *, expected: int, got: int
+    ) -> Finding:
+        """Say whether rounding explains that one side chose `expected` and the other `got`.
+
+        Args:
+            input_ids: the call whose last row was chosen from: plain causal text, with masks behind it for a draft.
+            history: the tokens before the choice, as logits processors and noise see them.
+            chooser: of the run.
+            expected: token id.
+            got: token id.
+        """
+        exact, noise, exact_dtype = self._measure(input_ids)
+        scores = chooser.rows(exact[None]).scores(0, history)
+        gap = (scores[expected] - scores[got]).abs().item()
+        explained = all(_rounding_explains(token, exact, noise, chooser, history) for token in (expected, got))
+        return Finding(
+            gap=gap if gap < float("inf") else None,
+            noise=noise,
+            exact_dtype=exact_dtype,
+            verdict="tie" if explained else "violation",
+        )
+
+    def _measure(self, input_ids: Sequence[int]) -> tuple[torch.Tensor, float, str]:
+        """Return (V,) logits of the last row in the wider type, the largest error of the run's type, and that type."""
+        ids = torch.tensor([list(input_ids)], device=self._model.device)
+        whole = self._model(input_ids=ids, use_cache=False).logits[0, -_ROWS_MEASURED:].double()
+        alone = self._last_row_alone(ids).double()
+        if self._wider is None:
+            # nothing better to compare with: the two shapes' difference stands for the error of each
+            return whole[-1], 2 * (alone - whole[-1]).abs().max().item(), str(self._model.dtype).removeprefix("torch.")
+        exact = self._wider(input_ids=ids, use_cache=False).logits[0, -_ROWS_MEASURED:].double()
+        noise = max((whole - exact).abs().max().item(), (alone - exact[-1]).abs().max().item())
+        return exact[-1], noise, str(self._wider.dtype).removeprefix("torch.")
+
+    def _last_row_alone(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return (V,) logits of the last token evaluated as a call of one row, as AR does."""
+        cache = DynamicCache(config=self._model.config)
+        if ids.shape[1] > 1:
+            self._model.base_model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+        logits: torch.Tensor = self._model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+        return logits[0, -1]
+
+    @cached_property
+    def _wider(self) -> PreTrainedModel | None:
+        """The model in float64 on a CPU and float32 elsewhere; None where it is quantised or would not fit."""
+        if getattr(self._model, "is_quantized", False):
+            return None
+        types = [torch.float64, torch.float32] if self._model.device.type == "cpu" else [torch.float32]
+        for dtype in types:
+            if dtype.itemsize <= self._model.dtype.itemsize or not self._fits(dtype):
+                continue
+            wider: PreTrainedModel = copy.deepcopy(self._model)
+            wider.to(dtype)  # type: ignore[arg-type]  # wrapped in a way that hides its signature
+            try:
+                wider(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=wider.device))
+            except (RuntimeError, TypeError):  # a layer that computes in a type of its own and takes no other
+                continue
+            return wider
+        return None
+
+    def _fits(self, dtype: torch.dtype) -> bool:
+        needed = sum(parameter.numel() for parameter in self._model.parameters()) * dtype.itemsize
+        if self._model.device.type == "cuda":
+            return needed < torch.cuda.mem_get_info(self._model.device)[0] * 0.8
+        available: int = psutil.virtual_memory().available
+        return needed < available * 0.8
+
+
+def _rounding_explains(token: int, exact: torch.Tensor, noise: float, chooser: Chooser, history: Sequence[int]) -> bool:
+    """Return whether logits within `noise` of the exact ones have the chooser take `token`.
+
+    First in the most favourable way, then at random: filters such as top-p depend on all logits at once.
+    """
+    favoured = exact.clone()
+    favoured[token] += 2 * noise
+    if chooser.rows(favoured[None]).token(0, history) == token:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_ROUNDINGS_TRIED):
+        error = (torch.rand(exact.shape, generator=generator, dtype=torch.float64) * 2 - 1) * noise
+        if chooser.rows((exact + error.to(exact.device))[None]).token(0, history) == token:
+            return True
+    return False

@@ -1,0 +1,53 @@
+"""A self-test of this machine: does a token get the same bits alone and in a block?"""
+
+from __future__ import annotations
+
+import torch
+
+from space_cli.bench.methods import Task
+from space_cli.core.block import AR_BLOCK, Block
+from space_cli.core.engine import EagerEngine
+from space_cli.verify.record import Kernels
+
+_PREFIX, _FOLLOWING = 64, 24
+
+
+@torch.inference_mode()
+def check_kernels(task: Task, block: Block, *, same_shape: bool) -> Kernels:
+    """Evaluate the same tokens one by one and as accepted candidates of a block, and compare the logits' bits.
+
+    Args:
+        task: gives the model, the numerics and a text, which is repeated to the length needed.
+        block: a chain.
+        same_shape: one by one means as heads of such a block, not as calls of one row.
+    """
+    loaded, text_ids = task.loaded, task.prompt_ids
+    room = (loaded.context_length or _PREFIX + _FOLLOWING) - block.num_slots
+    length = max(2, min(_PREFIX + _FOLLOWING, room))
+    ids = (list(text_ids) * (length // len(text_ids) + 1))[:length]
+    prefix, following = ids[: max(1, length - _FOLLOWING)], ids[max(1, length - _FOLLOWING) :]
+    masks = block.mask_token_ids(loaded.mask_token_ids) if block.masks else []
+    # whole blocks only, so that every row stands for a token of the text
+    following = following[: len(following) // block.num_tokens * block.num_tokens]
+
+    def engine(shape: Block) -> EagerEngine:
+        made = EagerEngine(loaded.model, shape, max_length=length, numerics=task.numerics)
+        made.prefill(prefix)
+        return made
+
+    single, blocks = engine(block if same_shape else AR_BLOCK), engine(block)
+    alone, together = [], []
+    for token in following:
+        wrong = [token] * block.num_candidates
+        alone.append(single.run([token, *wrong, *masks] if same_shape else [token])[0])
+        single.settle([0])
+    for start in range(0, len(following), block.num_tokens):
+        rows = blocks.run([*following[start : start + block.num_tokens], *masks])[: block.num_tokens]
+        together += list(rows)
+        blocks.settle(range(block.num_tokens))
+    differences = [(one - other).abs().max().item() for one, other in zip(alone, together, strict=True)]
+    return Kernels(
+        positions=len(differences),
+        bit_equal=sum(torch.equal(one, other) for one, other in zip(alone, together, strict=True)),
+        largest_difference=max(differences, default=0.0),
+    )
