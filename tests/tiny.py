@@ -4,14 +4,14 @@ VOCABULARY = 300
 MASK_IDS = (296, 297, 298)
 
 
-def lively(model):
+def lively(model, scale=0.2):
     """Make a random model's text varied: larger weights give peaked, context-dependent logits."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        if parameter.ndim >= 2:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
     return model.eval()
 
 
@@ -50,3 +50,75 @@ def tiny_configs():
         "mixtral": tf.MixtralConfig(**grouped, num_local_experts=4),
         "gpt_neo": tf.GPTNeoConfig(**common, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]),
     }
+
+
+def more_tiny_configs():
+    """Further architectures, which need larger random weights for varied text."""
+    import transformers as tf
+
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+    old = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    latent = {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    gemma = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 128}
+    extra = {
+        "Falcon": {},
+        "Glm4": {"head_dim": 8},
+        "StableLm": {},
+        "Starcoder2": {},
+        "Cohere": {},
+        "Cohere2": {},
+        "Qwen2Moe": experts | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+        "Qwen3Moe": experts | {"moe_intermediate_size": 32, "head_dim": 8},
+        "SmolLM3": {},
+        "Gemma2": gemma,
+        "Gemma3Text": gemma,
+        "GPTJ": old | {"rotary_dim": 4},
+        "CodeGen": old | {"rotary_dim": 4},
+        "GPTBigCode": old,
+        "Olmo": {},
+        "Olmo3": {},
+        "Olmoe": experts,
+        "DeepseekV2": latent | {"head_dim": 8},
+        "DeepseekV3": latent,
+        "Ministral": {"sliding_window": 128, "head_dim": 8},
+        "Exaone4": {"sliding_window": 128},
+        "Llama4Text": {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 64},
+        "Nemotron": {},
+        "Persimmon": {},
+        "XGLM": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64},
+        "BioGpt": {},
+        "GptOss": experts | {"num_local_experts": 4, "head_dim": 8, "sliding_window": 128},
+        "Arcee": {},
+        "Helium": {"head_dim": 8},
+        "Ernie4_5": {},
+        "HunYuanDenseV1": {"head_dim": 8},
+        "DiffLlama": {},
+        "CTRL": old | {"dff": 64},
+    }
+    return {name: getattr(tf, f"{name}Config")(**common | own) for name, own in extra.items()}

@@ -24,6 +24,9 @@ pre { padding: .75rem; background: #8882; overflow-x: auto; }
 """
 
 
+_LEGEND = "Tie: rounding errors as measured at that place explain either token. Violation: they do not."
+
+
 def write_page(file: Path, markdown: str) -> None:
     """Write a report, whole or not at all: Markdown, or HTML where the file's name ends so.
 
@@ -83,7 +86,7 @@ def verification_page(record: Verification) -> str:
         escaped(" · ".join(verification_settings(record))),
         table(("suite", "against", "answers", "identical", "ties", "violations"), rows),
         *[escaped(line) for line in evidence(record)],
-        "A tie is a place where rounding errors as measured there explain either token; a violation, where they do not.",
+        _LEGEND,
         *[_divergence(found) for found in record.divergences],
         escaped(
             f"space {where['space']} ({where['commit'] or 'no checkout'}), torch {where['torch']}, transformers"
@@ -95,9 +98,7 @@ def verification_page(record: Verification) -> str:
 
 def _divergence(found: Divergence) -> str:
     seed = "" if found.seed is None else f", seed {found.seed}"
-    heading = (
-        f"## {found.verdict}: {found.suite} {found.prompt}{seed}, position {found.position} against {found.against}"
-    )
+    heading = f"{found.verdict}: {found.suite} {found.prompt}{seed}, position {found.position} against {found.against}"
     sides = table(
         ("", "token id", "text"),
         [
@@ -105,9 +106,7 @@ def _divergence(found: Divergence) -> str:
             ("got", _shown(found.got), repr(found.got_text)),
         ],
     )
-    return "\n\n".join(
-        [escaped(heading).replace("\\#\\#", "##", 1), fenced(found.context), sides, escaped(found.reason)]
-    )
+    return "\n\n".join([f"## {_cell(heading)}", fenced(found.context), sides, escaped(found.reason)])
 
 
 def _shown(token: int | None) -> str:

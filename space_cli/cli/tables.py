@@ -16,7 +16,7 @@ from space_cli.verify.record import LEAST_P_VALUE
 
 if TYPE_CHECKING:
     from space_cli.bench.report import Record, Report, Result
-    from space_cli.verify.record import Divergence, Verification
+    from space_cli.verify.record import Divergence, Row, Verification
 
 _DIVERGENCES_SHOWN = 8
 _ROUNDING = "Half precision rounds a position differently in calls of different shape; --dtype float32 is exact."
@@ -121,20 +121,24 @@ def show_verification(record: Verification, done: str, *, to_stderr: bool) -> No
         console.print(
             f"... and {len(record.divergences) - _DIVERGENCES_SHOWN} more; --json or --report has them all.\n"
         )
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("suite", "against"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("answers", "identical", "ties", "violations"):
-        table.add_column(heading, justify="right")
-    for row in record.rows:
-        counts = (row.answers, row.identical, row.ties, row.violations)
-        table.add_row(plain(row.suite), row.against, *map(str, counts))
-    console.print(table)
-    console.print()
+    for suite in dict.fromkeys(row.suite for row in record.rows):
+        console.print(plain(suite, style="bold"))
+        console.print(_comparisons([row for row in record.rows if row.suite == suite]))
+        console.print()
     for line in evidence(record):
         console.print(plain(line), soft_wrap=True)
     console.print(plain(" · ".join(verification_settings(record)), style="dim"), soft_wrap=True)
     console.print(Text(verdict(record), style="bold green" if record.lossless else "bold red"), soft_wrap=True)
+
+
+def _comparisons(rows: list[Row]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("against")
+    for heading in ("answers", "identical", "ties", "violations"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(row.against, *map(str, (row.answers, row.identical, row.ties, row.violations)))
+    return table
 
 
 def verification_settings(record: Verification) -> list[str]:

@@ -30,6 +30,8 @@ def check_config(config: PretrainedConfig, name: str) -> None:
     foreign = set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if foreign:
         raise _refusal(name, f"it has {', '.join(sorted(foreign))} layers, which cannot step back over rejected tokens")
+    if _has_alibi(text):
+        raise _refusal(name, "its ALiBi biases count slots of the cache, not positions")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _refusal(name, f"transformers has no causal language model for {config.model_type!r}")
     if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False):
@@ -66,6 +68,11 @@ def check_block(model: PreTrainedModel, name: str) -> None:
     allowed = 1e-2 if model.dtype == torch.float32 else 0.5
     if (found - expected).abs().max() / spread > allowed:
         raise _refusal(name, "its logits in a block differ from those one by one: it ignores a 4-D mask or positions")
+
+
+def _has_alibi(config: PretrainedConfig) -> bool:
+    """Return whether distances come from slots of the cache instead of position ids (Bloom, MPT, some Falcons)."""
+    return config.model_type in ("bloom", "mpt") or bool(getattr(config, "alibi", False))
 
 
 def _refusal(name: str, reason: str) -> UsageProblem:

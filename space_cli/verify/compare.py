@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Literal
 
@@ -36,6 +36,7 @@ class Comparison:
         against: of `record.AGAINST`; sampled, hf is left to `distribution`.
         same_shape: AR runs blocks of the same shape too, all of its drafts wrong.
         seeds: how many, from that of the tasks on.
+        turns: counts the steps of mixed drafts through the whole run, so that short answers too give every length.
     """
 
     block: Block
@@ -43,6 +44,7 @@ class Comparison:
     against: tuple[str, ...]
     same_shape: bool = False
     seeds: int = 1
+    turns: Iterator[int] = field(default_factory=count)
 
 
 def compare(planned: Sequence[Planned], comparison: Comparison, view: View) -> Iterator[Answer]:
@@ -67,19 +69,21 @@ class _Case:
     def answer(self) -> Answer:
         """Answer by all methods and examine what differs."""
         ar = self._watched("ar", lambda on_step: run_ar(self._task, self._comparison, on_step)).tokens
-        space = self._watched("space", lambda on_step: run_space(self._task, self._comparison, ar, on_step))
+        guesses: list[Sequence[int]] = []
+        space = self._watched("space", lambda on_step: run_space(self._task, self._comparison, ar, on_step, guesses))
         answers = {"ar": ar} if "ar" in self._comparison.against else {}
         if "hf" in self._comparison.against and self._seed is None:
             answers["hf"] = self._watched("hf", self._run_hf).tokens
         divergences = [
             self._parting(name, tokens, space.tokens) for name, tokens in answers.items() if tokens != space.tokens
         ]
-        checked, wrong = self._check_drafts(space)
+        checked, wrong = self._check_drafts(space, guesses)
         return Answer(
             suite=self._planned.suite,
             prompt=self._planned.task_id,
             seed=self._seed,
             tokens=len(space.tokens),
+            token_ids=space.tokens,
             identical={name: tokens == space.tokens for name, tokens in answers.items()},
             accepted_by_step=[step.accepted for step in space.steps],
             drafts_checked=checked,
@@ -107,17 +111,16 @@ class _Case:
         return self._examined(against, position, history, history, one, other)
 
     @torch.inference_mode()
-    def _check_drafts(self, space: Generation) -> tuple[int, list[Divergence]]:
+    def _check_drafts(self, space: Generation, guesses: Sequence[Sequence[int]]) -> tuple[int, list[Divergence]]:
         """Recompute what some mask groups guessed by a plain causal call without cache or block.
 
         Wrong drafts change no output, only speed; they are found here or nowhere.
         """
         block, loaded = self._comparison.block, self._task.loaded
-        if self._comparison.drafts != "model" or not block.masks:
-            return 0, []
         checked, wrong = 0, []
-        masks = block.mask_token_ids(loaded.mask_token_ids)[: block.masks]
-        last = len(space.steps) - 1
+        ids = loaded.mask_token_ids
+        masks = [ids[0]] * block.masks if len(ids) == 1 else list(ids[: block.masks])
+        last = len(space.steps) - 1 if masks else 0
         for index in sorted({last * part // _DRAFTS_PER_ANSWER for part in range(_DRAFTS_PER_ANSWER)} if last else ()):
             # the masks stood behind the last accepted slot and did not see the correction, which is the new head
             done = [token for step in space.steps[: index + 1] for token in step.tokens]
@@ -126,7 +129,7 @@ class _Case:
             rows = self._chooser.rows(loaded.model(input_ids=call, use_cache=False).logits[0, -len(masks) :])
             history = [*self._task.prompt_ids, *done]
             checked += 1
-            for mask, got in enumerate(space.steps[index + 1].candidates[: len(masks)]):
+            for mask, got in enumerate(guesses[index + 1][: len(masks)]):
                 expected = rows.token(mask, history)
                 if expected != got:
                     seen = input_ids[: len(input_ids) - len(masks) + mask + 1]
@@ -181,12 +184,28 @@ def run_ar(task: Task, comparison: Comparison, on_step: Callable[[Step], None]) 
 
 
 def run_space(
-    task: Task, comparison: Comparison, expected: Sequence[int], on_step: Callable[[Step], None]
+    task: Task,
+    comparison: Comparison,
+    expected: Sequence[int],
+    on_step: Callable[[Step], None],
+    guesses: list[Sequence[int]] | None = None,
 ) -> Generation:
-    """Answer as SPACE; `expected` is AR's answer, from which mixed drafts are made."""
-    drafter = None
-    if comparison.drafts == "mixed":
-        drafter = mixed_drafter([*task.prompt_ids, *expected], embedding_rows(task.loaded.model))
+    """Answer as SPACE.
+
+    Args:
+        task: what to answer.
+        comparison: gives block and drafts.
+        expected: AR's answer, from which mixed drafts are made.
+        on_step: sees each step.
+        guesses: gets the candidates that the model itself drafted for each step.
+    """
+    mixed = mixed_drafter([*task.prompt_ids, *expected], embedding_rows(task.loaded.model), comparison.turns)
+
+    def drafter(tokens: Sequence[int], candidates: Sequence[int]) -> Sequence[int]:
+        if guesses is not None:
+            guesses.append(candidates)
+        return mixed(tokens, candidates) if comparison.drafts == "mixed" else candidates
+
     return run_decode(task, comparison.block, on_step, drafter=drafter)
 
 
@@ -204,17 +223,17 @@ def samplers(comparison: Comparison) -> dict[str, Callable[[Task], list[int]]]:
     return {"ar": ar, "space": space}
 
 
-def mixed_drafter(expected: Sequence[int], vocabulary: int) -> Drafter:
+def mixed_drafter(expected: Sequence[int], vocabulary: int, turns: Iterator[int]) -> Drafter:
     """Return drafts of which 0, 1, ..., k, 0, ... are right up to a wrong one, and right again behind it.
 
     Args:
         expected: prompt and answer, the source of right tokens; behind its end any token will do.
         vocabulary: number of token ids.
+        turns: 0, 1, ..., one for each step.
     """
-    turn = count()
 
     def draft(tokens: Sequence[int], candidates: Sequence[int]) -> Sequence[int]:
-        wrong = next(turn) % (len(candidates) + 1)
+        wrong = next(turns) % (len(candidates) + 1)
         following = [*expected[len(tokens) : len(tokens) + len(candidates)], *candidates]
         return [(following[i] + (i == wrong)) % vocabulary for i in range(len(candidates))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +14,10 @@ from space_cli.bench.methods import Task, next_token_probabilities
 from space_cli.core.stopping import StopRule
 from space_cli.verify.record import Distribution
 
-_LEAST_EXPECTED = 5.0
+_LEAST_EXPECTED, _MOST_BINS = 5.0, 40
 _FIRST_TOKENS = 16
+
+_Cell = tuple[int, ...]
 
 
 def compare_distributions(
@@ -30,19 +33,41 @@ def compare_distributions(
         draws: number of seeds.
     """
     task = replace(planned.task, stop=StopRule(2, planned.task.loaded.eos_token_ids))
-    expected = {pair: draws * chance for pair, chance in _exact(task).items() if draws * chance >= _LEAST_EXPECTED}
-    rest = draws - sum(expected.values())
+    chances, likely = _exact(task)
+    bounds, expected = _bins(chances, draws)
     found = []
     for method, sampler in samplers.items():
-        seeds = range(task.sampling.seed, task.sampling.seed + draws)
-        drawn = Counter(tuple(sampler(replace(task, sampling=replace(task.sampling, seed=seed)))) for seed in seeds)
-        terms = [(drawn[pair] - count) ** 2 / count for pair, count in expected.items()]
-        others = draws - sum(drawn[pair] for pair in expected)
-        # the rest is a bin of its own where enough is expected of it
-        if rest >= _LEAST_EXPECTED:
-            terms.append((others - rest) ** 2 / rest)
+        drawn = Counter[int]()
+        for seed in range(task.sampling.seed, task.sampling.seed + draws):
+            tokens = sampler(replace(task, sampling=replace(task.sampling, seed=seed)))
+            cell = tuple(tokens if tokens[0] in likely else tokens[:1])
+            drawn[min(bisect_left(bounds, cell), len(bounds) - 1)] += 1
+        terms = [(drawn[number] - count) ** 2 / count for number, count in enumerate(expected)]
         found.append(_result(planned, method, draws, terms))
     return found
+
+
+def _bins(chances: dict[_Cell, float], draws: int) -> tuple[list[_Cell], list[float]]:
+    """Pool neighbouring cells until enough is expected of each bin; return the last cell of each, and what is expected.
+
+    Likely tokens are not kept apart from unlikely ones, so that a flat distribution still makes many bins.
+    """
+    least = max(_LEAST_EXPECTED, draws / _MOST_BINS)
+    bounds: list[_Cell] = []
+    expected: list[float] = []
+    pooled = 0.0
+    for cell in sorted(chances):
+        pooled += draws * chances[cell]
+        if pooled >= least:
+            bounds.append(cell)
+            expected.append(pooled)
+            pooled = 0.0
+    if not bounds:
+        return [max(chances)], [float(draws)]
+    # what is left joins the last bin
+    bounds[-1] = max(chances)
+    expected[-1] += pooled
+    return bounds, expected
 
 
 def _result(planned: Planned, method: str, draws: int, terms: list[float]) -> Distribution:
@@ -64,15 +89,16 @@ def _result(planned: Planned, method: str, draws: int, terms: list[float]) -> Di
     )
 
 
-def _exact(task: Task) -> dict[tuple[int, ...], float]:
-    """Return the probability of each likely pair of first tokens; of an end of text, alone."""
+def _exact(task: Task) -> tuple[dict[_Cell, float], set[int]]:
+    """Return the probability of each pair of first tokens, of less likely first tokens alone; and the likely ones."""
     first = next_token_probabilities(task, task.prompt_ids)
-    chances: dict[tuple[int, ...], float] = {}
-    for token in first.topk(min(_FIRST_TOKENS, len(first))).indices.tolist():
+    likely = set(first.topk(min(_FIRST_TOKENS, len(first))).indices.tolist()) - task.stop.eos_token_ids
+    chances: dict[_Cell, float] = {}
+    for token in first.nonzero()[:, 0].tolist():
         chance = first[token].item()
-        if token in task.stop.eos_token_ids:
+        if token not in likely:
             chances[(token,)] = chance
-        elif chance > 0:
+        else:
             second = next_token_probabilities(task, [*task.prompt_ids, token])
             chances |= {(token, other): chance * second[other].item() for other in second.nonzero()[:, 0].tolist()}
-    return chances
+    return chances, likely

@@ -53,7 +53,7 @@ class Answer(BaseModel):
     """One prompt under one seed.
 
     Attributes:
-        tokens: in SPACE's answer.
+        tokens: in SPACE's answer, whose ids are `token_ids`.
         identical: whether it equals the answer of each method compared with.
         accepted_by_step: acceptance length of each step.
         drafts_checked: mask groups whose guesses were recomputed by a plain causal call.
@@ -63,6 +63,7 @@ class Answer(BaseModel):
     prompt: str
     seed: int | None
     tokens: int
+    token_ids: list[int]
     identical: dict[str, bool]
     accepted_by_step: list[int]
     drafts_checked: int
@@ -98,7 +99,7 @@ class Distribution(BaseModel):
     """First two tokens over many seeds against the exact distribution of transformers' own sampling.
 
     Attributes:
-        bins: pairs of tokens with an expected count of at least five, and one for the rest.
+        bins: groups of pairs of tokens, each with an expected count of at least five.
         p_value: chance that a right sampler is at least this far off.
     """
 

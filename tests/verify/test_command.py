@@ -1,0 +1,216 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+FAST = ("--dtype", "float32", "--max-new-tokens", "16", "--quiet")
+
+
+@pytest.fixture
+def verify(run_space, tiny_model_dir, prompts_file):
+    """Run the command on the tiny SPACE checkpoint and two prompts."""
+
+    def run(*arguments, model=tiny_model_dir):
+        return run_space("verify-lossless", "--model", model, "--suite", prompts_file, *FAST, *arguments)
+
+    return run
+
+
+def test_a_lossless_model_is_told_so(verify):
+    done = verify()
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "LOSSLESS: 32 tokens of 2 answers are identical"
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row for row in rows if row and row[0] in ("ar", "hf", "drafts")] == [
+        ["ar", "2", "2", "0", "0"],
+        ["hf", "2", "2", "0", "0"],
+        ["drafts", "8", "8", "0", "0"],
+    ]
+    assert "\x1b" not in done.stdout
+
+
+def test_json_holds_the_contract(verify, tmp_path):
+    done = verify("--json", tmp_path / "proof.json", "--drafts", "mixed")
+
+    record = json.loads((tmp_path / "proof.json").read_text())
+    assert done.returncode == 0
+    assert record["complete"] is record["lossless"] is True
+    assert (record["prompts"], record["tokens"], record["identical"], record["divergences"]) == (2, 32, 2, [])
+    assert record["settings"]["drafts"] == "mixed"
+    assert record["settings"]["numerics"] == "plain"
+    assert record["environment"]["dtype"] == "float32"
+    assert record["never_accepted"] == []
+    assert len(record["accepted"]) == 4
+    assert record["kernels"]["positions"] > 0
+
+
+def test_json_on_standard_output_stands_alone(verify):
+    done = verify("--json", "-", "--limit", "1")
+
+    assert json.loads(done.stdout)["lossless"] is True
+    assert "LOSSLESS" in done.stderr
+
+
+def test_sampled_answers_are_compared_under_each_seed_and_in_distribution(verify):
+    sampling = ("--temperature", "0.9", "--top-k", "60", "--top-p", "0.95", "--min-p", "0.01", "--seed", "5")
+
+    done = verify(*sampling, "--repetition-penalty", "1.1", "--seeds", "3", "--draws", "150", "--json", "-")
+
+    record = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert [answer["seed"] for answer in record["answers"]] == [5, 6, 7, 5, 6, 7]
+    assert len({tuple(answer["token_ids"]) for answer in record["answers"]}) == 6
+    assert {test["method"] for test in record["distributions"]} == {"ar", "space"}
+    assert all(test["bins"] > 2 and test["draws"] == 150 for test in record["distributions"])
+
+
+@pytest.mark.parametrize("numerics", ["plain", "invariant", "same-shape"])
+def test_numerics_are_chosen(verify, numerics):
+    done = verify("--numerics", numerics, "--candidates", "2", "--dtype", "bfloat16", "--json", "-")
+
+    record = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert record["settings"]["numerics"] == numerics
+    assert record["settings"]["candidates"] == 2
+
+
+@pytest.mark.parametrize("against", ["ar", "hf", "hf, ar"])
+def test_against_chooses_the_other_side(verify, against):
+    record = json.loads(verify("--against", against, "--json", "-").stdout)
+
+    assert {row["against"] for row in record["rows"]} == {*against.replace(" ", "").split(","), "drafts"}
+
+
+@pytest.mark.parametrize("suffix", ["md", "html"])
+def test_a_report_is_written(verify, tmp_path, suffix):
+    done = verify("--report", tmp_path / f"proof.{suffix}")
+
+    text = (tmp_path / f"proof.{suffix}").read_text()
+    assert done.returncode == 0
+    assert "LOSSLESS: 32 tokens of 2 answers are identical" in text
+    assert ("<table>" in text) == (suffix == "html")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--against", "gpt"], "--against gpt: nothing of that name to compare with; use ar, hf or both"),
+        (["--seeds", "2"], "--seeds: greedy answers depend on no seed; give --temperature too"),
+        (["--drafts", "best"], "Invalid value for '--drafts'"),
+        (["--numerics", "exact"], "Invalid value for '--numerics'"),
+        (["--candidates", "9"], "was trained for 1 to 3"),
+        (["--report", "proof.pdf"], "--report proof.pdf: unknown kind of file; end it with .html or .md"),
+        (["--report", "absent/proof.md"], "--report absent/proof.md: there is no folder"),
+        (["--draws", "3"], "Invalid value for '--draws'"),
+        (["--max-new-tokens", "256"], "exceed the context of"),
+    ],
+)
+def test_wrong_values_are_one_line_and_exit_code_2(verify, arguments, told):
+    done = verify(*arguments)
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_model_never_trained_for_space_is_checked_with_mixed_drafts(verify, tiny_models, tiny_tokenizer, tmp_path):
+    folder = tmp_path / "plain"
+    tiny_models["qwen2"].save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+
+    done = verify("--json", "-", "--max-new-tokens", "24", model=folder)
+    own, many = verify("--drafts", "model", model=folder), verify("--candidates", "99", model=folder)
+
+    record = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert record["settings"]["drafts"] == "mixed"
+    assert record["never_accepted"] == []
+    assert own.returncode == many.returncode == 2
+    assert "was not trained for SPACE, so it has no drafts; use --drafts mixed" in own.stderr
+    assert "--candidates 99: out of range; choose 1 to 31" in many.stderr
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantised_models_are_checked(verify, tiny_tokenizer, tmp_path, quantization):
+    import torch
+    from tiny import VOCABULARY, lively
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    lively(LlamaForCausalLM(config).to(torch.float32)).save_pretrained(tmp_path / "plain")
+    tiny_tokenizer.save_pretrained(tmp_path / "plain")
+
+    done = verify("--quantization", quantization, "--json", "-", model=tmp_path / "plain")
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["lossless"] is True
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_keeps_what_is_done(clean_env, tiny_model_dir, prompts_file, tmp_path):
+    prompts_file.write_text("".join(json.dumps({"prompt": f"def f{n}("}) + "\n" for n in range(5000)))
+    record = tmp_path / "proof.json"
+    options = ("--model", tiny_model_dir, "--suite", prompts_file, "--json", record, *FAST[:-1])
+    # a job in the background of a script inherits a SIGINT that is ignored, and so would the command
+    with subprocess.Popen(
+        list(map(str, [sys.executable, "-u", "-m", "space_cli", "verify-lossless", *options])),
+        env=clean_env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            for line in process.stderr:
+                if "answers  ar" in line:
+                    break
+            os.kill(process.pid, signal.SIGINT)
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+
+    saved = json.loads(record.read_text())
+    assert process.returncode == 130
+    assert "Interrupted after" in out
+    assert "answers are identical" in out
+    assert saved["complete"] is False
+    assert 0 < len(saved["answers"]) < 5000
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_report_that_cannot_be_written_does_not_cost_the_verdict(verify, tmp_path):
+    (tmp_path / "full.html").symlink_to("/dev/full")
+
+    done = verify("--report", tmp_path / "full.html")
+
+    assert done.returncode == 3
+    assert "could not be written: No space left on device" in done.stderr
+    assert "LOSSLESS: 32 tokens" in done.stdout
+
+
+def test_hostile_names_and_text_do_nothing(verify, prompts_file, tmp_path):
+    name = "\x1b]0;x\x07<script>alert(1)</script>\n# heading ``` | cell"
+    prompts_file.write_text(json.dumps({"prompt": "a\x1b[31m[red]", "task_id": name}) + "\n")
+
+    done = verify("--temperature", "1", "--draws", "100", "--report", tmp_path / "proof.html")
+
+    page = (tmp_path / "proof.html").read_text()
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr + page
+    assert "<script>" not in page
+    assert page.count("<h1>") == 1
