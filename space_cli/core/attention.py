@@ -28,9 +28,8 @@ INVARIANT = "space_invariant"
 """Its name in transformers' attention interface."""
 KEY_TILE = 512
 """Keys that SDPA takes at once on CPU (`kvSplitSize` in ATen's FlashAttentionKernel.cpp)."""
-_ROW_TILE = 32
-# queries that SDPA takes at once there (`qSplitSize`) below this number of rows
-_SMALL_CALL = 192
+# queries that SDPA takes at once there (`qSplitSize`) in calls of fewer than 192
+_ROW_TILE, _SMALL_CALL = 32, 160
 _TRIALS = 24
 
 
@@ -74,53 +73,82 @@ def invariant_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend in calls of one inner shape; a prefill, which is the same call for everyone, goes to SDPA as it is.
+    """Attend in calls of one inner shape, whether one token, a block or a whole prompt is asked for.
 
     Args:
         module: the attention layer.
         query: (B, H, Q, D).
-        key: (B, H_kv, N, D), H a multiple of H_kv; N is filled up to whole tiles where it is not.
+        key: (B, H_kv, N, D), H a multiple of H_kv; filled up to whole tiles where N is not.
         value: (B, H_kv, N, D).
-        attention_mask: (B or 1, 1, Q, N), additive or bool, or None for causal attention.
+        attention_mask: (B or 1, 1, Q, N), additive or bool; or None for causal attention, the last query at key N - 1.
         scaling: of the products; None is D ** -0.5.
         **kwargs: what transformers passes to SDPA.
 
     Returns:
         (B, Q, H, D) and no weights, as transformers' attention functions do.
     """
+    if kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    rows, length = query.shape[2], key.shape[2]
+    key, value = _whole_tiles(key), _whole_tiles(value)
+    at_once = max(1, _SMALL_CALL * key.shape[1] // query.shape[1])
+    if attention_mask is not None and rows <= at_once:
+        output = _attend(query, key, value, _additive(attention_mask, key.shape[2], query.dtype), scaling)
+        return output.transpose(1, 2).contiguous(), None
+    parts = []
+    for start in range(0, rows, at_once):
+        end = min(rows, start + at_once)
+        if attention_mask is None:
+            shown = padded_length(length - rows + end)
+            mask = _causal_mask(length - rows + start, end - start, shown, query.dtype, query.device)
+        else:
+            shown, mask = key.shape[2], _additive(attention_mask[:, :, start:end], key.shape[2], query.dtype)
+        parts.append(_attend(query[:, :, start:end], key[:, :, :shown], value[:, :, :shown], mask, scaling))
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Return (B, H, Q, D) of such queries, at most `_SMALL_CALL` per key head, under a (1, 1, Q, N) additive mask."""
     batch, num_heads, rows, width = query.shape
     per_group = num_heads // key.shape[1]
     stacked = rows * per_group
-    if (rows > 1 and attention_mask is None) or stacked >= _SMALL_CALL or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    key, value, mask = _whole_tiles(key, value, attention_mask, query.dtype)
-    # the heads that share a key head are rows of one product, so keys are never copied
-    query = query.reshape(batch, key.shape[1], stacked, width)
-    if rows > 1 and per_group > 1:
-        mask = torch.cat([mask] * per_group, dim=2)  # a quarter of the time of `repeat`
+    if per_group > 1:
+        # the heads that share a key head are rows of one product, so keys are never copied
+        query = query.reshape(batch, key.shape[1], stacked, width)
+        mask = mask if rows == 1 else torch.cat([mask] * per_group, dim=2)  # a quarter of the time of `repeat`
     # what is left for the last tile of rows must not be too few
     surplus = max(0, least_rows(query.dtype, width) - stacked % _ROW_TILE) if stacked % _ROW_TILE else 0
     if surplus:
         query = functional.pad(query, (0, 0, 0, surplus))
         mask = mask if rows == 1 else functional.pad(mask, (0, 0, 0, surplus))
     output = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    output = output[:, :, :stacked].reshape(batch, num_heads, rows, value.shape[3])
-    return output.transpose(1, 2).contiguous(), None
-
-
-def _whole_tiles(
-    key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return keys, values and an additive mask of whole tiles; they are copied only where they are not whole yet."""
-    if mask is None:
-        mask = torch.zeros(1, 1, 1, key.shape[2], dtype=dtype, device=key.device)
-    elif mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-    surplus = padded_length(key.shape[2]) - key.shape[2]
     if surplus:
-        key, value = functional.pad(key, (0, 0, 0, surplus)), functional.pad(value, (0, 0, 0, surplus))
-        mask = functional.pad(mask, (0, surplus), value=torch.finfo(dtype).min)
-    return key, value, mask
+        output = output[:, :, :stacked]
+    return output if per_group == 1 else output.reshape(batch, num_heads, rows, value.shape[3])
+
+
+def _whole_tiles(states: torch.Tensor) -> torch.Tensor:
+    """Return keys or values filled up to whole tiles; a cache that shows whole tiles already is not copied."""
+    surplus = padded_length(states.shape[2]) - states.shape[2]
+    return functional.pad(states, (0, 0, 0, surplus)) if surplus else states
+
+
+def _additive(mask: torch.Tensor, shown: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mask additive and `shown` columns wide, what is missing hidden."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    surplus = shown - mask.shape[3]
+    return functional.pad(mask, (0, surplus), value=torch.finfo(dtype).min) if surplus else mask
+
+
+@lru_cache(maxsize=4)  # the layers of a model ask for the same ones one after the other
+def _causal_mask(first: int, rows: int, shown: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the (1, 1, rows, shown) additive mask of queries that stand at keys `first` and on."""
+    hidden = torch.arange(shown, device=device) > torch.arange(first, first + rows, device=device)[:, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
 
 
 @lru_cache

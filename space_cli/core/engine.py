@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, cast
 
 import torch
@@ -87,12 +87,13 @@ class EagerEngine:
         start = self.length
         self.cache.extent.multiple = 1
         positions = torch.arange(start, start + len(token_ids), device=self.model.device)[None]
-        self.model.base_model(
-            input_ids=torch.tensor([list(token_ids)], device=self.model.device),
-            position_ids=positions,
-            past_key_values=self.cache.past_key_values,
-            use_cache=True,
-        )
+        with self._attention():
+            self.model.base_model(
+                input_ids=torch.tensor([list(token_ids)], device=self.model.device),
+                position_ids=positions,
+                past_key_values=self.cache.past_key_values,
+                use_cache=True,
+            )
 
     def run(self, slot_ids: Sequence[int]) -> torch.Tensor:
         """Run the block behind the settled prefix; return (Q, V) logits. The cache then holds all slots.
@@ -105,7 +106,7 @@ class EagerEngine:
         first = self._max_length - length
         shown = self.cache.extent.of(length + self.block.num_slots)
         mask = None if self._mask is None else self._mask[..., first : first + shown]
-        with invariant_attention_of(self.model) if self._tile > 1 else nullcontext():
+        with self._attention():
             logits: torch.Tensor = self.model(
                 input_ids=torch.tensor([slot_ids], device=self.model.device),
                 attention_mask=mask,
@@ -114,6 +115,9 @@ class EagerEngine:
                 use_cache=True,
             ).logits
         return logits[0]
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return invariant_attention_of(self.model) if self._tile > 1 else nullcontext()
 
     def settle(self, slots: Sequence[int]) -> None:
         """End a step: of the block's slots only `slots` (head and accepted candidates) join the settled prefix."""

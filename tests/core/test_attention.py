@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,6 +67,20 @@ def test_a_call_of_generate_has_the_bits_of_ours(call):
     assert torch.equal(ours, growing_cache)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@settings(max_examples=30)
+@given(call=calls(), row=st.integers(0, 1199))
+def test_a_row_of_a_whole_prompt_has_the_bits_it_has_alone(dtype, call, row):
+    query, key, value, _ = tensors(call, dtype)
+    prompt, row = call[3] + 1, min(row, call[3])
+    queries = query[:, :, :1].repeat(1, 1, prompt, 1)
+
+    whole = invariant_attention(None, queries, key[:, :, :prompt], value[:, :, :prompt], None)[0][:, row]
+    alone = invariant_attention(None, query[:, :, :1], key[:, :, : row + 1], value[:, :, : row + 1], None)[0][:, 0]
+
+    assert torch.equal(whole, alone)
+
+
 @settings(max_examples=30)
 @given(call=calls())
 def test_it_is_attention(call):
@@ -86,8 +102,9 @@ def test_few_rows_are_enough_or_a_whole_tile_is_taken(dtype):
 
 def test_half_precision_on_a_cpu_is_invariant_by_default(tiny_models):
     llama = tiny_models["llama"]
-    half = type(llama)._from_config(llama.config, dtype=torch.bfloat16)
-    eager = type(llama)._from_config(llama.config, attn_implementation="eager", dtype=torch.bfloat16)
+    half = copy.deepcopy(llama).to(torch.bfloat16)
+    eager = copy.deepcopy(half)
+    eager.set_attn_implementation("eager")
 
     assert default_numerics(half) == "invariant"
     assert default_numerics(llama) == "plain"
@@ -97,8 +114,6 @@ def test_half_precision_on_a_cpu_is_invariant_by_default(tiny_models):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("length", [3, KEY_TILE - 4, KEY_TILE + 1])
 def test_invariant_calls_compute_what_plain_ones_do(tiny_models, family, length):
-    import copy
-
     model = copy.deepcopy(tiny_models[family])
     model.config.max_position_embeddings = 2048
     length = min(length, 200) if family == "gpt2" else length
