@@ -76,7 +76,7 @@ def fenced(text: str) -> str:
 
 def verification_page(record: Verification) -> str:
     """Return a verification as Markdown."""
-    from space_cli.cli.tables import evidence, verdict, verification_settings
+    from space_cli.cli.tables import by_place, evidence, verdict, verification_settings
 
     where = record.environment
     rows = [(row.suite, row.against, row.answers, row.identical, row.ties, row.violations) for row in record.rows]
@@ -87,7 +87,7 @@ def verification_page(record: Verification) -> str:
         table(("suite", "against", "answers", "identical", "ties", "violations"), rows),
         *[escaped(line) for line in evidence(record)],
         _LEGEND,
-        *[_divergence(found) for found in record.divergences],
+        *[_place(place) for place in by_place(record.divergences)],
         escaped(
             f"space {where['space']} ({where['commit'] or 'no checkout'}), torch {where['torch']}, transformers"
             f" {where['transformers']}, {where['processor']}, {where['date']}"
@@ -96,9 +96,10 @@ def verification_page(record: Verification) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _divergence(found: Divergence) -> str:
-    seed = "" if found.seed is None else f", seed {found.seed}"
-    heading = f"{found.verdict}: {found.suite} {found.prompt}{seed}, position {found.position} against {found.against}"
+def _place(place: list[Divergence]) -> str:
+    from space_cli.cli.tables import heading
+
+    found = place[0]
     sides = table(
         ("", "token id", "text"),
         [
@@ -106,7 +107,9 @@ def _divergence(found: Divergence) -> str:
             ("got", _shown(found.got), repr(found.got_text)),
         ],
     )
-    return "\n\n".join([f"## {_cell(heading)}", fenced(found.context), sides, escaped(found.reason)])
+    return "\n\n".join(
+        [f"## {_cell(f'{found.verdict}: {heading(place)}')}", fenced(found.context), sides, escaped(found.reason)]
+    )
 
 
 def _shown(token: int | None) -> str:

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from space_cli.bench.report import Record, Report, Result
     from space_cli.verify.record import Divergence, Row, Verification
 
-_DIVERGENCES_SHOWN = 8
-_ROUNDING = "Half precision rounds a position differently in calls of different shape; --dtype float32 is exact."
+_PLACES_SHOWN = 8
+_ROUNDING = (
+    "Half precision rounds a token differently in calls of another shape; --dtype float32 is exact, and"
+    " `space verify-lossless` tells rounding from faults."
+)
 
 
 def show_bench(report: Report, done: str, *, to_stderr: bool) -> None:
@@ -115,12 +118,11 @@ def show_verification(record: Verification, done: str, *, to_stderr: bool) -> No
     console = _console(to_stderr=to_stderr)
     if not record.complete:
         console.print(f"Interrupted after {done}.")
-    for divergence in record.divergences[:_DIVERGENCES_SHOWN]:
-        console.print(_divergence(divergence), soft_wrap=True)
-    if len(record.divergences) > _DIVERGENCES_SHOWN:
-        console.print(
-            f"... and {len(record.divergences) - _DIVERGENCES_SHOWN} more; --json or --report has them all.\n"
-        )
+    places = by_place(record.divergences)
+    for place in places[:_PLACES_SHOWN]:
+        console.print(_place(place), soft_wrap=True)
+    if len(places) > _PLACES_SHOWN:
+        console.print(f"... and {len(places) - _PLACES_SHOWN} more places; --json or --report has them all.\n")
     for suite in dict.fromkeys(row.suite for row in record.rows):
         console.print(plain(suite, style="bold"))
         console.print(_comparisons([row for row in record.rows if row.suite == suite]))
@@ -186,17 +188,37 @@ def verdict(record: Verification) -> str:
     return f"LOSSLESS: {scope} are identical"
 
 
-def _divergence(found: Divergence) -> Text:
-    sides = {"ar": "ar", "hf": "hf", "drafts": "the masks in a causal call"}
+def by_place(divergences: list[Divergence]) -> list[list[Divergence]]:
+    """Group what parts at the same place with the same tokens, as against ar and hf together."""
+    places: dict[tuple[object, ...], list[Divergence]] = {}
+    for found in divergences:
+        drafted = found.against == "drafts"
+        key = (found.suite, found.prompt, found.seed, drafted, found.position, found.expected, found.got)
+        places.setdefault(key, []).append(found)
+    return list(places.values())
+
+
+def heading(place: list[Divergence]) -> str:
+    """Return where answers part, and against whom."""
+    found = place[0]
     seed = "" if found.seed is None else f", seed {found.seed}"
     what = "draft" if found.against == "drafts" else "token"
-    style = "yellow" if found.verdict == "tie" else "bold red"
-    wide = max(len(sides[found.against]), len("space"))
+    return f"{found.suite} {found.prompt}{seed}, {what} {found.position} against {_sides(place)}"
+
+
+def _sides(place: list[Divergence]) -> str:
+    return ", ".join(found.against for found in place)
+
+
+def _place(place: list[Divergence]) -> Text:
+    found = place[0]
+    expected = "causal call" if found.against == "drafts" else _sides(place)
+    wide = max(len(expected), len("space"))
     return Text.assemble(
-        (f"{found.verdict} ", style),
-        plain(f"{found.suite} {found.prompt}{seed}, {what} {found.position} against {found.against}\n"),
-        plain(f"  after     {_one_line(found.context)}\n", style="dim"),
-        plain(f"  {sides[found.against]:<{wide}} {_side(found.expected, found.expected_text)}\n"),
+        (f"{found.verdict} ", "yellow" if found.verdict == "tie" else "bold red"),
+        plain(f"{heading(place)}\n"),
+        plain(f"  {'after':<{wide}} {_one_line(found.context)}\n", style="dim"),
+        plain(f"  {expected:<{wide}} {_side(found.expected, found.expected_text)}\n"),
         plain(f"  {'space':<{wide}} {_side(found.got, found.got_text)}\n"),
         plain(f"  {found.reason}\n"),
     )

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from oracles import hf_greedy
@@ -47,6 +49,17 @@ def test_sampled_space_equals_sampled_ar(nano):
     outputs = [answer(nano, PROBLEMS[0].text, shape, sampling=sampling).tokens for shape in (block, AR_BLOCK)]
 
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("options", [(), ("--numerics", "same-shape"), ("--temperature", "0.8", "--draws", "100")])
+def test_bfloat16_is_lossless_and_exact_where_the_kernels_are(run_space, options):
+    done = run_space("verify-lossless", "--dtype", "bfloat16", "--limit", "4", "-q", "--json", "-", *options)
+
+    record = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    # the command says of this machine whether a token has the same bits alone and in a block; then texts never part
+    exact = record["kernels"]["bit_equal"] == record["kernels"]["positions"]
+    assert not exact or record["identical"] == 4
 
 
 def test_masks_have_learned_to_guess(nano):
