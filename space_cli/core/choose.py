@@ -126,7 +126,7 @@ class _Noise:
         """Return (size,) float32 noise of the token at `position`."""
         row = self._rows.get(position)
         if row is None:
-            self._generator.manual_seed(_mix(self._seed, position))
+            self._generator.manual_seed(mix(self._seed, position))
             # in float64: float32 uniforms end at 2**-24 and would cut the tail of the distribution
             exponential = torch.empty(size, dtype=torch.float64).exponential_(generator=self._generator)
             row = exponential.log_().neg_().float().to(device)
@@ -136,7 +136,7 @@ class _Noise:
         return row
 
 
-def _mix(seed: int, position: int) -> int:
+def mix(seed: int, position: int) -> int:
     """Hash seed and position to a generator seed (splitmix64's finaliser, so that neighbours share nothing)."""
     z = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) & _MASK64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64

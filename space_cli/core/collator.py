@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from space_cli.core.block import Block
+from space_cli.core.choose import mix
 
 IGNORED = -100
 """The label that carries no loss, as in transformers."""
@@ -23,9 +24,11 @@ class SARCollator:
     """Batch examples for a Hugging Face causal LM, with mask groups added.
 
     A feature is a mapping with `input_ids` and, where part of it carries no loss (a prompt), `labels` of the same
-    length with -100 there. The batch holds `input_ids` and `position_ids` (B, S) int64, `attention_mask` (B, 1, S, S)
-    bool, True = may attend, and `labels` (B, S) int64 placed as transformers' loss expects them: `labels[:, q + 1]` is
-    what slot q learns, which is why a batch is one slot longer than its longest block.
+    length with -100 there. With a number `draw` in it, its anchors depend on that and the seed alone and not on
+    what was collated before, so that an interrupted training goes on with the very same batches. The batch holds
+    `input_ids` and `position_ids` (B, S) int64, `attention_mask` (B, 1, S, S) bool, True = may attend, and `labels`
+    (B, S) int64 placed as transformers' loss expects them: `labels[:, q + 1]` is what slot q learns, which is why a
+    batch is one slot longer than its longest block.
 
     Attributes:
         mask_token_ids: one id for all masks (the paper) or one per mask of a group ("distinct masks").
@@ -59,7 +62,9 @@ class SARCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the batch of `features`."""
         rows = [
-            self._row(list(feature["input_ids"]), list(feature.get("labels", feature["input_ids"])))
+            self._row(
+                list(feature["input_ids"]), list(feature.get("labels", feature["input_ids"])), feature.get("draw")
+            )
             for feature in features
         ]
         multiple = self.pad_to_multiple_of
@@ -78,8 +83,10 @@ class SARCollator:
             batch["labels"][row, 1 : size + 1] = torch.tensor(targets)
         return batch
 
-    def _row(self, tokens: list[int], labels: list[int]) -> tuple[Block, list[int], list[int]]:
+    def _row(self, tokens: list[int], labels: list[int], draw: int | None) -> tuple[Block, list[int], list[int]]:
         """Return the block of one example, the ids in its slots and what each slot learns."""
+        if draw is not None:
+            self._generator.manual_seed(mix(self.seed, draw))
         if not tokens or len(tokens) != len(labels):
             raise ValueError(f"an example needs tokens and as many labels, not {len(tokens)} and {len(labels)}")
         anchors = self._draw_anchors(labels)
@@ -101,6 +108,20 @@ class SARCollator:
         wanted = 1 if self.form == "paper" else self.groups
         drawn = torch.randperm(len(eligible), generator=self._generator)[:wanted].tolist()
         return sorted(eligible[index] for index in drawn)
+
+
+def mask_index(input_ids: torch.Tensor, mask_token_ids: torch.Tensor, masks_per_group: int) -> torch.Tensor:
+    """Return for each slot of a batch which mask of its group it is, counted from 1; 0 for all other slots.
+
+    Args:
+        input_ids: (B, S) int64, as the collator makes them: groups stand behind all tokens, one after the other.
+        mask_token_ids: (1,) or (m,) int64.
+        masks_per_group: m.
+    """
+    is_mask = torch.isin(input_ids, mask_token_ids)
+    first = is_mask.int().argmax(dim=1, keepdim=True)
+    slots = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return torch.where(is_mask, (slots - first) % masks_per_group + 1, 0)
 
 
 def _target(labels: list[int], position: int) -> int:

@@ -89,17 +89,18 @@ def load_model(
     entry = resolve(name, models_file)
     revision = revision or entry.revision
     chosen_device = _device(device)
-    if Path(entry.source).is_dir() and not Path(entry.source, "config.json").is_file():
-        raise UsageProblem(f"{name}: not a complete model folder: no config.json in {entry.source}")
     try:
-        config = AutoConfig.from_pretrained(entry.source, revision=revision)
+        space = _space_config(entry, revision)
+        base, base_revision = _base(entry, revision, space, models_file)
+        if Path(base).is_dir() and not Path(base, "config.json").is_file():
+            raise UsageProblem(f"{name}: not a complete model folder: no config.json in {base}")
+        config = AutoConfig.from_pretrained(base, revision=base_revision)
         support.check_config(config, name)
         chosen_dtype = _dtype(dtype, chosen_device, config)
-        space = _space_config(entry, revision)
-        tokenizer = AutoTokenizer.from_pretrained(entry.source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=base_revision)
         model = AutoModelForCausalLM.from_pretrained(
-            entry.source,
-            revision=revision,
+            base,
+            revision=base_revision,
             config=config,
             dtype=DTYPES[chosen_dtype],
             use_safetensors=True,
@@ -111,6 +112,8 @@ def load_model(
         raise _unreadable(name, error) from error
     if quantization == "none":
         model.to(torch.device(chosen_device))  # type: ignore[arg-type]  # wrapped in a way that hides its signature
+    if space is not None and space.method == "adapter":
+        _put_adapter_on(model, entry, revision, space)
     model.eval()
     support.check_block(model, name)
     return LoadedModel(
@@ -181,6 +184,26 @@ def _space_config(entry: ModelEntry, revision: str | None) -> SpaceConfig | None
         _raise_exceptions_for_connection_errors=False,
     )
     return SpaceConfig.load(Path(found).parent) if found else None
+
+
+def _base(
+    entry: ModelEntry, revision: str | None, space: SpaceConfig | None, models_file: Path | None
+) -> tuple[str, str | None]:
+    """Return where the model's weights are, and their revision: an adapter names its base."""
+    if space is None or space.method != "adapter":
+        return entry.source, revision
+    if space.base_model is None:
+        raise UsageProblem(f"{entry.source}: {SPACE_CONFIG_NAME}: an adapter must name its base_model")
+    base = resolve(space.base_model, models_file)
+    return base.source, space.base_revision or base.revision
+
+
+def _put_adapter_on(model: PreTrainedModel, entry: ModelEntry, revision: str | None, space: SpaceConfig) -> None:
+    """Load an adapter's files, from the Hub where they are not here, onto its base."""
+    from space_cli.models.adapter import ADAPTER_FILE, load_adapter  # peft takes half a second to import
+
+    files = [cached_file(entry.source, name, revision=revision) for name in ("adapter_config.json", ADAPTER_FILE)]
+    load_adapter(model, Path(str(files[-1])).parent, masks=len(space.mask_token_ids))
 
 
 def _mask_fields(name: str, model: PreTrainedModel, space: SpaceConfig | None, entry: ModelEntry) -> dict[str, Any]:

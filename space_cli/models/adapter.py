@@ -1,0 +1,197 @@
+"""Adapters: the base model frozen, with low-rank weights and mask embeddings that act on mask slots alone.
+
+Mask ids lie behind the base's vocabulary, so no text can hold one, and the id of a slot tells its kind. Whatever is no
+mask goes through the base's own weights and gets an exact zero added: SPACE then equals the untouched base model.
+
+The low-rank layers are peft's, quantised bases included; what peft has no word for, a gate per slot, is laid over them.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from space_cli.errors import UsageProblem
+
+ADAPTER_FILE = "space_adapter.safetensors"
+_MASKS_KEY = "mask_embeddings"
+_ROWS_FOR_MEAN = 4096
+_EXPERTS = re.compile(r"experts|router|mlp\.gate$|moe\.gate$")
+
+
+def low_rank(model: PreTrainedModel, rank: int) -> LoraConfig:
+    """Return peft's config of an adapter on all linear layers but the output embeddings, experts and their routers.
+
+    Experts get tokens sorted anew, where no gate per slot holds. Layers are named one by one: peft would extend its own
+    "all-linear" to expert weights.
+    """
+    output = model.get_output_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not output and not _EXPERTS.search(name)
+    ]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
+
+
+class SlotGate:
+    """Which slots of the running call are masks; as a forward hook, silences a low-rank update everywhere else."""
+
+    def __init__(self) -> None:
+        self.is_mask: torch.Tensor | None = None
+
+    def __call__(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        """Return the update (..., D) of mask slots, zero for all others."""
+        assert self.is_mask is not None
+        # experts and routers see the slots of a batch in one row
+        gate = self.is_mask.reshape(output.shape[:-1])
+        return output * gate[..., None].to(output.dtype)
+
+
+class MaskEmbedding(nn.Module):
+    """The base's input embeddings with trained rows for mask ids behind the vocabulary; sets the gate of each call.
+
+    Args:
+        base: the model's own embeddings, which stay as they are.
+        masks: number of mask ids.
+        layers: the low-rank layers, switched off in calls without masks: plain decoding pays nothing for them.
+        gate: shared with the layers' hooks.
+    """
+
+    def __init__(self, base: nn.Embedding, masks: int, layers: Sequence[LoraLayer], gate: SlotGate) -> None:
+        super().__init__()
+        self.base, self.layers, self.gate = base, layers, gate
+        rows = torch.arange(0, base.num_embeddings, max(1, base.num_embeddings // _ROWS_FOR_MEAN))
+        with torch.no_grad():
+            # through the base's forward: some models scale what they look up
+            known = base(rows.to(base.weight.device)).float()
+        noise = torch.randn(masks, known.shape[-1], generator=torch.Generator().manual_seed(0)).to(known.device)
+        self.masks = nn.Parameter(known.mean(dim=0) + 0.1 * known.std(dim=0) * noise)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Ids that can be read, masks included."""
+        return self.base.num_embeddings + len(self.masks)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's rows, of which output embeddings may be a view."""
+        return self.base.weight
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return (B, S, D) embeddings of (B, S) ids."""
+        size = self.base.num_embeddings
+        is_mask = input_ids >= size
+        self.gate.is_mask = is_mask
+        active = bool(is_mask.any())
+        if self.layers and self.layers[0].disable_adapters is active:
+            for layer in self.layers:
+                layer._disable_adapters = not active
+        text: torch.Tensor = self.base(input_ids.masked_fill(is_mask, 0))
+        if not active:
+            return text
+        masks = self.masks[(input_ids - size).clamp(min=0)].to(text.dtype)
+        return torch.where(is_mask[..., None], masks, text)
+
+
+def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig) -> list[int]:
+    """Freeze the model and put a fresh adapter on it, in place; return the mask ids.
+
+    Raises:
+        UsageProblem: the model has no linear layers that can carry an adapter.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    base = cast(nn.Embedding, model.get_input_embeddings())
+    try:
+        with warnings.catch_warnings():
+            # peft tells of transposed layers and unused patterns, which it then handles itself
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(lora, model)
+    except ValueError as error:
+        raise UsageProblem(f"no adapter can be laid over this model: {_first_line(error)}") from error
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    gate = SlotGate()
+    for layer in layers:
+        layer.lora_B["default"].register_forward_hook(gate)
+    model.set_input_embeddings(MaskEmbedding(base, masks, layers, gate))
+    return list(range(base.num_embeddings, base.num_embeddings + masks))
+
+
+def adapter_of(model: PreTrainedModel) -> MaskEmbedding | None:
+    """Return the adapter's embeddings, or None where the model carries none."""
+    embedding = model.get_input_embeddings()
+    return embedding if isinstance(embedding, MaskEmbedding) else None
+
+
+def trained_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return what an adapter adds to its base: low-rank weights and mask embeddings."""
+    embedding = adapter_of(model)
+    assert embedding is not None
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
+    return state | {_MASKS_KEY: embedding.masks.detach().cpu()}
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Write the adapter into a folder, its weights under a temporary name first; the base is not written."""
+    lora = cast(LoraConfig, cast(Any, model).peft_config["default"])
+    lora.save_pretrained(str(folder))
+    part = folder / f".{ADAPTER_FILE}.part"
+    save_file(trained_state(model), part)
+    part.replace(folder / ADAPTER_FILE)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, *, masks: int) -> None:
+    """Put the adapter of a folder on its base model, in place.
+
+    Raises:
+        UsageProblem: the adapter's files are absent or damaged, or belong to another model.
+    """
+    try:
+        lora = LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageProblem(f"{folder}: not a readable adapter: {_first_line(error)}") from error
+    attach_adapter(model, masks, cast(LoraConfig, lora))
+    load_adapter_weights(model, folder)
+
+
+def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Fill the adapter that a model carries with the weights of a folder.
+
+    Raises:
+        UsageProblem: the file is absent or damaged, or belongs to another model.
+    """
+    file, adapter = folder / ADAPTER_FILE, adapter_of(model)
+    assert adapter is not None
+    try:
+        state = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UsageProblem(f"{file}: not a readable adapter: {_first_line(error)}") from error
+    embeddings = state.pop(_MASKS_KEY, None)
+    misfit = UsageProblem(f"{file}: does not fit this base model", hint="load it on the model it was trained on")
+    if embeddings is None or embeddings.shape != adapter.masks.shape:
+        raise misfit
+    try:
+        result: Any = set_peft_model_state_dict(model, state)
+    except RuntimeError as error:
+        raise misfit from error
+    if result.unexpected_keys or any("lora_" in name for name in result.missing_keys):
+        raise misfit
+    with torch.no_grad():
+        adapter.masks.copy_(embeddings)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
