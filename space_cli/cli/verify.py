@@ -29,8 +29,12 @@ EPILOG = (
 _UNTRAINED_CANDIDATES, _MOST_CANDIDATES = 5, 31
 
 _Against = Annotated[
-    str,
-    typer.Option("--against", help="Comma-separated: ar (our AR baseline), hf (transformers' generate)."),
+    str | None,
+    typer.Option(
+        "--against",
+        help="Comma-separated: ar (our AR baseline), hf (transformers' generate), base (an adapter's base model without"
+        " the adapter). Default: all that there are.",
+    ),
 ]
 _Drafts = Annotated[
     Literal["model", "mixed"] | None,
@@ -60,7 +64,7 @@ def verify_lossless(
     model: options.Model = "nano",
     suite: options.Suite = None,
     limit: options.Limit = None,
-    against: _Against = "ar,hf",
+    against: _Against = None,
     drafts: _Drafts = None,
     numerics: _Numerics = "auto",
     candidates: options.Candidates = None,
@@ -106,15 +110,23 @@ def verify_lossless(
     loaded = load_model(
         model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
     )
+    names = names or ("ar", "hf", *(["base"] if _base_of(loaded) else []))
+    base = None
+    if "base" in names:
+        base_name = _base_of(loaded)
+        if base_name is None:
+            raise UsageProblem(f"--against base: {model} is no adapter", hint="use ar, hf or both")
+        view.loading(base_name)
+        base = load_model(base_name, models_file=models_file, dtype=dtype, device=device, quantization=quantization)
     drafts = drafts or ("model" if loaded.candidates else "mixed")
     block = _block(loaded, drafts, candidates)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     same_shape = numerics == "same-shape"
     settings = Settings(max_new_tokens, sampling, block.num_candidates, _shaped(loaded, numerics))
     planned = plan(loaded, suites, settings)
-    comparison = Comparison(block, drafts, names, same_shape, seeds)
+    comparison = Comparison(block, drafts, names, base, same_shape, seeds)
     record = _record(loaded, comparison, settings, strict=strict)
-    run_names = ["ar", "space", *(["hf"] if "hf" in names and not temperature else [])]
+    run_names = ["ar", "space", *(["hf"] if "hf" in names and not temperature else []), *(["base"] if base else [])]
     view.begin(loaded, run_names, len(planned) * seeds, unit="answers")
     try:
         with view:
@@ -130,13 +142,19 @@ def verify_lossless(
     return 0 if record.lossless else 1
 
 
-def _named(against: str) -> tuple[str, ...]:
+def _base_of(loaded: LoadedModel) -> str | None:
+    return loaded.space.base_model if loaded.space is not None and loaded.space.method == "adapter" else None
+
+
+def _named(against: str | None) -> tuple[str, ...]:
     from space_cli.verify.record import AGAINST
 
-    names = tuple(dict.fromkeys(name.strip() for name in against.split(",")))
+    names = tuple(dict.fromkeys(name.strip() for name in against.split(","))) if against is not None else ()
     for name in names:
         if name not in AGAINST:
-            raise UsageProblem(f"--against {name}: nothing of that name to compare with", hint="use ar, hf or both")
+            raise UsageProblem(
+                f"--against {name}: nothing of that name to compare with", hint=f"use {', '.join(AGAINST)}"
+            )
     return names
 
 

@@ -18,6 +18,7 @@ from space_cli.core.choose import Chooser
 from space_cli.core.decoder import Drafter
 from space_cli.core.engine import embedding_rows
 from space_cli.core.stream import Generation, Step
+from space_cli.models.loading import LoadedModel
 from space_cli.verify.divergence import Anatomist
 from space_cli.verify.record import Answer, Divergence
 
@@ -34,6 +35,7 @@ class Comparison:
         block: of SPACE.
         drafts: the model's own, or a blend of right and wrong tokens that gives every acceptance length.
         against: of `record.AGAINST`; sampled, hf is left to `distribution`.
+        base: an adapter's base model, loaded without the adapter; given where `against` has it.
         same_shape: AR runs blocks of the same shape too, all of its drafts wrong.
         seeds: how many, from that of the tasks on.
         turns: counts the steps of mixed drafts through the whole run, so that short answers too give every length.
@@ -42,6 +44,7 @@ class Comparison:
     block: Block
     drafts: Drafts
     against: tuple[str, ...]
+    base: LoadedModel | None = None
     same_shape: bool = False
     seeds: int = 1
     turns: Iterator[int] = field(default_factory=count)
@@ -74,6 +77,9 @@ class _Case:
         answers = {"ar": ar} if "ar" in self._comparison.against else {}
         if "hf" in self._comparison.against and self._seed is None:
             answers["hf"] = self._watched("hf", self._run_hf).tokens
+        if self._comparison.base is not None:
+            untouched = replace(self._task, loaded=self._comparison.base)
+            answers["base"] = self._watched("base", lambda on_step: run_decode(untouched, AR_BLOCK, on_step)).tokens
         divergences = [
             self._parting(name, tokens, space.tokens) for name, tokens in answers.items() if tokens != space.tokens
         ]

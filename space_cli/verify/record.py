@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field
 from space_cli.bench.report import Record
 
 Verdict = Literal["tie", "violation"]
-AGAINST = ("ar", "hf")
-"""What SPACE is compared with: our AR baseline, transformers' `generate`."""
+AGAINST = ("ar", "hf", "base")
+"""What SPACE is compared with: our AR baseline, transformers' `generate`, an adapter's base without the adapter."""
 LEAST_P_VALUE = 1e-4
 """A distribution test below this counts as a violation."""
 
@@ -22,7 +22,7 @@ class Divergence(BaseModel):
 
     Attributes:
         prompt: the task id.
-        against: ar, hf, or drafts.
+        against: ar, hf, base, or drafts.
         position: index of the token in the answer; for drafts, of the token guessed.
         expected: the other side's token id; None where its answer had ended.
         got: SPACE's token id; None where its answer had ended.

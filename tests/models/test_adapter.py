@@ -154,5 +154,12 @@ def test_an_adapter_checkpoint_is_loaded_by_the_commands(
         "-",
     )
 
+    checked = run_space(
+        "verify-lossless", "--model", folder, "--suite", prompts_file, "--max-new-tokens", "12", "--json", "-"
+    )
+    record = json.loads(checked.stdout)
+    assert checked.returncode == 0, checked.stderr
+    assert {row["against"] for row in record["rows"]} == {"ar", "hf", "base", "drafts"}
+    assert record["identical"] == 2
     assert done.returncode == 0, done.stderr
     assert all(result["identical"] for result in json.loads(done.stdout)["results"])

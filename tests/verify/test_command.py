@@ -98,7 +98,8 @@ def test_a_report_is_written(verify, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--against", "gpt"], "--against gpt: nothing of that name to compare with; use ar, hf or both"),
+        (["--against", "gpt"], "--against gpt: nothing of that name to compare with; use ar, hf, base"),
+        (["--against", "base"], "is no adapter; use ar, hf or both"),
         (["--seeds", "2"], "--seeds: greedy answers depend on no seed; give --temperature too"),
         (["--drafts", "best"], "Invalid value for '--drafts'"),
         (["--numerics", "exact"], "Invalid value for '--numerics'"),
