@@ -6,6 +6,7 @@ from a file is untrusted: `visible` turns what a terminal would obey into what a
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -46,9 +47,12 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    from huggingface_hub.utils.tqdm import enable_progress_bars
-    from transformers.utils import logging
+    # bitsandbytes tells which of its kernels are absent, whether they are wanted or not
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-    logging.disable_progress_bar()
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     if sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         enable_progress_bars()

@@ -121,7 +121,7 @@ def mask_index(input_ids: torch.Tensor, mask_token_ids: torch.Tensor, masks_per_
     is_mask = torch.isin(input_ids, mask_token_ids)
     first = is_mask.int().argmax(dim=1, keepdim=True)
     slots = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return torch.where(is_mask, (slots - first) % masks_per_group + 1, 0)
+    return torch.where(is_mask, (slots - first) % max(1, masks_per_group) + 1, 0)
 
 
 def _target(labels: list[int], position: int) -> int:

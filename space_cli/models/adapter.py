@@ -122,6 +122,8 @@ def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig) -> list
             inject_adapter_in_model(lora, model)
     except ValueError as error:
         raise UsageProblem(f"no adapter can be laid over this model: {_first_line(error)}") from error
+    # transformers' own mark: quantised weights may then be trained upon, and checkpointing lets gradients through
+    cast(Any, model)._hf_peft_config_loaded = True
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     gate = SlotGate()
     for layer in layers:

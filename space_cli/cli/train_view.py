@@ -1,0 +1,173 @@
+"""What a person sees while `space train` runs, and what it says at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from space_cli.cli.console import err, out, plain
+
+if TYPE_CHECKING:
+    from space_cli.models.checkpoint import SpaceConfig
+    from space_cli.models.loading import LoadedModel
+    from space_cli.training.prepare import Prepared
+    from space_cli.training.rehearse import Rehearsal
+    from space_cli.training.run import Recipe
+
+_SECONDS_PER_LINE = 5.0
+_RECENT = 6
+
+
+class TrainView:
+    """Plain lines on standard error; `LiveTrainView` draws instead."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self._console, self._quiet = console, quiet
+        self._last_line = 0.0
+        self._begun = time.monotonic()
+        self._first_step: int | None = None
+        self._rows: list[tuple[str, ...]] = []
+
+    def note(self, text: str) -> None:
+        """Say what is going on."""
+        if not self._quiet:
+            self._console.print(plain(text), soft_wrap=True)
+
+    def begin(self, loaded: LoadedModel, prepared: Prepared, recipe: Recipe) -> None:
+        """Say what will be trained on what."""
+        where = f"{loaded.name}, {loaded.model.num_parameters():,} parameters, {loaded.dtype} {loaded.device}"
+        self.note(f"{where}; method {recipe.method}, k = {recipe.candidates}")
+        left_out = f", {prepared.empty} without anything to learn left out" if prepared.empty else ""
+        cut = f", {prepared.cut} cut by {prepared.cut_tokens} tokens" if prepared.cut else ""
+        self.note(f"{len(prepared.examples)} examples{cut}{left_out}; {len(prepared.held_out)} prompts held out")
+
+    def __enter__(self) -> TrainView:
+        """Start showing."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop showing."""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """A part of the work beside the steps has come so far."""
+        if done == total or time.monotonic() - self._last_line >= _SECONDS_PER_LINE:
+            self._last_line = time.monotonic()
+            self.note(f"{name}: {done}/{total}")
+
+    def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
+        """Show figures of the last steps."""
+        if "loss" not in logs:
+            return
+        if self._first_step is None:
+            self._first_step, self._begun = step, time.monotonic()
+        cells = self._cells(step, steps, logs)
+        self._rows = [*self._rows, cells][-_RECENT:]
+        self._show_row(cells)
+
+    def _show_row(self, cells: tuple[str, ...]) -> None:
+        pairs = zip(_HEADINGS, cells, strict=True)
+        self.note("  ".join(f"{heading} {cell}" for heading, cell in pairs if cell))
+
+    def _cells(self, step: int, steps: int, logs: dict[str, Any]) -> tuple[str, ...]:
+        done = step - (self._first_step or 0)
+        left = (time.monotonic() - self._begun) / done * (steps - step) if done else None
+        accuracies = [logs[name] for name in sorted(logs) if name.startswith("mask_accuracy_")]
+        expected = logs.get("expected_tokens_per_step")
+        return (
+            f"{step}/{steps}",
+            _figure(logs.get("ar_loss")),
+            _figure(logs.get("mask_loss")),
+            " ".join(f"{accuracy:.0%}" for accuracy in accuracies),
+            "" if expected is None else f"{expected:.2f}",
+            f"{logs.get('tokens_per_second', 0):.0f}",
+            "" if left is None else _clock(left),
+        )
+
+    def saved(self, folder: Path) -> None:
+        """Say that a checkpoint is there."""
+        self.note(f"saved {folder}")
+
+    def rehearsed(self, found: Rehearsal) -> None:
+        """Say what a training would take."""
+        console, without = out(), ""
+        if found.ar_tokens_per_second is not None:
+            cost = found.ar_tokens_per_second / found.tokens_per_second
+            without = f", {found.ar_tokens_per_second:.0f} without ({cost:.2f} times the cost)"
+        whole = _clock(found.steps * found.seconds_per_step)
+        console.print(f"trained: {found.trained:,} of {found.parameters:,} parameters")
+        console.print(f"memory: {found.memory_bytes / 2**30:.1f} GiB")
+        console.print(f"speed: {found.tokens_per_second:.0f} tokens/s with masks{without}")
+        console.print(f"time: {found.steps} steps of {found.seconds_per_step:.2f} s, {whole}")
+
+    def conclude(self, space: SpaceConfig, output: Path) -> None:
+        """Say what came out."""
+        console = out()
+        for name, each in space.acceptance.items():
+            apart = each["tokens_per_step_plain"]
+            without = "" if apart is None else f", {apart:.2f} without {each['repetitive']} repetitive answers"
+            console.print(
+                f"{name} training: {each['tokens_per_step']:.2f} tokens per step on {each['prompts']} held-out prompts"
+                f" (k = {each['candidates']}{without})"
+            )
+        console.print(plain(f"{output}: try `space bench --model {output}`"), soft_wrap=True)
+
+
+_HEADINGS = ("step", "AR loss", "mask loss", "masks right", "expected tokens per step", "tok/s", "left")
+
+
+class LiveTrainView(TrainView):
+    """Keeps the last rows in place, drawn when there is something new."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console, quiet=False)
+        self._live = Live(console=console, auto_refresh=False, transient=False, get_renderable=self._render)
+
+    def __enter__(self) -> TrainView:
+        """Start drawing."""
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the last state on the screen."""
+        self._live.stop()
+
+    def _show_row(self, cells: tuple[str, ...]) -> None:
+        self._live.refresh()
+
+    def _render(self) -> Group | Text:
+        if not self._rows:
+            return Text("")
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for heading in _HEADINGS:
+            table.add_column(heading, justify="right")
+        for row in self._rows:
+            table.add_row(*row)
+        return Group(table)
+
+
+def training_view(*, quiet: bool) -> TrainView:
+    """Return the view for where standard error goes."""
+    console = err()
+    if quiet or not console.is_terminal or console.is_dumb_terminal:
+        return TrainView(console, quiet=quiet)
+    return LiveTrainView(console)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,76 @@
+"""What a training won: tokens per step on prompts that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pydantic import BaseModel
+from transformers import PreTrainedModel
+
+from space_cli.core.block import Block
+from space_cli.core.choose import Chooser
+from space_cli.core.decoder import decode
+from space_cli.core.stopping import StopRule
+from space_cli.core.stream import Generation, is_repetitive
+
+
+class Acceptance(BaseModel):
+    """Greedy answers to held-out prompts.
+
+    Attributes:
+        candidates: k of the block.
+        tokens_per_step: of all answers, tokens over steps.
+        tokens_per_step_plain: of those that do not repeat themselves; None where all do.
+        repetitive: answers that repeat themselves.
+    """
+
+    candidates: int
+    prompts: int
+    tokens: int
+    steps: int
+    tokens_per_step: float
+    tokens_per_step_plain: float | None
+    repetitive: int
+
+
+def measure_acceptance(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    mask_token_ids: Sequence[int],
+    candidates: int,
+    stop: StopRule,
+    on_progress: Callable[[int, int], None],
+) -> Acceptance | None:
+    """Answer prompts greedily with SPACE and count; None without prompts.
+
+    Args:
+        model: in evaluation mode.
+        prompts: token ids.
+        mask_token_ids: one shared id, or one per mask.
+        candidates: k, and masks of a group.
+        stop: when an answer ends.
+        on_progress: gets prompts answered and prompts in all.
+    """
+    generations = []
+    for number, prompt_ids in enumerate(prompts, start=1):
+        block = Block.chain(candidates, candidates)
+        steps = decode(model, prompt_ids, stop=stop, chooser=Chooser(), block=block, mask_token_ids=mask_token_ids)
+        generations.append(Generation(list(steps)))
+        on_progress(number, len(prompts))
+    if not generations:
+        return None
+    plain = [generation for generation in generations if not is_repetitive(generation.tokens)]
+    return Acceptance(
+        candidates=candidates,
+        prompts=len(generations),
+        tokens=sum(len(generation.tokens) for generation in generations),
+        steps=sum(len(generation.steps) for generation in generations),
+        tokens_per_step=_tokens_per_step(generations),
+        tokens_per_step_plain=_tokens_per_step(plain) if plain else None,
+        repetitive=len(generations) - len(plain),
+    )
+
+
+def _tokens_per_step(generations: Sequence[Generation]) -> float:
+    return sum(len(generation.tokens) for generation in generations) / sum(len(each.steps) for each in generations)

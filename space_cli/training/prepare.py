@@ -1,0 +1,133 @@
+"""Before the first step: examples encoded, some held out, and the model given its masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from space_cli.core.choose import mix
+from space_cli.core.collator import IGNORED
+from space_cli.core.engine import embedding_rows
+from space_cli.errors import UsageProblem
+from space_cli.models.adapter import adapter_of, attach_adapter, low_rank
+from space_cli.models.loading import LoadedModel
+from space_cli.training.chat_format import encode, prompt_ids
+from space_cli.training.data import Example
+
+Method = Literal["full", "adapter"]
+_HELD_OUT_SHARE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Examples ready for the collator.
+
+    Attributes:
+        examples: `input_ids` and `labels` each, to train on.
+        prompts: token ids before each answer of these, for self-distillation.
+        held_out: token ids before the answers of examples kept back.
+        cut: examples cut at the length limit, and `cut_tokens` what they lost.
+        empty: examples left out because nothing of them carries loss.
+    """
+
+    examples: list[dict[str, list[int]]]
+    prompts: list[list[int]]
+    held_out: list[list[int]]
+    cut: int
+    cut_tokens: int
+    empty: int
+
+
+def prepare_examples(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str | None,
+    max_length: int,
+    held_out: int,
+    seed: int,
+) -> Prepared:
+    """Encode examples, and keep some prompts back to measure on: at most a tenth, drawn by the seed.
+
+    Raises:
+        UsageProblem: the template does not fit, or no example carries loss.
+    """
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(mix(seed, 0))).tolist()
+    kept_back = set(order[: min(held_out, len(examples) // _HELD_OUT_SHARE)])
+    encoded = [
+        encode(example, tokenizer, template=template, max_length=max_length)
+        for number, example in enumerate(examples)
+        if number not in kept_back
+    ]
+    useful = [each for each in encoded if any(label != IGNORED for label in each.labels)]
+    if not useful:
+        raise UsageProblem("no example carries loss", hint="raise --max-length, or look at the data's answers")
+
+    def prompts(numbers: Iterable[int]) -> list[list[int]]:
+        found = (ids for number in numbers for ids in prompt_ids(examples[number], tokenizer, template=template))
+        return [ids for ids in found if 0 < len(ids) < max_length]
+
+    return Prepared(
+        examples=[{"input_ids": each.input_ids, "labels": each.labels} for each in useful],
+        prompts=prompts(number for number in range(len(examples)) if number not in kept_back),
+        held_out=prompts(sorted(kept_back)),
+        cut=sum(each.cut > 0 for each in encoded),
+        cut_tokens=sum(each.cut for each in encoded),
+        empty=len(encoded) - len(useful),
+    )
+
+
+def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: bool, rank: int) -> list[int]:
+    """Give a model its masks and make trainable what will be trained, in place; return the mask ids.
+
+    Args:
+        loaded: the base; one already trained for SPACE with such masks keeps their ids.
+        method: full, all weights, in float32; adapter, low-rank weights and mask embeddings alone.
+        masks: m.
+        distinct: one id per mask of a group rather than one for all.
+        rank: of an adapter.
+    """
+    wanted = masks if distinct else 1
+    if method == "adapter":
+        ids = attach_adapter(loaded.model, wanted, low_rank(loaded.model, rank))
+    else:
+        if adapter_of(loaded.model) is not None:
+            raise UsageProblem(f"{loaded.name} is an adapter", hint="train its base, or use --method adapter on that")
+        loaded.model.float()
+        ids = list(loaded.mask_token_ids)
+        if len(ids) != wanted:
+            ids = _add_masks(loaded.model, loaded.tokenizer, wanted)
+    if getattr(loaded.model, "is_quantized", False):
+        # on a CPU bitsandbytes packs weights for inference, through which nothing can be learned; saving unpacks them
+        loaded.model.state_dict()
+    for parameter in loaded.model.parameters():
+        if parameter.requires_grad:
+            # small updates vanish in half precision; the products run in it all the same
+            parameter.data = parameter.data.float()
+    return ids
+
+
+def _add_masks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+    """Add mask tokens to the tokenizer, and rows near the mean of the others to the embeddings."""
+    names = [f"<|space_mask_{number}|>" for number in range(1, count + 1)]
+    tokenizer.add_tokens(names, special_tokens=True)
+    ids = [int(token) for token in cast(list[int], tokenizer.convert_tokens_to_ids(names))]
+    if max(ids) >= embedding_rows(model):
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    known = min(ids)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            _fill_rows(cast(nn.Embedding, module).weight, ids, known)
+    return ids
+
+
+@torch.no_grad()
+def _fill_rows(weight: torch.Tensor, ids: Sequence[int], known: int) -> None:
+    mean, spread = weight[:known].float().mean(dim=0), weight[:known].float().std(dim=0)
+    noise = torch.randn(len(ids), weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+    weight[list(ids)] = (mean + 0.1 * spread * noise).to(weight.dtype)

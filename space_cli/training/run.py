@@ -1,0 +1,271 @@
+"""A whole training: distillation, steps, what it won, and the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from accelerate import PartialState
+from transformers import TrainerCallback, TrainingArguments
+
+from space_cli.core.collator import IGNORED, SARCollator
+from space_cli.core.stopping import StopRule
+from space_cli.errors import UsageProblem
+from space_cli.files import write_whole
+from space_cli.models.checkpoint import SpaceConfig
+from space_cli.models.loading import LoadedModel
+from space_cli.training.acceptance import Acceptance, measure_acceptance
+from space_cli.training.card import card, draw_curves
+from space_cli.training.distill import Distillation, distil
+from space_cli.training.prepare import Method, Prepared, prepare_model
+from space_cli.training.trainer import Epochs, SARTrainer, complete_checkpoints
+
+SETTINGS_FILE, LOG_FILE, ANSWERS_FILE = "training_settings.json", "training.jsonl", "distilled.jsonl"
+CARD_FILE, CURVES_FILE = "README.md", "training.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is trained, and how; what Trainer knows already is in `arguments`.
+
+    Attributes:
+        candidates: k, and masks of a group.
+        form: of the collator, with `groups` and `p_sar`.
+        distill: prompts answered by the base itself; 0 trains on the given answers alone.
+        temperatures: of those answers, in turn.
+        answer_tokens: most tokens of an answer, in distillation and in measuring.
+        arguments: of transformers' TrainingArguments.
+    """
+
+    method: Method
+    candidates: int
+    distinct_masks: bool
+    form: Literal["groups", "paper"]
+    groups: int
+    p_sar: float
+    mask_loss_weight: float
+    rank: int
+    distill: int
+    temperatures: tuple[float, ...]
+    answer_tokens: int
+    epochs: int
+    seed: int
+    arguments: dict[str, Any]
+
+
+class TrainingView(Protocol):
+    """Sees a training as it happens."""
+
+    def note(self, text: str) -> None:
+        """Something is worth a line."""
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        """A part of the work beside the steps has come so far."""
+
+    def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
+        """Some steps have ended."""
+
+    def saved(self, folder: Path) -> None:
+        """A checkpoint has been written."""
+
+
+def train(
+    loaded: LoadedModel,
+    prepared: Prepared,
+    recipe: Recipe,
+    *,
+    base_model: str,
+    output: Path,
+    resume: bool,
+    view: TrainingView,
+) -> SpaceConfig:
+    """Train, and leave a SPACE checkpoint in `output`; return what it says of itself.
+
+    Raises:
+        UsageProblem: nothing to resume, or other settings than those of the training to be resumed.
+        RunFailed: a file cannot be written.
+    """
+    processes = PartialState(cpu=loaded.device == "cpu")
+    checkpoint = _resumed(output, recipe) if resume else None
+    if processes.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / SETTINGS_FILE, _told(recipe))
+    stop = StopRule(recipe.answer_tokens, loaded.eos_token_ids)
+    before = _acceptance(
+        loaded, prepared, loaded.mask_token_ids, min(recipe.candidates, loaded.masks_per_group), stop, view
+    )
+    with processes.main_process_first():
+        # the others then find all answers in the file
+        answered = _distilled(loaded, prepared, recipe, base_model, output / ANSWERS_FILE, view)
+    mask_ids = prepare_model(
+        loaded, recipe.method, masks=recipe.candidates, distinct=recipe.distinct_masks, rank=recipe.rank
+    )
+    counts = {"base": base_model, "examples": len(prepared.examples), "distilled": len(answered)}
+    space = checkpoint_config(recipe, mask_ids, base_model, counts | json.loads(_told(recipe)))
+    trainer = make_trainer(loaded, recipe, space, [*prepared.examples, *answered], output, [_Shows(view)])
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    loaded.model.eval()
+    after = _acceptance(loaded, prepared, mask_ids, recipe.candidates, stop, view)
+    space = space.model_copy(
+        update={
+            "acceptance": {name: each.model_dump() for name, each in (("before", before), ("after", after)) if each}
+        }
+    )
+    trainer.finish(space, output)
+    if processes.is_main_process:
+        history = trainer.state.log_history
+        write_whole(output / LOG_FILE, "".join(json.dumps(row) + "\n" for row in history))
+        write_whole(output / CARD_FILE, card(space, output.name))
+        if not draw_curves(history, output / CURVES_FILE):
+            view.note(f"no {CURVES_FILE}: pip install 'space-decoding[plot]'")
+    return space
+
+
+def checkpoint_config(recipe: Recipe, mask_ids: list[int], base_model: str, training: dict[str, Any]) -> SpaceConfig:
+    """Return what a checkpoint of the recipe says of itself."""
+    return SpaceConfig(
+        method=recipe.method,
+        mask_token_ids=mask_ids,
+        candidates=recipe.candidates,
+        masks_per_group=recipe.candidates,
+        base_model=base_model if recipe.method == "adapter" else None,
+        training=training,
+    )
+
+
+def _told(recipe: Recipe) -> str:
+    return json.dumps(asdict(recipe), indent=1) + "\n"
+
+
+def _resumed(output: Path, recipe: Recipe) -> Path | None:
+    """Return the newest whole checkpoint; None where the training was cut short before the first."""
+    try:
+        earlier = json.loads((output / SETTINGS_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageProblem(f"{output}: no training to resume", hint="leave --resume out") from error
+    now = json.loads(_told(recipe))
+    then, now = ({**told, **told.get("arguments", {}), "arguments": None} for told in (earlier, now))
+    for name in now:
+        if then.get(name) != now[name]:
+            raise UsageProblem(
+                f"{output}: was trained with other settings: {name} {then.get(name)} instead of {now[name]}",
+                hint="give the same ones, or another --output",
+            )
+    return next(iter(complete_checkpoints(output)), None)
+
+
+def _distilled(
+    loaded: LoadedModel, prepared: Prepared, recipe: Recipe, base_model: str, file: Path, view: TrainingView
+) -> list[dict[str, list[int]]]:
+    """Return the base's own answers as examples that carry loss on the answer."""
+    prompts = prepared.prompts[: recipe.distill]
+    if not prompts:
+        return []
+    settings = Distillation(
+        max_new_tokens=recipe.answer_tokens,
+        temperatures=recipe.temperatures,
+        batch_size=8,
+        seed=recipe.seed,
+        fingerprint=f"{base_model} {loaded.dtype}",
+    )
+    pairs = distil(
+        loaded.model,
+        prompts,
+        settings,
+        eos_token_ids=loaded.eos_token_ids,
+        file=file,
+        on_progress=lambda done, total: view.phase("answers of the base", done, total),
+    )
+    return [{"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer} for prompt, answer in pairs]
+
+
+def _acceptance(
+    loaded: LoadedModel,
+    prepared: Prepared,
+    mask_ids: Sequence[int],
+    candidates: int,
+    stop: StopRule,
+    view: TrainingView,
+) -> Acceptance | None:
+    if not candidates:
+        return None
+    limit = loaded.context_length
+    room = [ids for ids in prepared.held_out if limit is None or len(ids) + stop.max_new_tokens <= limit]
+    return measure_acceptance(
+        loaded.model,
+        room,
+        mask_token_ids=mask_ids,
+        candidates=candidates,
+        stop=stop,
+        on_progress=lambda done, total: view.phase("held-out prompts", done, total),
+    )
+
+
+def make_trainer(
+    loaded: LoadedModel,
+    recipe: Recipe,
+    space: SpaceConfig,
+    examples: Sequence[dict[str, list[int]]],
+    output: Path,
+    callbacks: list[TrainerCallback],
+    *,
+    with_masks: bool = True,
+) -> SARTrainer:
+    """Return the trainer of a recipe for a model that has its masks.
+
+    Args:
+        loaded: the model.
+        recipe: how to train.
+        space: what the checkpoint says of itself.
+        examples: `input_ids` and `labels` each.
+        output: folder of the checkpoints.
+        callbacks: of transformers' Trainer.
+        with_masks: False trains AR alone, to compare the cost.
+    """
+    padding = loaded.tokenizer.pad_token_id
+    collator = SARCollator(
+        mask_token_ids=space.mask_token_ids,
+        masks_per_group=space.masks_per_group if with_masks else 0,
+        pad_token_id=min(loaded.eos_token_ids, default=0) if padding is None else int(padding),
+        form=recipe.form,
+        groups=recipe.groups,
+        p_sar=recipe.p_sar,
+        seed=recipe.seed,
+    )
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=1,  # `Epochs` holds them all, in order
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=loaded.device == "cpu",
+        **recipe.arguments,
+    )
+    return SARTrainer(
+        collator=collator,
+        space=space,
+        mask_loss_weight=recipe.mask_loss_weight,
+        model=loaded.model,
+        args=arguments,
+        train_dataset=Epochs(examples, epochs=recipe.epochs, seed=recipe.seed),
+        processing_class=loaded.tokenizer,
+        callbacks=callbacks,
+    )
+
+
+class _Shows(TrainerCallback):
+    """Hands on what Trainer reports."""
+
+    def __init__(self, view: TrainingView) -> None:
+        self._view = view
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Some steps have ended."""
+        self._view.logged(state.global_step, state.max_steps, logs or {})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint has been written."""
+        self._view.saved(Path(args.output_dir) / f"checkpoint-{state.global_step}")

@@ -1,0 +1,208 @@
+"""The trainer: transformers' own, with the losses and measures of semi-autoregressive fine-tuning.
+
+Source: SPACE paper (arXiv 2402.11809), section 3.2: the loss is that of AR and that of the masks together.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from space_cli.core.choose import mix
+from space_cli.core.collator import IGNORED, SARCollator, mask_index
+from space_cli.models.adapter import adapter_of, load_adapter_weights, save_adapter
+from space_cli.models.checkpoint import SPACE_CONFIG_NAME, SpaceConfig
+
+TRAINER_STATE = "trainer_state.json"
+
+
+class Epochs(Dataset[dict[str, Any]]):
+    """Examples in the order they are seen over all epochs, each epoch shuffled by the seed.
+
+    The order and the anchors of every example follow from its place alone, so that a training taken up again sees what
+    it would have seen.
+    """
+
+    def __init__(self, examples: Sequence[dict[str, list[int]]], *, epochs: int, seed: int) -> None:
+        self._examples = examples
+        self._order: list[int] = []
+        for epoch in range(epochs):
+            generator = torch.Generator().manual_seed(mix(seed, epoch))
+            self._order += torch.randperm(len(examples), generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self._examples[self._order[index]], "draw": index}
+
+
+class SARTrainer(Trainer):
+    """Trains a model with mask groups riding along, all weights or an adapter's.
+
+    Args:
+        collator: makes the batches.
+        space: what the checkpoint will say of itself.
+        mask_loss_weight: of a mask's loss, beside that of a token; an adapter learns masks alone.
+        **given: as transformers' Trainer takes it.
+    """
+
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase
+
+    def __init__(self, *, collator: SARCollator, space: SpaceConfig, mask_loss_weight: float, **given: Any) -> None:
+        super().__init__(data_collator=collator, **given)
+        self.remove_callback(PrinterCallback)
+        # our loss is normalised over all batches of a step by itself
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._space = space
+        self._mask_loss_weight = mask_loss_weight
+        self._mask_ids = torch.tensor(list(collator.mask_token_ids))
+        self._masks = collator.masks_per_group
+        self._is_adapter = adapter_of(self.model) is not None
+        self._sums = torch.zeros(3, self._masks + 1)
+        self._since = time.perf_counter()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the mean over all slots that learn something, masks weighted."""
+        targets = inputs["labels"][:, 1:]
+        outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
+        logits = outputs.logits[:, :-1]
+        index = mask_index(inputs["input_ids"], self._mask_ids.to(targets.device), self._masks)[:, :-1]
+        losses = functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(targets)
+        self._measure(losses.detach(), logits.detach(), targets, index)
+        weights = torch.where(index > 0, self._mask_loss_weight, 0.0 if self._is_adapter else 1.0)
+        count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
+        loss = (losses * weights).sum() / count
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # the count is that of all processes, whose gradients are averaged
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _measure(self, losses: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, index: torch.Tensor) -> None:
+        """Add up loss, hits and number of slots, for tokens (0) and each mask of a group."""
+        learns = targets != IGNORED
+        hits = (logits.argmax(dim=-1) == targets) & learns
+        kinds = functional.one_hot(index, self._masks + 1).flatten(0, 1).float() * learns.flatten()[:, None]
+        rows = torch.stack([losses.flatten() @ kinds, hits.flatten().float() @ kinds, kinds.sum(dim=0)])
+        self._sums += rows.cpu()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log what the slots have shown since the last time beside what Trainer logs."""
+        if "loss" in logs and self._sums[2].any():
+            logs = logs | self._shown() | {"tokens_per_second": self.take_rate()}
+            self._sums.zero_()
+        super().log(logs, *args, **kwargs)
+
+    @property
+    def tokens_seen(self) -> float:
+        """Tokens that carried loss since the last log."""
+        return self._sums[2, 0].item()
+
+    def take_rate(self) -> float:
+        """Return tokens that carried AR loss, or would have, per second since this was last asked."""
+        now = time.perf_counter()
+        rate = self.tokens_seen / (now - self._since)
+        self._since = now
+        return rate
+
+    def _shown(self) -> dict[str, float]:
+        losses, hits, counts = (row.tolist() for row in self._sums)
+        shown = {}
+        if counts[0]:
+            shown["ar_loss"] = losses[0] / counts[0]
+        if sum(counts[1:]):
+            accuracies = [hit / count if count else 0.0 for hit, count in zip(hits[1:], counts[1:], strict=True)]
+            shown["mask_loss"] = sum(losses[1:]) / sum(counts[1:])
+            shown |= {f"mask_accuracy_{number}": value for number, value in enumerate(accuracies, start=1)}
+            shown["expected_tokens_per_step"] = expected_tokens_per_step(accuracies)
+        return shown
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """Keep the order of `Epochs`."""
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
+        return SequentialSampler(dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save a SPACE checkpoint: the adapter alone, or model and tokenizer; its config last."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._is_adapter:
+            if self.args.should_save:
+                save_adapter(self.accelerator.unwrap_model(self.model), folder)
+                self.processing_class.save_pretrained(folder)
+        else:
+            super()._save(str(folder), state_dict)
+        if self.args.should_save:
+            # a pickle, which nothing here reads
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            self._space.save(folder)
+
+    def finish(self, space: SpaceConfig, output: Path) -> None:
+        """Write the trained checkpoint: into a folder beside its place first, then file by file, the config last.
+
+        Raises:
+            OSError: it could not be written; checkpoints of the training are untouched.
+        """
+        self._space = space
+        part = output / ".unfinished"
+        self.save_model(str(part), _internal_call=True)
+        if self.args.should_save:
+            files = sorted(part.iterdir(), key=lambda file: file.name == SPACE_CONFIG_NAME)
+            for file in files:
+                file.replace(output / file.name)
+            part.rmdir()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._is_adapter:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_adapter_weights(model or self.model, Path(resume_from_checkpoint))
+
+
+def expected_tokens_per_step(accuracies: Sequence[float]) -> float:
+    """Return 1 + the sum of products of the masks' accuracies: what they would bring were they independent.
+
+    >>> expected_tokens_per_step([0.5, 0.5])
+    1.75
+    """
+    total = product = 1.0
+    for accuracy in accuracies:
+        product *= accuracy
+        total += product
+    return total
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a training that were written to the end, newest first.
+
+    Trainer writes its state last, so one without it was cut off.
+    """
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(path)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / TRAINER_STATE).read_bytes())) and path.name.rpartition("-")[2].isdigit()
+    except (OSError, ValueError):
+        return False
