@@ -116,11 +116,13 @@ def show_verification(record: Verification, done: str, *, to_stderr: bool) -> No
         to_stderr: leave standard output alone.
     """
     console = _console(to_stderr=to_stderr)
+    # in a terminal lines break between words, elsewhere not at all
+    fold = not console.is_terminal
     if not record.complete:
         console.print(f"Interrupted after {done}.")
     places = by_place(record.divergences)
     for place in places[:_PLACES_SHOWN]:
-        console.print(_place(place), soft_wrap=True)
+        console.print(_place(place), soft_wrap=fold)
     if len(places) > _PLACES_SHOWN:
         console.print(f"... and {len(places) - _PLACES_SHOWN} more places; --json or --report has them all.\n")
     for suite in dict.fromkeys(row.suite for row in record.rows):
@@ -128,9 +130,9 @@ def show_verification(record: Verification, done: str, *, to_stderr: bool) -> No
         console.print(_comparisons([row for row in record.rows if row.suite == suite]))
         console.print()
     for line in evidence(record):
-        console.print(plain(line), soft_wrap=True)
-    console.print(plain(" · ".join(verification_settings(record)), style="dim"), soft_wrap=True)
-    console.print(Text(verdict(record), style="bold green" if record.lossless else "bold red"), soft_wrap=True)
+        console.print(plain(line), soft_wrap=fold)
+    console.print(plain(" · ".join(verification_settings(record)), style="dim"), soft_wrap=fold)
+    console.print(Text(verdict(record), style="bold green" if record.lossless else "bold red"), soft_wrap=fold)
 
 
 def _comparisons(rows: list[Row]) -> Table:
@@ -172,19 +174,22 @@ def evidence(record: Verification) -> list[str]:
 
 def verdict(record: Verification) -> str:
     """Return the verdict in one line."""
-    ties = sum(found.verdict == "tie" for found in record.divergences)
-    violations = len(record.divergences) - ties
+    places = [place[0] for place in by_place(record.divergences)]
+    ties = sum(found.verdict == "tie" for found in places)
+    violations = len(places) - ties
     unlikely = [test for test in record.distributions if test.p_value < LEAST_P_VALUE]
     scope = f"{record.tokens} tokens of {len(record.answers)} answers"
     if violations or unlikely:
-        found = [f"{violations} violations"] if violations else []
+        found = [f"{violations} {'violation' if violations == 1 else 'violations'}"] if violations else []
         found += [
             f"the distribution of {test.method} is not transformers' (p = {test.p_value:.1g})" for test in unlikely
         ]
         return f"NOT LOSSLESS: {', '.join(found)} in {scope}"
     if ties:
         judged = "LOSSLESS UP TO ROUNDING" if record.lossless else "NOT LOSSLESS (--strict)"
-        return f"{judged}: no violation and {ties} ties in {scope}; --dtype float32 is exact"
+        return (
+            f"{judged}: no violation and {ties} {'tie' if ties == 1 else 'ties'} in {scope}; --dtype float32 is exact"
+        )
     return f"LOSSLESS: {scope} are identical"
 
 
