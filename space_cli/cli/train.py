@@ -198,7 +198,7 @@ def train(
     )
     for source in sources:
         view.note(f"{source.source}: {len(source.examples)} examples, format {source.format}")
-    view.note(f"the first one, as it is trained:\n{rendered(examples[0], loaded.tokenizer, template=template)}")
+    view.example(rendered(examples[0], loaded.tokenizer, template=template))
     view.begin(loaded, prepared, recipe)
     if dry_run:
         from space_cli.training.rehearse import rehearse

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _SECONDS_PER_LINE = 5.0
 _RECENT = 6
+_EXAMPLE_LINES = 6
 
 
 class TrainView:
@@ -39,6 +40,17 @@ class TrainView:
         """Say what is going on."""
         if not self._quiet:
             self._console.print(plain(text), soft_wrap=True)
+
+    def example(self, text: str) -> None:
+        """Show how an example is trained; a long one is cut in the middle."""
+        lines = text.split("\n")
+        if len(lines) > 2 * _EXAMPLE_LINES:
+            lines = [
+                *lines[:_EXAMPLE_LINES],
+                f"    ... {len(lines) - 2 * _EXAMPLE_LINES} lines ...",
+                *lines[-_EXAMPLE_LINES:],
+            ]
+        self.note("the first one, as it is trained:\n" + "\n".join(lines))
 
     def begin(self, loaded: LoadedModel, prepared: Prepared, recipe: Recipe) -> None:
         """Say what will be trained on what."""
