@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
@@ -193,16 +194,21 @@ def expected_tokens_per_step(accuracies: Sequence[float]) -> float:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a training that were written to the end, newest first.
+    """Return the checkpoints of a training that are whole, newest first.
 
-    Trainer writes its state last, so one without it was cut off.
+    Trainer writes its state last, so one without it was cut off; weights that were damaged afterwards do not open.
     """
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(path)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def _is_complete(path: Path) -> bool:
+    weights = list(path.glob("*.safetensors"))
     try:
-        return bool(json.loads((path / TRAINER_STATE).read_bytes())) and path.name.rpartition("-")[2].isdigit()
-    except (OSError, ValueError):
+        for file in weights:
+            with safe_open(file, "pt"):
+                pass
+        state = json.loads((path / TRAINER_STATE).read_bytes())
+    except (OSError, ValueError, SafetensorError):
         return False
+    return bool(weights) and bool(state) and path.name.rpartition("-")[2].isdigit()

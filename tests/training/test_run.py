@@ -219,6 +219,9 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(make_base, data, tmp_path)
     (output / "checkpoint-20" / "trainer_state.json").unlink()
     shutil.copytree(output / "checkpoint-10", output / "checkpoint-15")
     (output / "checkpoint-15" / "trainer_state.json").write_text('{"half')
+    shutil.copytree(output / "checkpoint-10", output / "checkpoint-16")
+    weights = output / "checkpoint-16" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
 
     found = trainer.complete_checkpoints(output)
 
