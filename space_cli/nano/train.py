@@ -26,13 +26,13 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 from space_cli.core.collator import IGNORED, SARCollator
 from space_cli.models.checkpoint import SpaceConfig
+from space_cli.training.trainer import SARTrainer
 
 MASKS = 5
 CHAT_REQUEST = "Complete the following Python function.\n\n"
@@ -238,7 +238,13 @@ def main() -> None:
     )
     optimizer = MuonWithAdamW(model, args.lr)
     output = args.root / args.output
-    trainer = Trainer(
+    space = SpaceConfig(
+        method="full", mask_token_ids=mask_token_ids(tokenizer), candidates=MASKS, masks_per_group=MASKS
+    )
+    trainer = SARTrainer(
+        space=space,
+        mask_loss_weight=1.0,
+        processing_class=tokenizer,
         model=model,
         args=TrainingArguments(
             output_dir=str(output),
@@ -257,7 +263,7 @@ def main() -> None:
             remove_unused_columns=False,
         ),
         train_dataset=windows,
-        data_collator=SARCollator(
+        collator=SARCollator(
             mask_token_ids(tokenizer),
             MASKS if args.groups else 0,
             tokenizer.pad_token_id,
@@ -277,13 +283,8 @@ def main() -> None:
     }
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    SpaceConfig(
-        method="full",
-        mask_token_ids=mask_token_ids(tokenizer),
-        candidates=MASKS,
-        masks_per_group=MASKS,
-        training={"arguments": {k: str(v) for k, v in vars(args).items() if k != "root"}, **report},
-    ).save(output)
+    told = {"arguments": {k: str(v) for k, v in vars(args).items() if k != "root"}, **report}
+    space.model_copy(update={"training": told}).save(output)
     print(json.dumps(report), flush=True)
 
 
