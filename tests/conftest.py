@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,33 @@ def run_space(clean_env, tmp_path):
             timeout=300,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture
+def stop_space(clean_env):
+    """Start `space`, send it a signal once a text shows on standard error; return the process and what it printed."""
+
+    def run(*arguments, at, signal_number=signal.SIGINT):
+        # a job in the background of a script inherits a SIGINT that is ignored, and so would the command
+        with subprocess.Popen(
+            [sys.executable, "-u", "-m", "space_cli", *map(str, arguments)],
+            env=clean_env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process:
+            try:
+                for line in process.stderr:
+                    if at in line:
+                        break
+                os.kill(process.pid, signal_number)
+                out, err = process.communicate(timeout=60)
+            finally:
+                process.kill()
+        return process, out, err
 
     return run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -127,13 +126,10 @@ def _report(loaded: LoadedModel, settings: Settings, candidates: int) -> Report:
 
 def _hand_out(report: Report, json: str | None, view: RunView) -> None:
     """Write the record and show the table; with --json - standard output holds the JSON alone."""
-    from space_cli.cli.tables import show_bench
+    from space_cli.cli.tables import show_bench, write_record
 
     try:
-        if json == "-":
-            typer.echo(report.to_json(), nl=False)
-        elif json is not None:
-            report.write(Path(json))
+        write_record(report, json)
     finally:
         # a record that cannot be written must not cost the table of a long run
         show_bench(report, view.done, to_stderr=json == "-")

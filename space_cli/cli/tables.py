@@ -1,11 +1,13 @@
-"""Tables of finished runs."""
+"""What finished runs hand out: records and tables."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +25,14 @@ _ROUNDING = (
     "Half precision rounds a token differently in calls of another shape; --dtype float32 is exact, and"
     " `space verify-lossless` tells rounding from faults."
 )
+
+
+def write_record(record: Record, json: str | None) -> None:
+    """Write the record of a run as --json asks: - is standard output."""
+    if json == "-":
+        typer.echo(record.to_json(), nl=False)
+    elif json is not None:
+        record.write(Path(json))
 
 
 def show_bench(report: Report, done: str, *, to_stderr: bool) -> None:

@@ -124,7 +124,7 @@ class TrainView:
         """Say what came out."""
         console = out()
         for name, each in space.acceptance.items():
-            apart = each["tokens_per_step_plain"]
+            apart = each["tokens_per_step_plain"] if each["repetitive"] else None
             without = "" if apart is None else f", {apart:.2f} without {each['repetitive']} repetitive answers"
             console.print(
                 f"{name} training: {each['tokens_per_step']:.2f} tokens per step on {each['prompts']} held-out prompts"

@@ -227,13 +227,10 @@ def _run(
 def _hand_out(record: Verification, json: str | None, report: Path | None, view: RunView) -> None:
     """Write the record and the report and show the verdict; with --json - standard output holds the JSON alone."""
     from space_cli.cli.page import verification_page, write_page
-    from space_cli.cli.tables import show_verification
+    from space_cli.cli.tables import show_verification, write_record
 
     try:
-        if json == "-":
-            typer.echo(record.to_json(), nl=False)
-        elif json is not None:
-            record.write(Path(json))
+        write_record(record, json)
         if report is not None:
             write_page(report, verification_page(record))
     finally:

@@ -1,6 +1,5 @@
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -117,29 +116,13 @@ def test_hostile_names_and_text_do_nothing(run_space, tiny_model_dir, tmp_path):
     assert "\x1b" not in done.stdout + done.stderr
 
 
-def test_ctrl_c_keeps_what_is_done(clean_env, tiny_model_dir, tmp_path):
+def test_ctrl_c_keeps_what_is_done(stop_space, tiny_model_dir, tmp_path):
     prompts = tmp_path / "many.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"def f{n}("}) + "\n" for n in range(5000)))
     record = tmp_path / "run.json"
     options = ("--model", tiny_model_dir, "--suite", prompts, "--json", record, *FAST)
-    command = [sys.executable, "-u", "-m", "space_cli", "bench", *options]
-    # a job in the background of a script inherits a SIGINT that is ignored, and so would the command
-    with subprocess.Popen(
-        list(map(str, command)),
-        env=clean_env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        try:
-            for line in process.stderr:
-                if "prompts  ar" in line:
-                    break
-            os.kill(process.pid, signal.SIGINT)
-            out, _ = process.communicate(timeout=60)
-        finally:
-            process.kill()
+
+    process, out, _ = stop_space("bench", *options, at="prompts  ar")
 
     saved = json.loads(record.read_text())
     assert process.returncode == 130

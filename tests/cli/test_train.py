@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -135,26 +134,12 @@ def test_two_processes_train_one_model(clean_env, tiny_model_dir, data, tmp_path
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize("stopped_by", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
 def test_a_training_that_was_stopped_is_taken_up_again(
-    clean_env, run_space, tiny_model_dir, data, tmp_path, stopped_by
+    stop_space, run_space, tiny_model_dir, data, tmp_path, stopped_by
 ):
     options = ("--output", tmp_path / "out", *FAST, "--save-steps", "1", "--max-steps", "400", "--epochs", "90")
-    arguments = list(map(str, ("train", "--model", tiny_model_dir, "--data", data, "--distill", "4", *options)))
-    with subprocess.Popen(
-        [sys.executable, "-u", "-m", "space_cli", *arguments],
-        env=clean_env,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        try:
-            for line in process.stderr:
-                if "checkpoint-3" in line:
-                    break
-            os.kill(process.pid, stopped_by)
-            _, told = process.communicate(timeout=60)
-        finally:
-            process.kill()
+    arguments = ("train", "--model", tiny_model_dir, "--data", data, "--distill", "4", *options)
 
+    process, _, told = stop_space(*arguments, at="checkpoint-3", signal_number=stopped_by)
     resumed = run_space(*arguments, "--resume", "--quiet")
 
     rows = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]

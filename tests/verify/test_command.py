@@ -1,7 +1,5 @@
 import json
 import os
-import signal
-import subprocess
 import sys
 
 import pytest
@@ -163,27 +161,12 @@ def test_quantised_models_are_checked(verify, tiny_tokenizer, tmp_path, quantiza
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_ctrl_c_keeps_what_is_done(clean_env, tiny_model_dir, prompts_file, tmp_path):
+def test_ctrl_c_keeps_what_is_done(stop_space, tiny_model_dir, prompts_file, tmp_path):
     prompts_file.write_text("".join(json.dumps({"prompt": f"def f{n}("}) + "\n" for n in range(5000)))
     record = tmp_path / "proof.json"
     options = ("--model", tiny_model_dir, "--suite", prompts_file, "--json", record, *FAST[:-1])
-    # a job in the background of a script inherits a SIGINT that is ignored, and so would the command
-    with subprocess.Popen(
-        list(map(str, [sys.executable, "-u", "-m", "space_cli", "verify-lossless", *options])),
-        env=clean_env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        try:
-            for line in process.stderr:
-                if "answers  ar" in line:
-                    break
-            os.kill(process.pid, signal.SIGINT)
-            out, _ = process.communicate(timeout=60)
-        finally:
-            process.kill()
+
+    process, out, _ = stop_space("verify-lossless", *options, at="answers  ar")
 
     saved = json.loads(record.read_text())
     assert process.returncode == 130
