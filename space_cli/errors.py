@@ -34,3 +34,9 @@ class RunFailed(SpaceError):
     """The run itself failed."""
 
     exit_code = 3
+
+
+class Interrupted(SpaceError):
+    """Ctrl-C."""
+
+    exit_code = 130

@@ -102,20 +102,32 @@ def _told(error: BaseException) -> tuple[str, int]:
 
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) else 3
+    # what a command adds to any error: what is kept, and how to go on
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return "space: interrupted", 130
+        return visible(f"space: interrupted{notes}"), 130
     if isinstance(error, SpaceError):
-        return visible(f"space: {' '.join(str(error).split())}"), error.exit_code
+        return visible(f"space: {' '.join(str(error).split())}{notes}"), error.exit_code
     if isinstance(error, typer.TyperException):
         message = " ".join(error.format_message().split())
         # typer shows help in place of a message where a command is missing
         return (visible(f"space: {message}") if not _is_help(message) else error.format_message()), 2
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"space: the disk is full: {error.filename or ''}", 3
+    if _is_full_disk(error):
+        return visible(f"space: the disk is full: {getattr(error, 'filename', None) or 'a file was cut off'}{notes}"), 3
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "space: out of memory; use a smaller model, --quantization, or a lower --max-new-tokens", 3
+        return f"space: out of memory; use a smaller model, --quantization, or a lower --max-new-tokens{notes}", 3
     first = (str(error).strip().splitlines() or [""])[0]
-    return visible(f"space: {type(error).__name__}: {first} (rerun with `space --debug ...` for the traceback)"), 3
+    line = f"space: {type(error).__name__}: {first}{notes} (rerun with `space --debug ...` for the traceback)"
+    return visible(line), 3
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Say whether there was no room; safetensors and torch tell it in words only."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in codes
+    told = str(error)
+    return any(f"(os error {code})" in told for code in codes) or "PytorchStreamWriter failed writing" in told
 
 
 def _is_help(message: str) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from space_cli.cli import options
-from space_cli.errors import UsageProblem
+from space_cli.errors import Interrupted, UsageProblem
 
 if TYPE_CHECKING:
     from space_cli.models.loading import LoadedModel
@@ -80,6 +79,12 @@ _Checkpointing = Annotated[
 ]
 _Optimizer = Annotated[str, typer.Option("--optim", help="Optimizer, by transformers' names (paged_adamw_8bit, ...).")]
 _ReportTo = Annotated[str, typer.Option("--report-to", help="none, tensorboard or wandb, as Trainer has it.")]
+_EarlyStop = Annotated[
+    int,
+    typer.Option(
+        "--early-stop", min=0, help="Stop after N checkpoints without a lower held-out loss, keep the best; 0: never."
+    ),
+]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of --output.")]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Measure a few steps, say what all would take, and leave.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into an --output that is not empty.")]
@@ -110,6 +115,7 @@ def train(
     warmup: _Warmup = 0.03,
     save_steps: _SaveSteps = 200,
     held_out: _HeldOut = 32,
+    early_stop: _EarlyStop = 0,
     gradient_checkpointing: _Checkpointing = False,
     optim: _Optimizer = "adamw_torch",
     report_to: _ReportTo = "none",
@@ -145,7 +151,6 @@ def train(
     from space_cli.training.chat_format import rendered
     from space_cli.training.prepare import prepare_examples
     from space_cli.training.run import Recipe, train
-    from space_cli.training.trainer import complete_checkpoints
 
     # started by `accelerate launch` or torchrun: one device each, and one process that speaks
     process = os.environ.get("LOCAL_RANK")
@@ -179,6 +184,7 @@ def train(
         temperatures=warm,
         answer_tokens=min(answer_tokens, length),
         epochs=epochs,
+        early_stop=early_stop,
         seed=seed,
         arguments={
             "per_device_train_batch_size": batch_size,
@@ -210,14 +216,25 @@ def train(
             space = train(
                 loaded, prepared, recipe, base_model=_base_name(model), output=output, resume=resume, view=view
             )
-    except KeyboardInterrupt:
-        newest = next(iter(complete_checkpoints(output)), None)
-        kept = f"{newest} is kept" if newest else "no checkpoint was written yet"
-        print(f"space: interrupted; {kept}; the same command with --resume goes on", file=sys.stderr)  # noqa: T201
-        return 130
+    except UsageProblem:
+        raise
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted", hint=_kept(output)) from error
+    except Exception as error:
+        error.add_note(_kept(output))
+        raise
     if process in (None, "0"):
         view.conclude(space, output)
     return 0
+
+
+def _kept(output: Path) -> str:
+    """Say what an ending training leaves, and how to go on."""
+    from space_cli.training.trainer import complete_checkpoints
+
+    newest = next(iter(complete_checkpoints(output)), None)
+    kept = f"{newest} is kept" if newest else "no checkpoint was written yet"
+    return f"{kept}; the same command with --resume goes on"
 
 
 def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
-from rich.text import Text
 
 from space_cli.cli.console import err, out, plain
 
@@ -76,7 +76,9 @@ class TrainView:
             self.note(f"{name}: {done}/{total}")
 
     def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
-        """Show figures of the last steps."""
+        """Show figures of the last steps, or of the held-out examples."""
+        if "eval_ar_loss" in logs:
+            self._show_held_out(step, logs)
         if "loss" not in logs:
             return
         if self._first_step is None:
@@ -84,6 +86,13 @@ class TrainView:
         cells = self._cells(step, steps, logs)
         self._rows = [*self._rows, cells][-_RECENT:]
         self._show_row(cells)
+
+    def _show_held_out(self, step: int, logs: dict[str, float]) -> None:
+        self.note(
+            f"held-out examples after {step} steps: AR loss {logs['eval_ar_loss']:.3f},"
+            f" mask loss {logs['eval_mask_loss']:.3f},"
+            f" expected tokens per step {logs['eval_expected_tokens_per_step']:.2f}"
+        )
 
     def _show_row(self, cells: tuple[str, ...]) -> None:
         pairs = zip(_HEADINGS, cells, strict=True)
@@ -101,6 +110,7 @@ class TrainView:
             " ".join(f"{accuracy:.0%}" for accuracy in accuracies),
             "" if expected is None else f"{expected:.2f}",
             f"{logs.get('tokens_per_second', 0):.0f}",
+            f"{logs.get('memory_bytes', 0) / 2**30:.1f} GiB",
             "" if left is None else _clock(left),
         )
 
@@ -126,21 +136,25 @@ class TrainView:
         for name, each in space.acceptance.items():
             apart = each["tokens_per_step_plain"] if each["repetitive"] else None
             without = "" if apart is None else f", {apart:.2f} without {each['repetitive']} repetitive answers"
+            loss = "" if each["answer_loss"] is None else f"; AR loss of their answers {each['answer_loss']:.3f}"
             console.print(
                 f"{name} training: {each['tokens_per_step']:.2f} tokens per step on {each['prompts']} held-out prompts"
-                f" (k = {each['candidates']}{without})"
+                f" (k = {each['candidates']}{without}){loss}",
+                soft_wrap=True,
             )
         console.print(plain(f"{output}: try `space bench --model {output}`"), soft_wrap=True)
 
 
-_HEADINGS = ("step", "AR loss", "mask loss", "masks right", "expected tokens per step", "tok/s", "left")
+_HEADINGS = ("step", "AR loss", "mask loss", "masks right", "expected tokens per step", "tok/s", "memory", "left")
 
 
 class LiveTrainView(TrainView):
-    """Keeps the last rows in place, drawn when there is something new."""
+    """Keeps a bar and the last rows in place, drawn when there is something new."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, quiet=False)
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console)
+        self._task = self._bar.add_task("", visible=False)
         self._live = Live(console=console, auto_refresh=False, transient=False, get_renderable=self._render)
 
     def __enter__(self) -> TrainView:
@@ -154,18 +168,23 @@ class LiveTrainView(TrainView):
         """Leave the last state on the screen."""
         self._live.stop()
 
+    def phase(self, name: str, done: int, total: int) -> None:
+        """A part of the work beside the steps has come so far."""
+        self._bar.update(self._task, description=name, completed=done, total=total, visible=done < total)
+        self._live.refresh()
+
     def _show_row(self, cells: tuple[str, ...]) -> None:
         self._live.refresh()
 
-    def _render(self) -> Group | Text:
+    def _render(self) -> RenderableType:
         if not self._rows:
-            return Text("")
+            return self._bar
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for heading in _HEADINGS:
             table.add_column(heading, justify="right")
         for row in self._rows:
             table.add_row(*row)
-        return Group(table)
+        return Group(table, self._bar)
 
 
 def training_view(*, quiet: bool) -> TrainView:

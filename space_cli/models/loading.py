@@ -245,3 +245,13 @@ def _unreadable(name: str, error: ValueError) -> UsageProblem:
             f"{name} needs code of its own, which space never runs", hint="choose a model that transformers has"
         )
     return UsageProblem(f"{name} could not be loaded: {first}")
+
+
+def unpack(model: PreTrainedModel) -> None:
+    """Make a quantised model on a CPU trainable again after inference.
+
+    bitsandbytes packs 4-bit weights at the first call in evaluation mode, and nothing can be learned through them then;
+    reading the state unpacks them.
+    """
+    if getattr(model, "is_quantized", False):
+        model.state_dict()

@@ -4,8 +4,9 @@
 
 Downloads the packages of sources.toml (nothing is installed or executed), takes functions out of their sources and of
 the running interpreter's standard library, drops copies and whatever shares a run of 13 tokens with HumanEval, and
-writes `functions.jsonl` (prompt: imports, signature and docstring; completion: the body) and `heldout.jsonl`, which no
-training stage reads. Long docstrings keep their first paragraph and up to six lines of doctest.
+writes `functions.jsonl` (prompt: imports, signature and docstring; completion: the body), `chat.jsonl` (every tenth of
+them as a request and its answer) and `heldout.jsonl`, which no training stage reads. Long docstrings keep their first
+paragraph and up to six lines of doctest.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from space_cli.files import write_whole
 
 SOURCES = Path(__file__).with_name("sources.toml")
 HELD_OUT = 1500
+CHAT_REQUEST = "Complete the following Python function.\n\n"
+_CHAT_EVERY = 10
 _MOST_PER_PACKAGE = 9000
 _RUN = 13
 _TOKEN = re.compile(r"\w+|[^\w\s]")
@@ -198,6 +201,12 @@ def read_package(archive: Path) -> tuple[list[dict[str, str]], int]:
     return kept, dropped
 
 
+def as_chat(row: dict[str, str]) -> dict[str, Any]:
+    """Return a function as a request and its answer."""
+    request = {"role": "user", "content": CHAT_REQUEST + row["prompt"]}
+    return {"messages": [request, {"role": "assistant", "content": row["completion"]}]}
+
+
 def _download(requirement: str, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
     if subprocess.run(command, check=False, timeout=600).returncode:
@@ -234,7 +243,8 @@ def main() -> None:
                     rows.append(function)
     random.Random(0).shuffle(rows)
     _write(root / "heldout.jsonl", rows[:HELD_OUT])
-    _write(root / "functions.jsonl", rows[HELD_OUT:])
+    _write(root / "functions.jsonl", [row for number, row in enumerate(rows[HELD_OUT:]) if number % _CHAT_EVERY])
+    _write(root / "chat.jsonl", [as_chat(row) for row in rows[HELD_OUT::_CHAT_EVERY]])
     characters = sum(len(row["prompt"]) + len(row["completion"]) for row in rows)
     summary = {"functions": len(rows), "characters": characters, "dropped_for_humaneval": dropped, "packages": counts}
     (root / "corpus.json").write_text(json.dumps(summary, indent=1), "utf-8")

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
-SPECIAL = [END, "<|user|>", "<|assistant|>", "<|system|>", *[f"<|mask{j}|>" for j in range(1, 9)]]
+SPECIAL = [END, "<|user|>", "<|assistant|>", "<|system|>"]
 # a run of spaces stays whole, digits stand alone, and `_name` is a piece as ` name` is
 _PIECES = r"\n| {2,}|[ _]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s"
 _CHAT = (

@@ -18,7 +18,8 @@ class Acceptance(BaseModel):
     """Greedy answers to held-out prompts.
 
     Attributes:
-        candidates: k of the block.
+        candidates: k of the block; 0 for a base without masks.
+        answer_loss: mean AR loss of the data's own answers to these prompts; None where it was not measured.
         tokens_per_step: of all answers, tokens over steps.
         tokens_per_step_plain: of those that do not repeat themselves; None where all do.
         repetitive: answers that repeat themselves.
@@ -31,6 +32,7 @@ class Acceptance(BaseModel):
     tokens_per_step: float
     tokens_per_step_plain: float | None
     repetitive: int
+    answer_loss: float | None = None
 
 
 def measure_acceptance(
@@ -48,7 +50,7 @@ def measure_acceptance(
         model: in evaluation mode.
         prompts: token ids.
         mask_token_ids: one shared id, or one per mask.
-        candidates: k, and masks of a group.
+        candidates: k, and masks of a group; 0 is plain AR.
         stop: when an answer ends.
         on_progress: gets prompts answered and prompts in all.
     """

@@ -26,8 +26,9 @@ space verify-lossless --model {name}
 
 {acceptance}
 
-Plain: without answers that repeat themselves. Trained with `space train` on {examples} examples, {distilled} of them
-answers of its own; every setting stands in `space_config.json`, every logged step in `training.jsonl`.
+On prompts held out of the training; plain: without answers that repeat themselves. Trained with `space train` on
+{examples} examples, {distilled} of them answers of its own; every setting stands in `space_config.json`, every logged
+step in `training.jsonl`.
 """
 _METHODS = {
     "full": "All weights were tuned: its output is its own, and differs from that of `{base}`.",
@@ -39,10 +40,14 @@ def card(space: SpaceConfig, name: str) -> str:
     """Return the model card of a checkpoint."""
     told = space.training
     lines = [
-        f"| {when} | {each['candidates']} | {each['tokens_per_step']:.2f} | {_plain(each)} | {each['prompts']} |"
+        f"| {when} | {each['candidates']} | {each['tokens_per_step']:.2f} | {_figure(each['tokens_per_step_plain'])} |"
+        f" {each['repetitive']} of {each['prompts']} | {_figure(each['answer_loss'])} |"
         for when, each in space.acceptance.items()
     ]
-    heading = ("| training | k | tokens per step | plain | held-out prompts |", "| --- | --- | --- | --- | --- |")
+    heading = (
+        "| training | k | tokens per step | plain | repetitive answers | AR loss of the data's answers |",
+        "| --- | --- | --- | --- | --- | --- |",
+    )
     return _TEMPLATE.format(
         base=told["base"],
         name=name,
@@ -54,8 +59,7 @@ def card(space: SpaceConfig, name: str) -> str:
     )
 
 
-def _plain(acceptance: dict[str, Any]) -> str:
-    value = acceptance["tokens_per_step_plain"]
+def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -74,6 +78,7 @@ def draw_curves(history: Sequence[dict[str, Any]], file: Path) -> bool:
     losses, accuracies = figure.subplots(1, 2)
     for name in ("ar_loss", "mask_loss"):
         _line(losses, history, name)
+        _line(losses, history, f"eval_{name}", label=f"held-out {name}", linestyle="--")
     for name in sorted({name for row in history for name in row if name.startswith("mask_accuracy_")}):
         _line(accuracies, history, name)
     losses.set(xlabel="step", ylabel="loss per token")
@@ -87,7 +92,7 @@ def draw_curves(history: Sequence[dict[str, Any]], file: Path) -> bool:
     return True
 
 
-def _line(axes: Any, history: Sequence[dict[str, Any]], name: str) -> None:
+def _line(axes: Any, history: Sequence[dict[str, Any]], name: str, label: str = "", linestyle: str = "-") -> None:
     points = [(row["step"], row[name]) for row in history if name in row]
     if points:
-        axes.plot(*zip(*points, strict=True), label=name.replace("_", " "))
+        axes.plot(*zip(*points, strict=True), label=(label or name).replace("_", " "), linestyle=linestyle)

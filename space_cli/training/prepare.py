@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -15,7 +17,7 @@ from space_cli.core.collator import IGNORED
 from space_cli.core.engine import embedding_rows
 from space_cli.errors import UsageProblem
 from space_cli.models.adapter import adapter_of, attach_adapter, low_rank
-from space_cli.models.loading import LoadedModel
+from space_cli.models.loading import LoadedModel, unpack
 from space_cli.training.chat_format import encode, prompt_ids
 from space_cli.training.data import Example
 
@@ -30,7 +32,7 @@ class Prepared:
     Attributes:
         examples: `input_ids` and `labels` each, to train on.
         prompts: token ids before each answer of these, for self-distillation.
-        held_out: token ids before the answers of examples kept back.
+        held_out: token ids before the answers of examples kept back, and `held_out_examples` with their answers.
         cut: examples cut at the length limit, and `cut_tokens` what they lost.
         empty: examples left out because nothing of them carries loss.
     """
@@ -38,9 +40,16 @@ class Prepared:
     examples: list[dict[str, list[int]]]
     prompts: list[list[int]]
     held_out: list[list[int]]
+    held_out_examples: list[dict[str, list[int]]]
     cut: int
     cut_tokens: int
     empty: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Tell these examples from others."""
+        told = json.dumps([self.examples, self.prompts, self.held_out_examples])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def prepare_examples(
@@ -59,26 +68,31 @@ def prepare_examples(
     """
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(mix(seed, 0))).tolist()
     kept_back = set(order[: min(held_out, len(examples) // _HELD_OUT_SHARE)])
-    encoded = [
-        encode(example, tokenizer, template=template, max_length=max_length)
+    encoded = {
+        number: encode(example, tokenizer, template=template, max_length=max_length)
         for number, example in enumerate(examples)
-        if number not in kept_back
-    ]
-    useful = [each for each in encoded if any(label != IGNORED for label in each.labels)]
-    if not useful:
+    }
+    useful = {
+        number: {"input_ids": each.input_ids, "labels": each.labels}
+        for number, each in encoded.items()
+        if any(label != IGNORED for label in each.labels)
+    }
+    if not useful.keys() - kept_back:
         raise UsageProblem("no example carries loss", hint="raise --max-length, or look at the data's answers")
+    trained = [number for number in encoded if number not in kept_back]
 
     def prompts(numbers: Iterable[int]) -> list[list[int]]:
         found = (ids for number in numbers for ids in prompt_ids(examples[number], tokenizer, template=template))
         return [ids for ids in found if 0 < len(ids) < max_length]
 
     return Prepared(
-        examples=[{"input_ids": each.input_ids, "labels": each.labels} for each in useful],
-        prompts=prompts(number for number in range(len(examples)) if number not in kept_back),
+        examples=[useful[number] for number in trained if number in useful],
+        prompts=prompts(trained),
         held_out=prompts(sorted(kept_back)),
-        cut=sum(each.cut > 0 for each in encoded),
-        cut_tokens=sum(each.cut for each in encoded),
-        empty=len(encoded) - len(useful),
+        held_out_examples=[useful[number] for number in sorted(kept_back & useful.keys())],
+        cut=sum(encoded[number].cut > 0 for number in trained),
+        cut_tokens=sum(encoded[number].cut for number in trained),
+        empty=sum(number not in useful for number in trained),
     )
 
 
@@ -102,9 +116,7 @@ def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: 
         ids = list(loaded.mask_token_ids)
         if len(ids) != wanted:
             ids = _add_masks(loaded.model, loaded.tokenizer, wanted)
-    if getattr(loaded.model, "is_quantized", False):
-        # on a CPU bitsandbytes packs weights for inference, through which nothing can be learned; saving unpacks them
-        loaded.model.state_dict()
+    unpack(loaded.model)
     for parameter in loaded.model.parameters():
         if parameter.requires_grad:
             # small updates vanish in half precision; the products run in it all the same

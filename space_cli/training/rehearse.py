@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import TrainerCallback
 
 from space_cli.models.loading import LoadedModel
 from space_cli.training.prepare import Prepared, prepare_model
 from space_cli.training.run import Recipe, checkpoint_config, make_trainer
+from space_cli.training.trainer import memory_in_use
 
 _STEPS = 4
 
@@ -58,9 +58,10 @@ def rehearse(loaded: LoadedModel, prepared: Prepared, recipe: Recipe, *, base_mo
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(
                 loaded,
-                replace(recipe, arguments=recipe.arguments | few),
+                replace(recipe, early_stop=0, arguments=recipe.arguments | few),
                 checkpoint_config(recipe, mask_ids, base_model, {}),
                 prepared.examples,
+                [],
                 Path(folder),
                 [clock],
                 with_masks=with_masks,
@@ -99,7 +100,5 @@ class _Clock(TrainerCallback):
         """Take time and memory."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            self.memory = max(self.memory, torch.cuda.max_memory_allocated())
-        else:
-            self.memory = max(self.memory, psutil.Process().memory_info().rss)
+        self.memory = max(self.memory, memory_in_use())
         self._ends.append(time.perf_counter())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from space_cli.core.collator import IGNORED, SARCollator
 from space_cli.core.stopping import StopRule
@@ -37,6 +37,7 @@ class Recipe:
         distill: prompts answered by the base itself; 0 trains on the given answers alone.
         temperatures: of those answers, in turn.
         answer_tokens: most tokens of an answer, in distillation and in measuring.
+        early_stop: stop when so many evaluations in a row lowered no held-out loss, and keep the best; 0 never stops.
         arguments: of transformers' TrainingArguments.
     """
 
@@ -52,6 +53,7 @@ class Recipe:
     temperatures: tuple[float, ...]
     answer_tokens: int
     epochs: int
+    early_stop: int
     seed: int
     arguments: dict[str, Any]
 
@@ -89,10 +91,11 @@ def train(
         RunFailed: a file cannot be written.
     """
     processes = PartialState(cpu=loaded.device == "cpu")
-    checkpoint = _resumed(output, recipe) if resume else None
+    settings = asdict(recipe) | {"data": prepared.fingerprint}
+    checkpoint = _resumed(output, settings) if resume else None
     if processes.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / SETTINGS_FILE, _told(recipe))
+        write_whole(output / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
     stop = StopRule(recipe.answer_tokens, loaded.eos_token_ids)
     before = _acceptance(
         loaded, prepared, loaded.mask_token_ids, min(recipe.candidates, loaded.masks_per_group), stop, view
@@ -104,16 +107,21 @@ def train(
         loaded, recipe.method, masks=recipe.candidates, distinct=recipe.distinct_masks, rank=recipe.rank
     )
     counts = {"base": base_model, "examples": len(prepared.examples), "distilled": len(answered)}
-    space = checkpoint_config(recipe, mask_ids, base_model, counts | json.loads(_told(recipe)))
-    trainer = make_trainer(loaded, recipe, space, [*prepared.examples, *answered], output, [_Shows(view)])
+    space = checkpoint_config(recipe, mask_ids, base_model, counts | json.loads(json.dumps(settings)))
+    examples = [*prepared.examples, *answered]
+    trainer = make_trainer(loaded, recipe, space, examples, prepared.held_out_examples, output, [_Shows(view)])
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if prepared.held_out_examples:
+        trainer.evaluate()
     loaded.model.eval()
     after = _acceptance(loaded, prepared, mask_ids, recipe.candidates, stop, view)
-    space = space.model_copy(
-        update={
-            "acceptance": {name: each.model_dump() for name, each in (("before", before), ("after", after)) if each}
-        }
-    )
+    losses = [row["eval_ar_loss"] for row in trainer.state.log_history if "eval_ar_loss" in row]
+    measured = {
+        name: acceptance.model_copy(update={"answer_loss": losses[place] if losses else None}).model_dump()
+        for name, acceptance, place in (("before", before, 0), ("after", after, -1))
+        if acceptance
+    }
+    space = space.model_copy(update={"acceptance": measured})
     trainer.finish(space, output)
     if processes.is_main_process:
         history = trainer.state.log_history
@@ -136,17 +144,13 @@ def checkpoint_config(recipe: Recipe, mask_ids: list[int], base_model: str, trai
     )
 
 
-def _told(recipe: Recipe) -> str:
-    return json.dumps(asdict(recipe), indent=1) + "\n"
-
-
-def _resumed(output: Path, recipe: Recipe) -> Path | None:
+def _resumed(output: Path, settings: dict[str, Any]) -> Path | None:
     """Return the newest whole checkpoint; None where the training was cut short before the first."""
     try:
         earlier = json.loads((output / SETTINGS_FILE).read_bytes())
     except (OSError, ValueError) as error:
         raise UsageProblem(f"{output}: no training to resume", hint="leave --resume out") from error
-    now = json.loads(_told(recipe))
+    now = json.loads(json.dumps(settings))
     then, now = ({**told, **told.get("arguments", {}), "arguments": None} for told in (earlier, now))
     for name in now:
         if then.get(name) != now[name]:
@@ -190,8 +194,6 @@ def _acceptance(
     stop: StopRule,
     view: TrainingView,
 ) -> Acceptance | None:
-    if not candidates:
-        return None
     limit = loaded.context_length
     room = [ids for ids in prepared.held_out if limit is None or len(ids) + stop.max_new_tokens <= limit]
     return measure_acceptance(
@@ -209,6 +211,7 @@ def make_trainer(
     recipe: Recipe,
     space: SpaceConfig,
     examples: Sequence[dict[str, list[int]]],
+    held_out: Sequence[dict[str, list[int]]],
     output: Path,
     callbacks: list[TrainerCallback],
     *,
@@ -221,6 +224,7 @@ def make_trainer(
         recipe: how to train.
         space: what the checkpoint says of itself.
         examples: `input_ids` and `labels` each.
+        held_out: the like, to measure on before the first step and at every checkpoint; may be empty.
         output: folder of the checkpoints.
         callbacks: of transformers' Trainer.
         with_masks: False trains AR alone, to compare the cost.
@@ -242,8 +246,15 @@ def make_trainer(
         remove_unused_columns=False,
         disable_tqdm=True,
         use_cpu=loaded.device == "cpu",
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=recipe.arguments["save_steps"],
+        eval_on_start=bool(held_out),
+        per_device_eval_batch_size=recipe.arguments["per_device_train_batch_size"],
+        load_best_model_at_end=bool(recipe.early_stop),
+        metric_for_best_model="loss",
         **recipe.arguments,
     )
+    stops = [EarlyStoppingCallback(recipe.early_stop)] if recipe.early_stop else []
     return SARTrainer(
         collator=collator,
         space=space,
@@ -251,8 +262,9 @@ def make_trainer(
         model=loaded.model,
         args=arguments,
         train_dataset=Epochs(examples, epochs=recipe.epochs, seed=recipe.seed),
+        eval_dataset=Epochs(held_out, epochs=1, seed=recipe.seed) if held_out else None,
         processing_class=loaded.tokenizer,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *stops],
     )
 
 

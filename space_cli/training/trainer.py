@@ -11,18 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from space_cli.core.choose import mix
 from space_cli.core.collator import IGNORED, SARCollator, mask_index
 from space_cli.models.adapter import adapter_of, load_adapter_weights, save_adapter
 from space_cli.models.checkpoint import SPACE_CONFIG_NAME, SpaceConfig
+from space_cli.models.loading import unpack
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -83,60 +85,62 @@ class SARTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Return the mean over all slots that learn something, masks weighted."""
-        targets = inputs["labels"][:, 1:]
-        outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"})
-        logits = outputs.logits[:, :-1]
-        index = mask_index(inputs["input_ids"], self._mask_ids.to(targets.device), self._masks)[:, :-1]
-        losses = functional.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        ).view_as(targets)
-        self._measure(losses.detach(), logits.detach(), targets, index)
+        labels = inputs["labels"][:, 1:]
+        # logits of a large vocabulary are most of the memory: only slots that learn get any
+        slots = (labels != IGNORED).any(dim=0).nonzero().flatten()
+        outputs = model(**{name: tensor for name, tensor in inputs.items() if name != "labels"}, logits_to_keep=slots)
+        learns = labels[:, slots] != IGNORED
+        logits, targets = outputs.logits[learns].float(), labels[:, slots][learns]
+        index = mask_index(inputs["input_ids"], self._mask_ids.to(labels.device), self._masks)[:, slots][learns]
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        self._measure(losses.detach(), logits.detach().argmax(dim=-1) == targets, index)
         weights = torch.where(index > 0, self._mask_loss_weight, 0.0 if self._is_adapter else 1.0)
-        count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
+        count = num_items_in_batch if num_items_in_batch is not None else max(1, targets.numel())
         loss = (losses * weights).sum() / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # the count is that of all processes, whose gradients are averaged
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _measure(self, losses: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, index: torch.Tensor) -> None:
+    def _measure(self, losses: torch.Tensor, hits: torch.Tensor, index: torch.Tensor) -> None:
         """Add up loss, hits and number of slots, for tokens (0) and each mask of a group."""
-        learns = targets != IGNORED
-        hits = (logits.argmax(dim=-1) == targets) & learns
-        kinds = functional.one_hot(index, self._masks + 1).flatten(0, 1).float() * learns.flatten()[:, None]
-        rows = torch.stack([losses.flatten() @ kinds, hits.flatten().float() @ kinds, kinds.sum(dim=0)])
-        self._sums += rows.cpu()
+        kinds = functional.one_hot(index, self._masks + 1).float()
+        self._sums += torch.stack([losses @ kinds, hits.float() @ kinds, kinds.sum(dim=0)]).cpu()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log what the slots have shown since the last time beside what Trainer logs."""
-        if "loss" in logs and self._sums[2].any():
-            logs = logs | self._shown() | {"tokens_per_second": self.take_rate()}
+        if "loss" in logs:
+            sums = self._over_processes()
+            logs = logs | _shown(sums) | {"tokens_per_second": self._rate(sums), "memory_bytes": memory_in_use()}
             self._sums.zero_()
         super().log(logs, *args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Measure held-out examples by kind of slot too."""
+        training, self._sums = self._sums, torch.zeros_like(self._sums)
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            shown = _shown(self._over_processes())
+        finally:
+            self._sums = training
+            unpack(self.model)
+        (output.metrics or {}).update({f"eval_{name}": value for name, value in shown.items()})
+        return output
+
+    def _over_processes(self) -> torch.Tensor:
+        return torch.as_tensor(self.accelerator.reduce(self._sums.to(self.accelerator.device))).cpu()
+
     @property
     def tokens_seen(self) -> float:
-        """Tokens that carried loss since the last log."""
+        """Tokens that carried loss since the last log, in this process."""
         return self._sums[2, 0].item()
 
-    def take_rate(self) -> float:
+    def _rate(self, sums: torch.Tensor) -> float:
         """Return tokens that carried AR loss, or would have, per second since this was last asked."""
         now = time.perf_counter()
-        rate = self.tokens_seen / (now - self._since)
+        rate = sums[2, 0].item() / (now - self._since)
         self._since = now
         return rate
-
-    def _shown(self) -> dict[str, float]:
-        losses, hits, counts = (row.tolist() for row in self._sums)
-        shown = {}
-        if counts[0]:
-            shown["ar_loss"] = losses[0] / counts[0]
-        if sum(counts[1:]):
-            accuracies = [hit / count if count else 0.0 for hit, count in zip(hits[1:], counts[1:], strict=True)]
-            shown["mask_loss"] = sum(losses[1:]) / sum(counts[1:])
-            shown |= {f"mask_accuracy_{number}": value for number, value in enumerate(accuracies, start=1)}
-            shown["expected_tokens_per_step"] = expected_tokens_per_step(accuracies)
-        return shown
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Keep the order of `Epochs`."""
@@ -173,11 +177,37 @@ class SARTrainer(Trainer):
                 file.replace(output / file.name)
             part.rmdir()
 
+    def _load_best_model(self) -> None:
+        if not self._is_adapter:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint:
+            load_adapter_weights(self.model, Path(self.state.best_model_checkpoint))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._is_adapter:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_adapter_weights(model or self.model, Path(resume_from_checkpoint))
+
+
+def _shown(sums: torch.Tensor) -> dict[str, float]:
+    losses, hits, counts = (row.tolist() for row in sums)
+    shown = {}
+    if counts[0]:
+        shown["ar_loss"] = losses[0] / counts[0]
+    if sum(counts[1:]):
+        accuracies = [hit / count if count else 0.0 for hit, count in zip(hits[1:], counts[1:], strict=True)]
+        shown["mask_loss"] = sum(losses[1:]) / sum(counts[1:])
+        shown |= {f"mask_accuracy_{number}": value for number, value in enumerate(accuracies, start=1)}
+        shown["expected_tokens_per_step"] = expected_tokens_per_step(accuracies)
+    return shown
+
+
+def memory_in_use() -> int:
+    """Return bytes: the most that was in use on a GPU, or what this process holds now."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)
 
 
 def expected_tokens_per_step(accuracies: Sequence[float]) -> float:

@@ -132,6 +132,41 @@ def test_a_training_taken_up_again_is_the_training_never_cut_short(make_base, da
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("method", ["full", "adapter"])
+def test_an_early_stop_keeps_the_best_weights(make_base, data, tmp_path, method):
+    output = tmp_path / "out"
+    # a rate at which the held-out loss soon rises
+    options = ("--learning-rate", "0.3", "--save-steps", "2", "--epochs", "9", "--distill", "off", "--early-stop", "3")
+
+    code = train(make_base(), data, output, "--method", method, *options)
+
+    losses = {
+        row["step"]: row["eval_loss"]
+        for row in map(json.loads, (output / "training.jsonl").read_text().splitlines())
+        if "eval_loss" in row and row["step"]
+    }
+    best = min(list(losses)[:-1], key=losses.__getitem__)
+    weights = "space_adapter.safetensors" if method == "adapter" else "model.safetensors"
+    found, expected = load_file(output / weights), load_file(output / f"checkpoint-{best}" / weights)
+    assert code == 0
+    assert max(losses) < 36 * 9 / 2
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_held_out_answers_tell_whether_the_model_got_worse(make_base, data, tmp_path):
+    output = tmp_path / "out"
+
+    assert train(make_base(), data, output, "--method", "full", "--max-steps", "20", "--distill", "off") == 0
+
+    config = json.loads((output / "space_config.json").read_text())
+    before, after = config["acceptance"]["before"], config["acceptance"]["after"]
+    # the base has no masks: plain AR
+    assert before["candidates"] == 0
+    assert before["tokens_per_step"] == 1
+    assert before["prompts"] == after["prompts"] == 4
+    assert after["answer_loss"] != before["answer_loss"]
+
+
 def test_an_adapter_leaves_its_base_alone(make_base, data, tmp_path):
     base = make_base()
     before = {file.name: file.read_bytes() for file in base.iterdir()}
