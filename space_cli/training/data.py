@@ -323,8 +323,10 @@ def _listed(row: Row, where: str, *, field: str, keys: tuple[str, str], roles: M
 
 def _alpaca(row: Row, where: str, *, answer: str) -> Example:
     request = _filled(row.get("instruction"), "instruction", where)
-    if row.get("input") is not None and (given := _string(row["input"], "input", where)).strip():
-        request = f"{request}\n\n{given}"
+    # databricks-dolly calls its input `context`
+    for field in ("input", "context"):
+        if row.get(field) is not None and (given := _string(row[field], field, where)).strip():
+            request = f"{request}\n\n{given}"
     response = _filled(row.get(answer), answer, where)
     return _conversation([Turn("user", request), Turn("assistant", response)], where)
 

@@ -54,6 +54,7 @@ SEVERAL = ("system s", "user q", "assistant a", "user r")
         ({"instruction": "q", "input": "", "response": "a", "text": "all", "id": 3}, "alpaca", ASKED),
         ({"instruction": "q", "input": None, "output": "a"}, "alpaca", ASKED),
         ({"instruction": "q", "input": "x", "output": "a"}, "alpaca", (Turn("user", "q\n\nx"), ASKED[1])),
+        ({"instruction": "q", "context": "x", "response": "a"}, "alpaca", (Turn("user", "q\n\nx"), ASKED[1])),
         (sharegpt("system s", "human q", "gpt a", "user r"), "sharegpt", said(*SEVERAL)),
         (sharegpt("user q", "chatgpt a") | {"weight": 1}, "sharegpt", ASKED),
         ({"prompt": "q", "messages": listed(*SEVERAL)}, "messages", said(*SEVERAL)),
