@@ -72,13 +72,11 @@ class Result(BaseModel):
     identical_prompts: int | None
 
 
-class Record(BaseModel):
-    """What every run leaves behind; `complete` is false when it was cut short."""
+class JsonRecord(BaseModel):
+    """What a command hands to other programs; `complete` is false when it was cut short."""
 
     schema_version: int = SCHEMA_VERSION
     complete: bool = False
-    environment: dict[str, Any]
-    settings: dict[str, Any]
 
     def to_json(self) -> str:
         """Return the JSON text; a figure that was not measured is null."""
@@ -94,6 +92,13 @@ class Record(BaseModel):
             write_whole(file, self.to_json())
         except OSError as error:
             raise RunFailed(f"{file}: could not be written: {error.strerror or error}") from error
+
+
+class Record(JsonRecord):
+    """What every run leaves behind."""
+
+    environment: dict[str, Any]
+    settings: dict[str, Any]
 
 
 class Report(Record):

@@ -57,12 +57,15 @@ def _root(
 
 def _register() -> None:
     from space_cli.cli.bench import EPILOG, bench
+    from space_cli.cli.chat import EPILOG as CHAT_EPILOG
+    from space_cli.cli.chat import chat
     from space_cli.cli.models import models
     from space_cli.cli.train import EPILOG as TRAIN_EPILOG
     from space_cli.cli.train import train
     from space_cli.cli.verify import EPILOG as VERIFY_EPILOG
     from space_cli.cli.verify import verify_lossless
 
+    app.command(epilog=CHAT_EPILOG)(chat)
     app.command(epilog=EPILOG)(bench)
     app.command(epilog=VERIFY_EPILOG)(verify_lossless)
     app.command(epilog=TRAIN_EPILOG)(train)

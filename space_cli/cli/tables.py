@@ -17,7 +17,7 @@ from space_cli.cli.live import histogram
 from space_cli.verify.record import LEAST_P_VALUE
 
 if TYPE_CHECKING:
-    from space_cli.bench.report import Record, Report, Result
+    from space_cli.bench.report import JsonRecord, Record, Report, Result
     from space_cli.verify.record import Divergence, Row, Verification
 
 _PLACES_SHOWN = 8
@@ -27,7 +27,7 @@ _ROUNDING = (
 )
 
 
-def write_record(record: Record, json: str | None) -> None:
+def write_record(record: JsonRecord, json: str | None) -> None:
     """Write the record of a run as --json asks: - is standard output."""
     if json == "-":
         typer.echo(record.to_json(), nl=False)

@@ -57,6 +57,7 @@ _Distill = Annotated[
 ]
 _Temperatures = Annotated[str, typer.Option("--temperatures", help="Of those answers, in turn; 0 is greedy.")]
 _AnswerTokens = Annotated[int, typer.Option("--answer-tokens", min=2, help="Most tokens of such an answer.")]
+_AnswerBatch = Annotated[int, typer.Option("--answer-batch-size", min=1, help="Prompts the base answers at once.")]
 _Template = Annotated[
     str | None,
     typer.Option(
@@ -105,6 +106,7 @@ def train(
     distill: _Distill = "2000",
     temperatures: _Temperatures = "0,0,0.8",
     answer_tokens: _AnswerTokens = 256,
+    answer_batch_size: _AnswerBatch = 8,
     template: _Template = None,
     max_length: _MaxLength = 2048,
     epochs: _Epochs = 2,
@@ -183,6 +185,7 @@ def train(
         distill=answered,
         temperatures=warm,
         answer_tokens=min(answer_tokens, length),
+        answer_batch_size=answer_batch_size,
         epochs=epochs,
         early_stop=early_stop,
         seed=seed,

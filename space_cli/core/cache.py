@@ -1,11 +1,10 @@
-"""Keys and values of the settled prefix: one buffer of the needed length, rolled back by moving a number."""
+"""Keys and values of the settled prefix: one buffer, rolled back by moving a number, kept from answer to answer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -23,7 +22,7 @@ class Extent:
 
 
 class PreallocatedLayer(CacheLayerMixin):
-    """Cache layer that writes into a buffer allocated once and attends over its used part only.
+    """Cache layer that writes into a buffer allocated ahead and attends over its used part only.
 
     `StaticCache` attends over the whole buffer, `DynamicCache` copies the whole prefix each step; this does neither.
     """
@@ -53,11 +52,21 @@ class PreallocatedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self.length, self.length + key_states.shape[2]
+        if self.extent.of(end) > self.keys.shape[2]:
+            self._grow()
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         self.length = end
         shown = self.extent.of(end)
         return self.keys[:, :, :shown], self.values[:, :, :shown]
+
+    def _grow(self) -> None:
+        """Copy what is held into buffers of the length that is now allowed."""
+        for name in ("keys", "values"):
+            held = getattr(self, name)
+            longer = held.new_zeros((*held.shape[:2], self.max_length, held.shape[3]))
+            longer[:, :, : self.length] = held[:, :, : self.length]
+            setattr(self, name, longer)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return number of keys and offset of the first, as transformers' masks need them."""
@@ -73,20 +82,29 @@ class PreallocatedLayer(CacheLayerMixin):
 
 
 class KVCache:
-    """One model's cache with the three verbs of decoding: length, rollback, keep.
-
-    Args:
-        max_length: tokens it must hold at once, the slots of a block included.
+    """One model's cache with the verbs of decoding: length, rollback, keep; it may outlive a generation.
 
     Attributes:
         extent: of all layers; a multiple above 1 needs a mask over the slots not in use.
+        token_ids: what the settled prefix holds, so that a later prompt that begins alike is not computed again.
     """
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self) -> None:
         self.extent = Extent()
+        self.token_ids: list[int] = []
+        self._max_length = 0
         # transformers calls it once per layer of the model
-        new_layer: Any = partial(PreallocatedLayer, max_length, self.extent)
-        self.past_key_values = Cache(layer_class_to_replicate=new_layer)
+        self.past_key_values = Cache(layer_class_to_replicate=cast(Any, self._new_layer))
+
+    def _new_layer(self) -> PreallocatedLayer:
+        return PreallocatedLayer(self._max_length, self.extent)
+
+    def reserve(self, max_length: int) -> None:
+        """Make room for so many tokens at once, the slots of a block included; what is held stays."""
+        if max_length > self._max_length:
+            self._max_length = max_length
+            for layer in self._layers():
+                layer.max_length = max_length
 
     @property
     def length(self) -> int:
@@ -95,6 +113,7 @@ class KVCache:
 
     def rollback(self, length: int) -> None:
         """Forget everything behind the first `length` tokens."""
+        del self.token_ids[length:]
         for layer in self._layers():
             layer.length = length
 

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from space_cli.core.block import AR_BLOCK, Block
+from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser, Rows
 from space_cli.core.engine import EagerEngine, Numerics, context_length
 from space_cli.core.stopping import StopRule
@@ -46,6 +47,7 @@ def decode(
     mask_token_ids: Sequence[int] = (),
     drafter: Drafter | None = None,
     numerics: Numerics | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[Step]:
     """Generate behind `prompt_ids`, one `Step` per model call; stop by not asking for more.
 
@@ -58,6 +60,8 @@ def decode(
         mask_token_ids: one shared id, or one per mask of a group.
         drafter: puts other drafts in place of the model's own; whatever it returns, the output stays the same.
         numerics: how calls are shaped; None is the model's default.
+        cache: of earlier generations with this model; only what is new of the prompt is computed, and what is settled
+            when the generation ends, or is left, stays in it.
 
     Raises:
         UsageProblem: prompt and new tokens do not fit the model's context.
@@ -69,31 +73,36 @@ def decode(
     check_context(model, len(prompt_ids), stop.max_new_tokens)
     tokens = list(prompt_ids)
     mask_ids = block.mask_token_ids(mask_token_ids) if block.masks else []
-    engine = EagerEngine(model, block, max_length=len(prompt_ids) + stop.max_new_tokens, numerics=numerics)
+    max_length = len(prompt_ids) + stop.max_new_tokens
+    engine = EagerEngine(model, block, max_length=max_length, numerics=numerics, cache=cache)
     state = stop.begin()
     # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head comes with the first step
-    engine.prefill(tokens[:-1])
+    computed = engine.prefill(tokens[:-1])
     candidates = _draft(block, drafter, tokens, guesses=[])
-    while True:
-        rows = chooser.rows(engine.run([tokens[-1], *candidates, *mask_ids]))
-        path, emitted = _verify(rows, block, candidates, tokens)
-        count, reason = state.push_all(emitted)
-        tokens += emitted[:count]
-        proposed, candidates = candidates, []
-        if reason is None:
+    try:
+        while True:
+            rows = chooser.rows(engine.run([tokens[-1], *candidates, *mask_ids]))
+            path, emitted = _verify(rows, block, candidates, tokens)
             engine.settle(path)
-            candidates = _draft(block, drafter, tokens, guesses=_guess(rows, block, path[-1], tokens))
-        yield Step(
-            tokens=tuple(emitted[:count]),
-            accepted=min(len(path) - 1, count),
-            candidates=tuple(proposed),
-            slots=block.num_slots,
-            seconds=time.perf_counter() - started,
-            finish_reason=reason,
-        )
-        if reason is not None:
-            return
-        started = time.perf_counter()
+            count, reason = state.push_all(emitted)
+            tokens += emitted[:count]
+            proposed, candidates = candidates, []
+            if reason is None:
+                candidates = _draft(block, drafter, tokens, guesses=_guess(rows, block, path[-1], tokens))
+            yield Step(
+                tokens=tuple(emitted[:count]),
+                accepted=min(len(path) - 1, count),
+                candidates=tuple(proposed),
+                slots=block.num_slots,
+                seconds=time.perf_counter() - started,
+                finish_reason=reason,
+                prefilled=computed,
+            )
+            if reason is not None:
+                return
+            started, computed = time.perf_counter(), 0
+    finally:
+        engine.abandon()
 
 
 def _verify(rows: Rows, block: Block, candidates: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], list[int]]:

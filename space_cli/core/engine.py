@@ -48,20 +48,29 @@ class EagerEngine:
         block: the shape of every step.
         max_length: prompt and new tokens together.
         numerics: None is the model's default.
+        cache: of an earlier generation with the same model, to go on from; None starts with an empty one.
     """
 
     def __init__(
-        self, model: PreTrainedModel, block: Block, *, max_length: int, numerics: Numerics | None = None
+        self,
+        model: PreTrainedModel,
+        block: Block,
+        *,
+        max_length: int,
+        numerics: Numerics | None = None,
+        cache: KVCache | None = None,
     ) -> None:
         self.model = model
         self.block = block
         self._tile = KEY_TILE if (numerics or default_numerics(model)) == "invariant" else 1
-        self.cache = KVCache(-(-(max_length + block.num_slots) // self._tile) * self._tile)
+        self.cache = KVCache() if cache is None else cache
+        self.cache.reserve(-(-(max_length + block.num_slots) // self._tile) * self._tile)
         # slots beyond the context hold nothing that can still be emitted, and learned positions have no row for them
         last = (context_length(model.config) or max_length + block.num_slots) - 1
         positions = torch.arange(max_length)[:, None] + block.position_ids(0)
         self._position_ids = positions.clamp_(max=last)[:, None].to(model.device)
         self._max_length = max_length
+        self._slot_ids: Sequence[int] = ()
         # one query that sees all keys needs no mask, and transformers then takes its faster grouped-query path
         self._mask = self._additive_mask() if block.num_slots > 1 or self._tile > 1 else None
 
@@ -80,20 +89,27 @@ class EagerEngine:
         """L, tokens in the cache."""
         return self.cache.length
 
-    def prefill(self, token_ids: Sequence[int]) -> None:
-        """Put tokens into the cache; no logits are computed."""
-        if not token_ids:
-            return
-        start = self.length
+    def prefill(self, token_ids: Sequence[int]) -> int:
+        """Make the cache hold these tokens, no more and no less; return how many of them were computed.
+
+        What an earlier generation left of them is kept. No logits are computed.
+        """
+        held = self.cache.token_ids
+        start = next((n for n, pair in enumerate(zip(held, token_ids, strict=False)) if pair[0] != pair[1]), None)
+        start = min(len(held), len(token_ids)) if start is None else start
+        self.cache.rollback(start)
         self.cache.extent.multiple = 1
-        positions = torch.arange(start, start + len(token_ids), device=self.model.device)[None]
-        with self._attention():
-            self.model.base_model(
-                input_ids=torch.tensor([list(token_ids)], device=self.model.device),
-                position_ids=positions,
-                past_key_values=self.cache.past_key_values,
-                use_cache=True,
-            )
+        if start < len(token_ids):
+            positions = torch.arange(start, len(token_ids), device=self.model.device)[None]
+            with self._attention():
+                self.model.base_model(
+                    input_ids=torch.tensor([list(token_ids[start:])], device=self.model.device),
+                    position_ids=positions,
+                    past_key_values=self.cache.past_key_values,
+                    use_cache=True,
+                )
+            held += token_ids[start:]
+        return len(token_ids) - start
 
     def run(self, slot_ids: Sequence[int]) -> torch.Tensor:
         """Run the block behind the settled prefix; return (Q, V) logits. The cache then holds all slots.
@@ -102,6 +118,7 @@ class EagerEngine:
             slot_ids: the token id in each slot, Q of them.
         """
         length = self.length
+        self._slot_ids = slot_ids
         self.cache.extent.multiple = self._tile
         first = self._max_length - length
         shown = self.cache.extent.of(length + self.block.num_slots)
@@ -122,3 +139,8 @@ class EagerEngine:
     def settle(self, slots: Sequence[int]) -> None:
         """End a step: of the block's slots only `slots` (head and accepted candidates) join the settled prefix."""
         self.cache.keep(self.length - self.block.num_slots, slots)
+        self.cache.token_ids += [self._slot_ids[slot] for slot in slots]
+
+    def abandon(self) -> None:
+        """Forget the slots of a block that was not settled."""
+        self.cache.rollback(len(self.cache.token_ids))

@@ -25,6 +25,7 @@ class Step:
         slots: rows of the model call.
         seconds: wall time, with the prefill in the first step.
         finish_reason: why the generation ended with this step, or None.
+        prefilled: tokens of the prompt that our decoder computed before this step; a cache may have held the others.
     """
 
     tokens: tuple[int, ...]
@@ -33,6 +34,7 @@ class Step:
     slots: int
     seconds: float
     finish_reason: FinishReason | None = None
+    prefilled: int = 0
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,30 +28,10 @@ VARIANTS = {
     "k = 8": ("--candidates", "8"),
     "without own answers": ("--distill", "off"),
 }
-_COMMON = [
-    "--method",
-    "full",
-    "--learning-rate",
-    "1e-3",
-    "--batch-size",
-    "16",
-    "--max-length",
-    "256",
-    "--answer-tokens",
-    "128",
-    "--dtype",
-    "bfloat16",
-    "--distill",
-    "1500",
-    "--epochs",
-    "9",
-    "--held-out",
-    "100",
-    "--save-steps",
-    "1000",
-    "--overwrite",
-    "--quiet",
-]
+_COMMON = shlex.split(
+    "--method full --learning-rate 1e-3 --batch-size 16 --max-length 256 --answer-tokens 128 --dtype bfloat16"
+    " --distill 1500 --epochs 9 --held-out 100 --save-steps 1000 --overwrite --quiet"
+)
 
 
 def main() -> None:

@@ -9,22 +9,27 @@ prompt's tokens that inference does. An example is a script of such pieces:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from space_cli.core.collator import IGNORED
 from space_cli.errors import UsageProblem
-from space_cli.training.data import Completion, Example, Text, Turn
+from space_cli.models.prompting import (
+    DEFAULT_TEMPLATE,
+    Turn,
+    ids_behind,
+    lead_ids,
+    render,
+    seam_for,
+    special_tokens,
+    split_template,
+    taken_apart,
+)
+from space_cli.training.data import Completion, Example, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DEFAULT_TEMPLATE = "Human:{}\nAssistant:"
-"""The form where a tokenizer has no chat template of its own: that of the SPACE paper's models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,52 +133,33 @@ class _Script:
 
 
 def _script(example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None) -> _Script:
-    added = tokenizer.added_tokens_decoder.values()
-    special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    special = special_tokens(tokenizer)
     if isinstance(example, Text):
-        seam = _seam([example.text])
-        text = _taken_apart(example.text, special, seam)
+        seam = seam_for([example.text])
+        text = taken_apart(example.text, special, seam)
         return _with_lead([_Piece(text, learned=True, ends=True)], seam, tokenizer)
     if isinstance(example, Completion):
-        seam = _seam([example.prompt, example.completion])
-        prompt, completion = (_taken_apart(text, special, seam) for text in (example.prompt, example.completion))
+        seam = seam_for([example.prompt, example.completion])
+        prompt, completion = (taken_apart(text, special, seam) for text in (example.prompt, example.completion))
         return _with_lead([_Piece(prompt, learned=False), _Piece(completion, learned=True, ends=True)], seam, tokenizer)
-    seam = _seam([turn.content for turn in example.turns])
-    turns = [Turn(turn.role, _taken_apart(turn.content, special, seam)) for turn in example.turns]
+    seam = seam_for([turn.content for turn in example.turns])
+    turns = [Turn(turn.role, taken_apart(turn.content, special, seam)) for turn in example.turns]
     while turns[-1].role != "assistant":  # nothing is learned of what nobody answers
         turns.pop()
     if template is None and tokenizer.chat_template:
-        ends = tuple(token.content for token in added)
+        ends = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
         return _Script(_chat_pieces(turns, tokenizer, ends=ends, where=example.where), seam, lead=[])
     return _with_lead(_form_pieces(turns, DEFAULT_TEMPLATE if template is None else template), seam, tokenizer)
 
 
-def _seam(texts: list[str]) -> str:
-    return next(sign for sign in map(chr, range(0xF0000, 0xFFFFE)) if all(sign not in text for text in texts))
-
-
-def _taken_apart(text: str, special: set[str], seam: str) -> str:
-    """Return `text` with a seam inside whatever would become a special token."""
-    spelled_out = sorted((token for token in special if len(token) > 1 and token in text), key=len, reverse=True)
-    if not spelled_out:
-        return text
-    return re.sub("|".join(map(re.escape, spelled_out)), lambda match: match[0][0] + seam + match[0][1:], text)
-
-
 def _with_lead(pieces: list[_Piece], seam: str, tokenizer: PreTrainedTokenizerBase) -> _Script:
     """Put in front what the tokenizer puts in front of any text, unless the template has done so."""
-    plain, whole = _ids("a", tokenizer), list(tokenizer("a")["input_ids"])
-    lead = whole[: next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)]
-    first = pieces[0].text.split(seam)[0]
-    is_there = bool(lead) and _ids(first, tokenizer)[: len(lead)] == lead
-    return _Script(pieces, seam, [] if is_there else lead)
+    return _Script(pieces, seam, lead_ids(pieces[0].text.split(seam)[0], tokenizer))
 
 
 def _form_pieces(turns: list[Turn], template: str) -> list[_Piece]:
     """Fill the form once for each answer, with all that was said since the one before."""
-    if template.count("{}") != 1:
-        raise UsageProblem(f"the template {template!r} must hold {{}} once", hint="the user's text goes there")
-    head, tail = template.split("{}")
+    head, tail = split_template(template)
     pieces: list[_Piece] = []
     asked: list[str] = []
     for index, turn in enumerate(turns):
@@ -194,13 +180,13 @@ def _chat_pieces(
     An answer that the whole shows otherwise than its model gave it (Qwen3 drops the thinking of earlier answers)
     carries no loss; the last one must stand as given.
     """
-    whole = _render(turns, tokenizer, where)
+    whole = render(turns, tokenizer, where)
     pieces: list[_Piece] = []
     done = 0
     for index in (n for n in range(1, len(turns)) if turns[n].role == "assistant"):
         is_last = index == len(turns) - 1
-        prompt = _render(turns[:index], tokenizer, where, asks=True)
-        until = whole if is_last else _render(turns[: index + 1], tokenizer, where)
+        prompt = render(turns[:index], tokenizer, where, asks=True)
+        until = whole if is_last else render(turns[: index + 1], tokenizer, where)
         if not (whole.startswith(until) and until.startswith(prompt) and done <= len(prompt) < len(until)):
             if is_last:
                 problem = f"{where}: the chat template does not put the last answer behind its prompt"
@@ -216,15 +202,6 @@ def _chat_pieces(
     return pieces
 
 
-def _render(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, where: str, *, asks: bool = False) -> str:
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
-    except (TemplateError, TypeError, ValueError) as error:
-        told = " ".join(str(error).split())
-        raise UsageProblem(f"{where}: the chat template refuses the conversation: {told}") from error
-
-
 # Tokens of a script
 
 
@@ -238,25 +215,9 @@ def _tokenised(
     for piece in script.pieces:
         ids: list[int] = []
         for text in filter(None, piece.text.split(script.seam)):
-            ids += _ids_behind(before, text, tokenizer)
+            ids += ids_behind(before, text, tokenizer)
             before = text
         if piece.ends and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
             before = str(tokenizer.eos_token)
         yield ids, piece.learned
-
-
-def _ids_behind(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of `text` in its place behind `before`, whose own ids it leaves alone.
-
-    Many SentencePiece tokenizers put a space in front of whatever they are given, which is right only at the start.
-    """
-    if not before:
-        return _ids(text, tokenizer)
-    head, whole = _ids(before, tokenizer), _ids(before + text, tokenizer)
-    return whole[len(head) :] if whole[: len(head)] == head else _ids(text, tokenizer)
-
-
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # verbose: a text longer than the model takes is cut and counted later, no reason for a warning
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from space_cli.errors import UsageProblem
+from space_cli.models.prompting import Role, Turn
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
 
@@ -36,18 +37,8 @@ _NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 _UNDERSTOOD = "understood are " + " | ".join(FORMATS.values())
 
-Role = Literal["system", "user", "assistant"]
-
 _MESSAGES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT: dict[str, Role] = _MESSAGES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What one side of a conversation says."""
-
-    role: Role
-    content: str
 
 
 @dataclass(frozen=True, slots=True)

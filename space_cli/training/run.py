@@ -37,6 +37,7 @@ class Recipe:
         distill: prompts answered by the base itself; 0 trains on the given answers alone.
         temperatures: of those answers, in turn.
         answer_tokens: most tokens of an answer, in distillation and in measuring.
+        answer_batch_size: prompts the base answers at once.
         early_stop: stop when so many evaluations in a row lowered no held-out loss, and keep the best; 0 never stops.
         arguments: of transformers' TrainingArguments.
     """
@@ -52,6 +53,7 @@ class Recipe:
     distill: int
     temperatures: tuple[float, ...]
     answer_tokens: int
+    answer_batch_size: int
     epochs: int
     early_stop: int
     seed: int
@@ -171,7 +173,7 @@ def _distilled(
     settings = Distillation(
         max_new_tokens=recipe.answer_tokens,
         temperatures=recipe.temperatures,
-        batch_size=8,
+        batch_size=recipe.answer_batch_size,
         seed=recipe.seed,
         fingerprint=f"{base_model} {loaded.dtype}",
     )

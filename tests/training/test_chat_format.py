@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from space_cli.core.collator import IGNORED
 from space_cli.errors import UsageProblem
-from space_cli.training.chat_format import DEFAULT_TEMPLATE, encode, prompt_ids, rendered
-from space_cli.training.data import Completion, Conversation, Text, Turn, read_examples
+from space_cli.models.prompting import DEFAULT_TEMPLATE, Turn
+from space_cli.training.chat_format import encode, prompt_ids, rendered
+from space_cli.training.data import Completion, Conversation, Text, read_examples
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 END = "<|endoftext|>"

@@ -1,0 +1,205 @@
+"""`space chat`: talk with a model in the terminal, or have one prompt answered."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from space_cli.cli import options
+from space_cli.errors import Interrupted, UsageProblem
+from space_cli.models.prompting import Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from space_cli.cli.session import Session
+    from space_cli.models.loading import LoadedModel
+
+EPILOG = (
+    "Example: space chat    Example: space chat --prompt 'def add(a, b):' --raw    Example: cat notes.txt | space chat"
+)
+
+_Prompt = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help="Answer this and leave; what is piped in follows it. - is standard input."),
+]
+_Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the model goes on behind the prompt.")]
+_System = Annotated[str | None, typer.Option("--system", help="What the model is told before all else.")]
+_SystemFile = Annotated[Path | None, typer.Option("--system-file", help="The same, from a file.")]
+_Template = Annotated[
+    str | None,
+    typer.Option(
+        "--template", help=r"Form of a turn with one {}, as 'Human:{}\nAssistant:'; default: the chat template."
+    ),
+]
+_Mode = Annotated[
+    Literal["auto", "space", "ar"],
+    typer.Option("--mode", help="space, or one token at a time; auto: space where the model was trained for it."),
+]
+_Context = Annotated[
+    Literal["stop", "shift"], typer.Option("--context", help="When it is full: stop, or drop the oldest turns.")
+]
+_Live = Annotated[
+    Literal["text", "steps"], typer.Option("--live", help="Show the answer, or every step with what was guessed.")
+]
+_Continue = Annotated[bool, typer.Option("--continue", "-c", help="Go on with the newest conversation.")]
+_Load = Annotated[Path | None, typer.Option("--load", help="Go on with a saved conversation.")]
+_Stats = Annotated[bool, typer.Option("--stats", help="Say on standard error what one answer cost.")]
+
+
+def chat(
+    model: options.Model = "nano",
+    prompt: _Prompt = None,
+    raw: _Raw = False,
+    system: _System = None,
+    system_file: _SystemFile = None,
+    template: _Template = None,
+    mode: _Mode = "auto",
+    candidates: options.Candidates = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = 0,
+    context: _Context = "stop",
+    live: _Live = "text",
+    go_on: _Continue = False,
+    load: _Load = None,
+    stats: _Stats = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantization: options.Quantization = "none",
+    models_file: options.ModelsFile = None,
+    revision: options.Revision = None,
+    json: options.Json = None,
+    quiet: options.Quiet = False,
+) -> int:
+    """Talk with a model; with --prompt or piped input, answer once and leave."""
+    text = _one_prompt(prompt)
+    if text is None and json is not None:
+        raise UsageProblem("--json needs a prompt", hint="give --prompt TEXT, or pipe it in")
+    if raw and template is not None:
+        raise UsageProblem("--raw and --template exclude each other")
+    system = _system(system, system_file)
+    state = _state_folder()
+
+    from space_cli.models.chat import load_turns
+
+    turns = load_turns(state / "newest.json") if go_on else load_turns(load) if load else []
+
+    from space_cli.cli.console import err, quiet_libraries
+
+    quiet_libraries()
+    console = err()
+    status = None
+    if console.is_terminal and not quiet:
+        status = console.status("loading")
+        status.start()
+    try:
+        from space_cli.cli.session import ChatSettings, Session
+        from space_cli.models.loading import load_model
+
+        def loaded_by(name: str) -> LoadedModel:
+            return load_model(
+                name,
+                models_file=models_file,
+                dtype=dtype,
+                device=device,
+                quantization=quantization,
+                revision=revision if name == model else None,
+            )
+
+        loaded = loaded_by(model)
+        settings = ChatSettings(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            candidates=candidates,
+            mode=("space" if loaded.mask_token_ids else "ar") if mode == "auto" else mode,
+            context=context,
+            live=live,
+        )
+        form = "{}" if raw else template.replace("\\n", "\n") if template else None
+        session = Session(loaded, settings, template=form)
+        session.chat.turns = turns
+        if system:
+            session.chat.system = system
+    finally:
+        if status is not None:
+            status.stop()
+    if text is not None:
+        return _answer_once(session, text, json=json, stats=stats, quiet=quiet)
+    return _converse(session, loaded_by, state)
+
+
+def _one_prompt(prompt: str | None) -> str | None:
+    """Return the one prompt to answer, or None to converse: what was given, what is piped in, or both."""
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
+    if prompt in (None, "-"):
+        if not piped and (prompt == "-" or sys.stdin is None or not sys.stdin.isatty()):
+            raise UsageProblem("standard input is empty", hint="give --prompt TEXT, or run it in a terminal")
+        return piped or None
+    return f"{prompt}\n\n{piped}" if piped and prompt else prompt or piped
+
+
+def _system(system: str | None, file: Path | None) -> str:
+    if system is not None and file is not None:
+        raise UsageProblem("--system and --system-file exclude each other")
+    if file is None:
+        return system or ""
+    try:
+        return file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageProblem(f"--system-file {file}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _state_folder() -> Path:
+    from platformdirs import user_state_path
+
+    return user_state_path("space")
+
+
+def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, quiet: bool) -> int:
+    """Answer one prompt on standard output, or as JSON."""
+    from space_cli.cli.answer import summary, view_of
+    from space_cli.cli.console import err, out, plain
+    from space_cli.cli.session import record_of
+    from space_cli.cli.tables import write_record
+    from space_cli.core.stream import Generation
+
+    session.chat.turns.append(Turn("user", text))
+    asked, generation = session.request(), Generation()
+    try:
+        with nullcontext() if json == "-" else view_of(session, out()) as view:
+            for step in session.steps(asked):
+                generation.steps.append(step)
+                if view is not None:
+                    view.step(step)
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted") from error
+    finally:
+        # what came is kept, whatever ended it
+        if generation.steps:
+            write_record(record_of(session, asked, generation), json)
+    session.conclude(asked, generation)
+    if (stats or out().is_terminal) and not quiet:
+        told = summary(generation, speedup=session.speedup(), context="")
+        err().print(plain(told, style="dim"), soft_wrap=True)
+    return 0
+
+
+def _converse(session: Session, load: Callable[[str], LoadedModel], state: Path) -> int:
+    from space_cli.cli.repl import Repl
+
+    Repl(session, load, state).run()
+    return 0

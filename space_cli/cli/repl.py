@@ -1,0 +1,369 @@
+"""The prompt loop of `space chat`: input, commands, answers."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import Completer, Completion
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.formatted_text import FormattedText
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import ColorDepth
+from rich.text import Text
+
+from space_cli.cli.answer import summary, view_of
+from space_cli.cli.console import out, plain, visible
+from space_cli.cli.live import histogram
+from space_cli.core.stream import Generation
+from space_cli.errors import SpaceError, UsageProblem
+from space_cli.models.chat import load_turns
+from space_cli.models.prompting import Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from prompt_toolkit.document import Document
+    from rich.console import Console
+
+    from space_cli.cli.session import Session
+    from space_cli.models.loading import LoadedModel
+
+_QUOTES = '"""'
+
+
+class Repl:
+    """Asks, answers and obeys commands until it is left.
+
+    Args:
+        session: the model in conversation.
+        load: loads another model by name.
+        state: folder for the input's history and the newest conversation, or None to keep neither.
+    """
+
+    def __init__(self, session: Session, load: Callable[[str], LoadedModel], state: Path | None) -> None:
+        self._session = session
+        self._load = load
+        self._newest = state / "newest.json" if state else None
+        self._own_files: set[Path] = set()
+        self._commands: dict[str, tuple[Callable[[str], None], str]] = {
+            "/help": (self._help, "this list"),
+            "/system": (self._system, "TEXT  what the model is told before all else; without TEXT: show it"),
+            "/reset": (self._reset, "forget the conversation"),
+            "/undo": (self._undo, "forget the last request and its answer"),
+            "/retry": (self._retry, "answer the last request again, sampled under the next seed"),
+            "/race": (self._race, "answer it one token at a time and by SPACE, side by side"),
+            "/stats": (self._stats, "what this session's steps brought"),
+            "/mode": (self._mode, "ar|space  one token at a time, or several"),
+            "/live": (self._live, "text|steps  show the answer, or every step with what was guessed"),
+            "/color": (self._color, "on|off"),
+            "/set": (self._set, "KEY VALUE  temperature, max_new_tokens, ...; without: show all"),
+            "/model": (self._model, "NAME  go on with another model"),
+            "/save": (self._save, "FILE  write the conversation"),
+            "/load": (self._load_file, "FILE  go on with a saved conversation"),
+            "/copy": (self._copy, "the last answer to the clipboard"),
+            "/exit": (self._leave, "as Ctrl-D"),
+        }
+        self._input: PromptSession[str] = PromptSession(
+            history=_history(state),
+            completer=_Commands(list(self._commands)),
+            complete_while_typing=False,
+            multiline=True,
+            key_bindings=_keys(),
+            bottom_toolbar=self._toolbar,
+            prompt_continuation="... ",
+            color_depth=ColorDepth.DEPTH_1_BIT if out().no_color else None,
+        )
+
+    def run(self) -> None:
+        """Run until Ctrl-D, a second Ctrl-C or /exit."""
+        self._say("Ask something; /help lists commands, Ctrl-D leaves. Alt-Enter begins a new line.")
+        wants_out = False
+        while True:
+            try:
+                text = _unquoted(self._input.prompt(self._prompt))
+                wants_out = False
+                self._take(text)
+            except SpaceError as error:
+                self._say(str(error), style="red")
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if wants_out:
+                    return
+                wants_out = True
+                # the second may come before there is a prompt again
+                with suppress(KeyboardInterrupt):
+                    self._say("Ctrl-C again or Ctrl-D leaves")
+                    continue
+                return
+
+    def _take(self, text: str) -> None:
+        if not text.strip():
+            return
+        if not text.startswith("/") or "\n" in text.split(" ")[0]:
+            self._session.chat.turns.append(Turn("user", text))
+            self._answer()
+            return
+        name, _, rest = text.strip().partition(" ")
+        name = {"/clear": "/reset", "/?": "/help", "/quit": "/exit", "/bye": "/exit"}.get(name, name)
+        if name not in self._commands:
+            near = difflib.get_close_matches(name, self._commands, n=1)
+            raise UsageProblem(f"no command {name}", hint=f"did you mean {near[0]}?" if near else "/help lists them")
+        self._commands[name][0](rest.strip())
+
+    # Answers
+
+    def _answer(self) -> None:
+        """Answer the last turn and show it; a request that cannot be answered is taken back."""
+        session, console = self._session, self._console()
+        generation = Generation()
+        try:
+            turns = len(session.chat.turns)
+            asked = session.request()
+            if dropped := turns - len(session.chat.turns):
+                self._say(f"the context is full: {dropped} oldest turns were dropped")
+        except SpaceError:
+            session.chat.undo()
+            raise
+        stopped = False
+        try:
+            with view_of(session, console) as view:
+                for step in session.steps(asked):
+                    generation.steps.append(step)
+                    view.step(step)
+        except KeyboardInterrupt:
+            stopped = True
+        session.conclude(asked, generation)
+        if generation.steps:
+            self._after(console, generation, stopped=stopped)
+        else:
+            self._say("stopped before the first token; the request is taken back")
+
+    def _after(self, console: Console, generation: Generation, *, stopped: bool) -> None:
+        """Say what the answer cost, and keep the conversation."""
+        session, why = self._session, ""
+        if stopped:
+            why = "stopped; what was said stays"
+        elif generation.finish_reason == "length":
+            full = session.loaded.context_length is not None and session.tokens >= session.loaded.context_length
+            why = "the context is full: /reset, or `/set context shift`" if full else "cut at max_new_tokens"
+        line = summary(generation, speedup=None if stopped else session.speedup(), context=self._context())
+        console.print(Text(line, style="dim"), soft_wrap=True)
+        if why:
+            self._say(why)
+        if self._newest is not None:
+            try:
+                session.chat.save(self._newest)
+            except OSError as error:
+                self._say(f"the conversation could not be kept: {error.strerror or error}")
+                self._newest = None
+
+    # Commands
+
+    def _help(self, _: str) -> None:
+        width = max(map(len, self._commands))
+        for name, (_run, told) in self._commands.items():
+            self._say(f"{name:<{width}}  {told}", style="")
+        self._say(f"{_QUOTES} opens and closes a text of several lines; Alt-Enter begins a new line", style="")
+
+    def _system(self, text: str) -> None:
+        if text:
+            self._session.chat.system = "" if text == "none" else text
+        self._say(self._session.chat.system or "no system text; /system TEXT sets one")
+
+    def _reset(self, _: str) -> None:
+        system = self._session.chat.system
+        self._session.chat.turns = []
+        self._session.chat.system = system
+        self._session.last = None
+        self._say("forgotten; the system text stays" if system else "forgotten")
+
+    def _undo(self, _: str) -> None:
+        asked = self._session.chat.undo()
+        self._session.last = None
+        self._say("nothing to undo" if asked is None else f"forgotten: {_short(asked)}")
+
+    def _retry(self, _: str) -> None:
+        asked = self._session.chat.undo()
+        if asked is None:
+            raise UsageProblem("nothing to answer again")
+        if self._session.settings.temperature:
+            self._session.settings.seed += 1
+        self._session.chat.turns.append(Turn("user", asked))
+        self._answer()
+
+    def _race(self, _: str) -> None:
+        from space_cli.cli.race import race
+
+        if self._session.last is None:
+            raise UsageProblem("nothing to race with", hint="ask something first")
+        if not self._session.loaded.mask_token_ids:
+            raise UsageProblem(f"{self._session.loaded.name} was not trained for SPACE")
+        race(self._session, self._session.last[0], self._console())
+
+    def _stats(self, _: str) -> None:
+        done = self._session.done
+        if not done:
+            raise UsageProblem("no answer yet")
+        tokens, steps = sum(len(each.tokens) for each in done), sum(len(each.steps) for each in done)
+        seconds = sum(each.seconds for each in done)
+        brought = Counter(len(step.tokens) for each in done for step in each.steps)
+        prefilled = sum(step.prefilled for each in done for step in each.steps)
+        self._say(f"{len(done)} answers, {tokens} tokens in {steps} steps: {tokens / steps:.2f} per step", style="")
+        self._say(f"steps that brought 1, 2, 3, ... tokens: {histogram(brought)}", style="")
+        self._say(f"{tokens / seconds:.0f} tokens/s with {prefilled} prompt tokens computed before them", style="")
+
+    def _mode(self, value: str) -> None:
+        if value == "space" and not self._session.loaded.mask_token_ids:
+            raise UsageProblem(f"{self._session.loaded.name} was not trained for SPACE")
+        self._set(f"mode {value}")
+
+    def _live(self, value: str) -> None:
+        self._set(f"live {value}")
+
+    def _color(self, value: str) -> None:
+        self._set(f"color {value}")
+
+    def _set(self, told: str) -> None:
+        if told:
+            name, _, value = told.partition(" ")
+            self._session.settings.change(name.replace("-", "_"), value.strip())
+            self._say(f"{name} {value.strip()}")
+            return
+        for name, value in self._session.settings:
+            self._say(f"{name:<20} {'as trained' if value is None else value}", style="")
+
+    def _model(self, name: str) -> None:
+        if not name:
+            raise UsageProblem("/model needs a name", hint="`space models list` shows some")
+        console = self._console()
+        with console.status(plain(f"loading {name}")) if console.is_terminal else nullcontext():
+            loaded = self._load(name)
+        self._session.take(loaded, self._session.chat.turns)
+        self._say(f"{name}; the conversation goes on")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise UsageProblem("/save needs a file")
+        file = Path(name).expanduser()
+        if file.exists() and file.resolve() not in self._own_files:
+            raise UsageProblem(f"{name}: is there already", hint="give another name")
+        try:
+            self._session.chat.save(file)
+        except OSError as error:
+            raise UsageProblem(f"{name}: {error.strerror or error}") from error
+        self._own_files.add(file.resolve())
+        self._say(f"saved {name}")
+
+    def _load_file(self, name: str) -> None:
+        if not name:
+            raise UsageProblem("/load needs a file")
+        turns = load_turns(Path(name).expanduser())
+        self._session.chat.turns = turns
+        self._session.last = None
+        self._own_files.add(Path(name).expanduser().resolve())
+        self._say(f"{len(turns)} turns; the last: {_short(turns[-1].content) if turns else ''}")
+
+    def _copy(self, _: str) -> None:
+        answer = next((turn.content for turn in reversed(self._session.chat.turns) if turn.role == "assistant"), None)
+        if answer is None:
+            raise UsageProblem("no answer to copy")
+        # OSC 52: the terminal's own clipboard, through ssh too; base64 lets nothing of the answer act
+        sys.stdout.write(f"\x1b]52;c;{base64.b64encode(answer.encode('utf-8', 'replace')).decode()}\x07")
+        sys.stdout.flush()
+        self._say("handed to the terminal's clipboard")
+
+    def _leave(self, _: str) -> None:
+        raise EOFError
+
+    # Looks
+
+    def _console(self) -> Console:
+        console = out()
+        console.no_color = console.no_color or self._session.settings.color == "off"
+        return console
+
+    def _say(self, text: str, *, style: str = "dim") -> None:
+        self._console().print(plain(text, style=style), soft_wrap=True)
+
+    def _prompt(self) -> FormattedText:
+        return FormattedText([("bold", "> ")])
+
+    def _toolbar(self) -> FormattedText:
+        session = self._session
+        how = f"SPACE k={session.block.num_tokens - 1}" if session.settings.mode == "space" else "one token at a time"
+        heat = f"temperature {session.settings.temperature:g}" if session.settings.temperature else "greedy"
+        where = f"{Path(session.loaded.name).name} {session.loaded.dtype} {session.loaded.device}"
+        return FormattedText([("", visible(" · ".join((self._context(), how, heat, where))))])
+
+    def _context(self) -> str:
+        limit = self._session.loaded.context_length
+        return f"context {self._session.tokens}/{limit}" if limit else f"context {self._session.tokens}"
+
+
+class _Commands(Completer):
+    """Completes a command's name at the start of the input."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+
+    def get_completions(self, document: Document, complete_event: object) -> Iterable[Completion]:
+        """Yield the names that begin as the input does."""
+        text = document.text
+        if text.startswith("/") and " " not in text:
+            yield from (Completion(name, -len(text)) for name in self._names if name.startswith(text))
+
+
+def _keys() -> KeyBindings:
+    """Enter sends unless a quoted text is open; Alt-Enter begins a line."""
+    keys = KeyBindings()
+
+    @Condition
+    def is_open() -> bool:
+        from prompt_toolkit.application import get_app
+
+        text = get_app().current_buffer.text
+        return text.lstrip().startswith(_QUOTES) and text.count(_QUOTES) < 2
+
+    @keys.add("enter", filter=~is_open)
+    def _send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+def _history(state: Path | None) -> History:
+    if state is None:
+        return InMemoryHistory()
+    file = state / "history"
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(file))
+
+
+def _unquoted(text: str) -> str:
+    inner = text.strip()
+    if inner.startswith(_QUOTES) and inner.endswith(_QUOTES) and len(inner) >= 2 * len(_QUOTES):
+        return inner.removeprefix(_QUOTES).removesuffix(_QUOTES).strip("\n")
+    return text
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else f"{line[:57]}..."

@@ -1,0 +1,207 @@
+"""What goes on in a chat, apart from how it looks: the model, the conversation, the settings and the kept cache."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from space_cli.bench.report import JsonRecord
+from space_cli.core.block import AR_BLOCK, Block
+from space_cli.core.cache import KVCache
+from space_cli.core.choose import Chooser, Sampling
+from space_cli.core.decoder import decode
+from space_cli.core.stopping import StopRule
+from space_cli.core.stream import Generation, Step
+from space_cli.errors import UsageProblem
+from space_cli.models.chat import Chat
+from space_cli.models.loading import LoadedModel
+from space_cli.models.prompting import Known, Turn
+
+_AR_STEPS = 4
+
+
+class ChatSettings(BaseModel):
+    """What `/set` changes."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    max_new_tokens: Annotated[int, Field(ge=1)] = 512
+    candidates: Annotated[int | None, Field(ge=1)] = None
+    mode: Literal["space", "ar"] = "space"
+    context: Literal["stop", "shift"] = "stop"
+    live: Literal["text", "steps"] = "text"
+    color: Literal["on", "off"] = "on"
+
+    def change(self, name: str, value: str) -> None:
+        """Set one by its name.
+
+        Raises:
+            UsageProblem: no such setting, or no such value of it.
+        """
+        if name not in type(self).model_fields:
+            raise UsageProblem(f"no setting {name!r}", hint=f"there are {', '.join(type(self).model_fields)}")
+        try:
+            setattr(self, name, value)
+        except ValidationError as error:
+            raise UsageProblem(f"{name} {value}: {error.errors()[0]['msg']}") from error
+
+
+class Session:
+    """A model in conversation.
+
+    Args:
+        loaded: the model.
+        settings: how it answers.
+        template: a form with one {} in place of the tokenizer's chat template, or None.
+
+    Attributes:
+        last: the newest request with its answer's steps, or None.
+        done: every answer of the session.
+    """
+
+    def __init__(self, loaded: LoadedModel, settings: ChatSettings, *, template: str | None) -> None:
+        self.settings = settings
+        self.template = template
+        self.done: list[Generation] = []
+        self.take(loaded, ())
+
+    def take(self, loaded: LoadedModel, turns: Sequence[Turn]) -> None:
+        """Go on from these turns with a model."""
+        if self.settings.mode == "space" and not loaded.mask_token_ids:
+            raise UsageProblem(f"{loaded.name} was not trained for SPACE", hint="use --mode ar, or a SPACE checkpoint")
+        self.loaded = loaded
+        self.cache = KVCache()
+        self.chat = Chat(loaded, template=self.template or loaded.prompt_template, turns=turns)
+        self.last: tuple[Known, Generation] | None = None
+
+    @property
+    def block(self) -> Block:
+        """The shape of a step under the settings."""
+        return self.shape(self.settings.mode)
+
+    def shape(self, mode: Literal["space", "ar"]) -> Block:
+        """Return the shape of a step of a mode."""
+        if mode == "ar":
+            return AR_BLOCK
+        count = min(self.settings.candidates or self.loaded.candidates, self.loaded.masks_per_group)
+        return Block.chain(count, count)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the conversation so far."""
+        return 0 if self.last is None else len(self.last[0].token_ids) + len(self.last[1].tokens)
+
+    def request(self) -> Known:
+        """Return the request to be answered next, fitted into the context as the settings say.
+
+        Raises:
+            UsageProblem: it does not fit, or the chat template refuses the conversation.
+        """
+        asked = self.chat.request()
+        while not self._fits(asked):
+            if self.settings.context == "stop" or not self.chat.drop_oldest():
+                raise UsageProblem(
+                    f"the conversation of {len(asked.token_ids)} tokens leaves no room in the context of"
+                    f" {self.loaded.context_length}",
+                    hint="/reset, /undo, or `/set context shift` to drop the oldest turns",
+                )
+            asked = self.chat.request()
+        return asked
+
+    def _fits(self, asked: Known) -> bool:
+        limit = self.loaded.context_length
+        # room for a word at least: an answer of nothing helps nobody
+        return limit is None or len(asked.token_ids) + min(self.settings.max_new_tokens, 16) <= limit
+
+    def room(self, asked: Known) -> int:
+        """Return how many tokens an answer may have."""
+        limit = self.loaded.context_length
+        most = self.settings.max_new_tokens
+        return most if limit is None else min(most, limit - len(asked.token_ids))
+
+    def steps(self, asked: Known, *, block: Block | None = None, cache: KVCache | None = None) -> Iterator[Step]:
+        """Answer a request; what the cache holds of it is not computed again."""
+        stop = StopRule(self.room(asked), self.loaded.eos_token_ids)
+        return self._decode(asked.token_ids, stop, block or self.block, self.cache if cache is None else cache)
+
+    def _decode(self, token_ids: list[int], stop: StopRule, block: Block, cache: KVCache) -> Iterator[Step]:
+        told = self.settings
+        sampling = Sampling(told.temperature, told.top_k, told.top_p, told.min_p, told.repetition_penalty, told.seed)
+        return decode(
+            self.loaded.model,
+            token_ids,
+            stop=stop,
+            chooser=Chooser.from_sampling(sampling),
+            block=block,
+            mask_token_ids=self.loaded.mask_token_ids,
+            cache=cache,
+        )
+
+    def conclude(self, asked: Known, generation: Generation) -> None:
+        """Take an answer into the conversation; without a token the request is taken back."""
+        if not generation.tokens:
+            self.chat.undo()
+            return
+        self.chat.answered(asked, generation.tokens)
+        self.last = (asked, generation)
+        self.done.append(generation)
+
+    def speedup(self) -> float | None:
+        """Return how many times as fast as AR the last answer came, by a few AR steps timed here and now.
+
+        None where it was AR itself, where the context is full, or where an answer was too short to tell.
+        """
+        if self.last is None or self.settings.mode == "ar":
+            return None
+        asked, generation = self.last
+        token_ids, limit = asked.token_ids + generation.tokens, self.loaded.context_length
+        if len(generation.steps) < 2 or (limit is not None and len(token_ids) + _AR_STEPS > limit):
+            return None
+        timed = list(self._decode(token_ids, StopRule(_AR_STEPS), AR_BLOCK, self.cache))
+        ar = statistics.median(step.seconds for step in timed[1:])
+        own = statistics.median(step.seconds for step in generation.steps[1:])
+        beside = generation.seconds - own * len(generation.steps)
+        return (beside + ar * len(generation.tokens)) / generation.seconds
+
+
+class AnswerRecord(JsonRecord):
+    """One answer, for other programs.
+
+    Attributes:
+        accepted_per_step: tokens that came out of each model call.
+        seconds: wall time, prefill included.
+    """
+
+    text: str
+    token_ids: list[int]
+    accepted_per_step: list[int]
+    prompt_tokens: int
+    tokens: int
+    steps: int
+    seconds: float
+    tokens_per_second: float
+
+
+def record_of(session: Session, asked: Known, generation: Generation) -> AnswerRecord:
+    """Return the record of an answer, finished or not."""
+    token_ids, seconds = generation.tokens, generation.seconds
+    return AnswerRecord(
+        complete=generation.finish_reason is not None,
+        text=session.loaded.decode(token_ids, skip_special_tokens=True),
+        token_ids=token_ids,
+        accepted_per_step=[len(step.tokens) for step in generation.steps],
+        prompt_tokens=len(asked.token_ids),
+        tokens=len(token_ids),
+        steps=len(generation.steps),
+        seconds=seconds,
+        tokens_per_second=len(token_ids) / seconds,
+    )

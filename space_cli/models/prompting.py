@@ -1,0 +1,160 @@
+r"""How a conversation becomes what a model is given: the tokenizer's chat template, or a form with one gap.
+
+Special tokens come from the tokenizer and the template alone. Where a text spells one out, a seam is put inside it,
+over which no token reaches, so that it is tokenised as ordinary text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from jinja2 import TemplateError
+
+from space_cli.errors import UsageProblem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_TEMPLATE = "Human:{}\nAssistant:"
+"""The form where a tokenizer has no chat template of its own: that of the SPACE paper's models."""
+
+Role = Literal["system", "user", "assistant"]
+_TAIL = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side of a conversation says."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A beginning of a conversation, as text and as the tokens the model read or wrote."""
+
+    text: str
+    token_ids: list[int]
+
+
+def request(
+    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, template: str | None, known: Iterable[Known] = ()
+) -> Known:
+    """Return what a model is given to answer the last turn.
+
+    Args:
+        turns: the last one asks.
+        tokenizer: of the model.
+        template: a form like `DEFAULT_TEMPLATE` in place of the tokenizer's chat template.
+        known: beginnings whose tokens stay as they were: a model does not always split its own words the way a
+            tokenizer would.
+
+    Raises:
+        UsageProblem: `template` has not exactly one {}, or the chat template refuses the conversation.
+    """
+    seam = seam_for(turn.content for turn in turns)
+    special = special_tokens(tokenizer)
+    turns = [Turn(turn.role, taken_apart(turn.content, special, seam)) for turn in turns]
+    if template is None and tokenizer.chat_template:
+        seamed, lead = render(turns, tokenizer, "the conversation", asks=True), list[int]()
+    else:
+        seamed = _filled(turns, DEFAULT_TEMPLATE if template is None else template, str(tokenizer.eos_token or ""))
+        lead = lead_ids(seamed.split(seam)[0], tokenizer)
+    text = seamed.replace(seam, "")
+    begun = max((each for each in known if text.startswith(each.text)), key=lambda each: len(each.text), default=None)
+    ids, before = (lead, "") if begun is None else (list(begun.token_ids), begun.text[-_TAIL:])
+    for part in _behind(seamed, 0 if begun is None else len(begun.text), seam).split(seam):
+        if part:
+            ids = ids + ids_behind(before, part, tokenizer)
+            before = part
+    return Known(text, ids)
+
+
+def _behind(seamed: str, count: int, seam: str) -> str:
+    """Return what follows the first `count` characters, seams not counted."""
+    place = 0
+    while count:
+        count -= seamed[place] != seam
+        place += 1
+    return seamed[place:]
+
+
+def _filled(turns: Sequence[Turn], template: str, end: str) -> str:
+    """Fill the form once for each request, each answer with the end of text behind it."""
+    head, tail = split_template(template)
+    text, asked = "", list[str]()
+    for turn in turns:
+        if turn.role == "assistant":
+            text += turn.content + end
+            continue
+        asked.append(turn.content)
+        if turn.role == "user":
+            text += head + "\n\n".join(filter(None, asked)) + tail
+            asked = []
+    return text
+
+
+def split_template(template: str) -> tuple[str, str]:
+    """Return what a form has before and behind its gap."""
+    if template.count("{}") != 1:
+        raise UsageProblem(f"the template {template!r} must hold {{}} once", hint="the user's text goes there")
+    head, tail = template.split("{}")
+    return head, tail
+
+
+def render(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, where: str, *, asks: bool = False) -> str:
+    """Return what the chat template makes of the turns; with `asks`, up to where the next answer begins."""
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+    except (TemplateError, TypeError, ValueError) as error:
+        told = " ".join(str(error).split())
+        raise UsageProblem(f"{where}: the chat template refuses the conversation: {told}") from error
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Return every text that the tokenizer makes a special token of."""
+    added = tokenizer.added_tokens_decoder.values()
+    return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+
+
+def seam_for(texts: Iterable[str]) -> str:
+    """Return a sign that none of the texts holds."""
+    used = set().union(*texts)
+    return next(sign for sign in map(chr, range(0xF0000, 0xFFFFE)) if sign not in used)
+
+
+def taken_apart(text: str, special: set[str], seam: str) -> str:
+    """Return `text` with a seam inside whatever would become a special token."""
+    spelled_out = sorted((token for token in special if len(token) > 1 and token in text), key=len, reverse=True)
+    if not spelled_out:
+        return text
+    return re.sub("|".join(map(re.escape, spelled_out)), lambda match: match[0][0] + seam + match[0][1:], text)
+
+
+def lead_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that the tokenizer puts in front of any text, unless `text` begins with them already."""
+    plain, whole = ids_of("a", tokenizer), list(tokenizer("a")["input_ids"])
+    lead = whole[: next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)]
+    return [] if lead and ids_of(text, tokenizer)[: len(lead)] == lead else lead
+
+
+def ids_behind(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of `text` in its place behind `before`, whose own ids it leaves alone.
+
+    Many SentencePiece tokenizers put a space in front of whatever they are given, which is right only at the start.
+    """
+    if not before:
+        return ids_of(text, tokenizer)
+    head, whole = ids_of(before, tokenizer), ids_of(before + text, tokenizer)
+    return whole[len(head) :] if whole[: len(head)] == head else ids_of(text, tokenizer)
+
+
+def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of `text` alone, with nothing put in front."""
+    # verbose: a text longer than the model takes is cut and counted later, no reason for a warning
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,0 +1,139 @@
+"""`space chat` with one prompt: standard output, JSON, pipes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from space_cli.cli.console import visible
+
+PROMPT = ("--prompt", "def add(a, b):\n")
+FAST = ("--dtype", "float32", "--max-new-tokens", "24")
+
+
+@pytest.fixture
+def piped(clean_env, tmp_path):
+    """Run `space chat` with something piped in."""
+
+    def run(*arguments, text):
+        return subprocess.run(
+            [sys.executable, "-m", "space_cli", "chat", *map(str, arguments)],
+            input=text,
+            capture_output=True,
+            env=clean_env,
+            cwd=tmp_path,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+def test_the_answer_alone_stands_on_standard_output(run_space, tiny_model_dir):
+    done = run_space("chat", "--model", tiny_model_dir, *PROMPT, *FAST)
+    record = json.loads(run_space("chat", "--model", tiny_model_dir, *PROMPT, *FAST, "--json", "-").stdout)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == visible(record["text"]) + "\n"
+    assert done.stderr == ""
+
+
+def test_the_record_holds_what_other_programs_rely_on(run_space, tiny_model_dir, tmp_path):
+    done = run_space("chat", "--model", tiny_model_dir, *PROMPT, *FAST, "--json", tmp_path / "answer.json", "--raw")
+
+    record = json.loads((tmp_path / "answer.json").read_text())
+    assert done.returncode == 0, done.stderr
+    assert record["complete"]
+    assert record["tokens"] == len(record["token_ids"]) == sum(record["accepted_per_step"])
+    assert record["steps"] == len(record["accepted_per_step"])
+    assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"])
+    assert record["prompt_tokens"] > 0
+
+
+@pytest.mark.parametrize("options", [(), ("--temperature", "0.9", "--seed", "3", "--top-k", "40"), ("--raw",)])
+def test_both_modes_say_the_same(run_space, tiny_model_dir, options):
+    common = ("chat", "--model", tiny_model_dir, *PROMPT, *FAST, *options, "--json", "-")
+
+    ar, space = (json.loads(run_space(*common, "--mode", mode).stdout) for mode in ("ar", "space"))
+
+    assert ar["token_ids"] == space["token_ids"]
+    assert set(ar["accepted_per_step"]) == {1}
+
+
+def test_a_system_text_a_template_and_raw_change_what_the_model_reads(run_space, tiny_model_dir, tmp_path):
+    (tmp_path / "system.txt").write_text("Be brief.\n")
+    variants = [(), ("--system", "Be brief."), ("--system-file", "system.txt"), ("--template", r"Q {}\nA"), ("--raw",)]
+
+    done = [
+        run_space("chat", "--model", tiny_model_dir, *PROMPT, *FAST, *options, "--json", "-") for options in variants
+    ]
+
+    counts = [json.loads(each.stdout)["prompt_tokens"] for each in done]
+    assert counts[1] == counts[2] > counts[0] > counts[3] > counts[4]
+
+
+def test_piped_text_is_a_prompt_or_follows_one(piped, tiny_model_dir):
+    common = ("--model", tiny_model_dir, *FAST, "--raw", "--json", "-")
+
+    alone = json.loads(piped(*common, text=b"for x in").stdout)
+    dashed = json.loads(piped(*common, "--prompt", "-", text=b"for x in").stdout)
+    behind = json.loads(piped(*common, "--prompt", "Go on:", text=b"for x in").stdout)
+    broken = piped(*common, text=b"for \xff\xed\xa0\x80")
+
+    assert alone["token_ids"] == dashed["token_ids"]
+    assert behind["prompt_tokens"] > alone["prompt_tokens"]
+    assert broken.returncode == 0
+
+
+def test_steps_are_listed(run_space, tiny_model_dir):
+    done = run_space("chat", "--model", tiny_model_dir, *PROMPT, *FAST, "--live", "steps", "--stats")
+
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert "right, kept" in lines[0]
+    assert lines[1].startswith("   1  ")
+    assert " tokens in " in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--json", "-"], "--json needs a prompt"),
+        (["--prompt", "-"], "standard input is empty"),
+        ([], "standard input is empty"),
+        ([*PROMPT, "--raw", "--template", "{}"], "--raw and --template exclude each other"),
+        ([*PROMPT, "--template", "no gap"], "must hold {} once"),
+        ([*PROMPT, "--system", "a", "--system-file", "b"], "exclude each other"),
+        ([*PROMPT, "--system-file", "absent.txt"], "--system-file absent.txt: No such file"),
+        ([*PROMPT, "--load", "absent.json"], "absent.json: No such file"),
+        (["--continue", *PROMPT], "newest.json: No such file"),
+        ([*PROMPT, "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        ([*PROMPT, "--top-p", "0"], "top_p"),
+        ([*PROMPT, "--candidates", "0"], "candidates"),
+        (["--prompt", "x" * 2000], "leaves no room in the context of 256"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(run_space, tiny_model_dir, tmp_path, arguments, told):
+    done = run_space("chat", "--model", tiny_model_dir, *arguments, XDG_STATE_HOME=str(tmp_path))
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_model_that_was_not_trained_for_space_answers_one_token_at_a_time(
+    run_space, tiny_models, tiny_tokenizer, tmp_path
+):
+    tiny_models["qwen2"].save_pretrained(tmp_path / "plain")
+    tiny_tokenizer.save_pretrained(tmp_path / "plain")
+    common = ("chat", "--model", tmp_path / "plain", *PROMPT, *FAST)
+
+    done = run_space(*common, "--json", "-")
+    refused = run_space(*common, "--mode", "space")
+
+    assert set(json.loads(done.stdout)["accepted_per_step"]) == {1}
+    assert refused.returncode == 2
+    assert "was not trained for SPACE; use --mode ar, or a SPACE checkpoint" in refused.stderr

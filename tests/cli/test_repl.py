@@ -1,0 +1,239 @@
+"""`space chat` in a terminal: conversations, commands, interruption, and text that means harm."""
+
+import json
+import re
+import sys
+
+import pytest
+
+pytest.importorskip("pty", reason="needs a POSIX terminal")
+
+from terminal import Terminal
+
+ACTING = ["\x1b[2J", "\x1b]8;;http://evil\x07", "\x1b]0;mine\x07", "\x00", "\x9b31m", "\u202e"]
+HOSTILE = [*ACTING, "[red]", "\r", "\x08"]
+
+
+@pytest.fixture
+def chat(clean_env, tiny_model_dir, tmp_path):
+    """Start `space chat` in a terminal; whatever still runs at the end is killed."""
+    begun = []
+
+    def start(*arguments, columns=80, rows=24, model=tiny_model_dir, **env):
+        command = [sys.executable, "-m", "space_cli", "chat", "--model", model, "--dtype", "float32", *arguments]
+        environment = {name: value for name, value in clean_env.items() if name != "COLUMNS"}
+        environment |= {"XDG_STATE_HOME": str(tmp_path / "state")} | env
+        terminal = Terminal([str(each) for each in command], env=environment, cwd=tmp_path, columns=columns, rows=rows)
+        begun.append(terminal)
+        return terminal
+
+    yield start
+    for terminal in begun:
+        terminal.kill()
+
+
+def ready(terminal, *, prompts=1):
+    """Wait for the prompt's toolbar; a terminal is told of each new prompt that pasted text may come."""
+    return terminal.until(
+        lambda screen: terminal.raw.count(b"\x1b[?2004h") >= prompts and re.search(r"(?m)^context \d+/", screen)
+    )
+
+
+def say(terminal, text):
+    """Type a line, wait until it has been dealt with and there is a prompt again."""
+    ready(terminal)
+    prompts = terminal.raw.count(b"\x1b[?2004h")
+    terminal.type(text + "\r")
+    return ready(terminal, prompts=prompts + 1)
+
+
+def told(screen):
+    """The figures of the newest answer: tokens, context used."""
+    flat = screen.replace("\n", "")
+    return int(re.findall(r"(\d+) tokens in", flat)[-1]), int(re.findall(r"context (\d+)/", flat)[-1])
+
+
+def test_three_turns_undo_save_and_load(chat, tmp_path):
+    terminal = chat("--max-new-tokens", "12")
+
+    used = [told(say(terminal, text))[1] for text in ("first", "second", "third")]
+    say(terminal, "/save talk.json")
+    undone = say(terminal, "/undo")
+    say(terminal, "/save later.json")
+    loaded = say(terminal, "/load talk.json")
+    terminal.type("\x04")
+
+    assert terminal.finish() == 0
+    assert used[0] < used[1] < used[2]
+    assert "forgotten: third" in undone
+    assert "6 turns" in loaded
+    saved, later = (json.loads((tmp_path / name).read_text())["turns"] for name in ("talk.json", "later.json"))
+    assert [turn["role"] for turn in saved] == ["user", "assistant"] * 3
+    assert later == saved[:4]
+
+
+def test_a_conversation_answers_as_a_fresh_run_of_it_would(chat, tmp_path):
+    # nano writes text; the tiny model's bytes are none, and no file can hold them
+    terminal = chat("--max-new-tokens", "12", model="nano")
+    for text in ("first", "second", "third"):
+        say(terminal, text)
+    say(terminal, "/save talk.json")
+    say(terminal, "/undo")
+    turns = json.loads((tmp_path / "talk.json").read_text())["turns"]
+    stats = say(terminal, "/stats")
+    terminal.type("\x04")
+    terminal.finish()
+
+    (tmp_path / "two.json").write_text(json.dumps({"model": "x", "turns": turns[:4]}))
+    fresh = chat("--max-new-tokens", "12", "--load", "two.json", model="nano")
+    say(fresh, "third")
+    say(fresh, "/save again.json")
+
+    assert json.loads((tmp_path / "again.json").read_text())["turns"] == turns
+    # each request was computed once: the whole conversation has not many more tokens than were computed
+    assert int(re.search(r"with (\d+) prompt tokens computed", stats)[1]) < 120
+
+
+def test_ctrl_c_stops_the_answer_and_what_was_said_stays(chat):
+    terminal = chat("--max-new-tokens", "200", "--live", "steps")
+    ready(terminal)
+
+    terminal.type("go on\r")
+    terminal.until(r"\n +9  ")
+    terminal.interrupt()
+    stopped = terminal.until("stopped; what was said stays")
+    after = say(terminal, "and on")
+    terminal.interrupt()
+    terminal.until("Ctrl-C again")
+    terminal.interrupt()
+
+    assert terminal.finish() == 0
+    assert told(stopped)[0] < 200
+    assert "tokens in" in after
+
+
+def test_settings_modes_and_mistakes(chat):
+    terminal = chat("--max-new-tokens", "8")
+
+    assert "temperature 0.7" in say(terminal, "/set temperature 0.7")
+    assert "no setting 'heat'" in say(terminal, "/set heat 1")
+    assert "greater than or equal to 0" in say(terminal, "/set temperature -1")
+    assert "did you mean /save?" in say(terminal, "/sav x")
+    assert "is there already" in say(terminal, "/save state")
+    assert "one token at a time" in say(terminal, "/mode ar")
+    assert "Input should be 'space' or 'ar'" in say(terminal, "/mode fast")
+    assert "nothing to race with" in say(terminal, "/race")
+    assert "no answer to copy" in say(terminal, "/copy")
+    assert "no answer yet" in say(terminal, "/stats")
+    assert "Be brief." in say(terminal, "/system Be brief.")
+    assert "could not be loaded" in say(terminal, "/model absent/none")
+    assert "max_new_tokens" in say(terminal, "/set")
+    terminal.type("/exit\r")
+    assert terminal.finish() == 0
+
+
+def test_a_race_shows_both_and_the_same_text(chat):
+    terminal = chat("--max-new-tokens", "30", columns=100)
+    say(terminal, "run")
+
+    raced = say(terminal, "/race")
+
+    assert "one token at a time" in raced
+    assert "times as fast, the same tokens" in raced
+
+
+def test_retry_and_copy_and_steps(chat):
+    terminal = chat("--max-new-tokens", "8", "--temperature", "1.0")
+    say(terminal, "run")
+
+    again = say(terminal, "/retry")
+    say(terminal, "/copy")
+    steps = say(terminal, "/live steps")
+    listed = say(terminal, "run on")
+
+    assert again.count("tokens in") == 2
+    assert b"\x1b]52;c;" in terminal.raw
+    assert "live steps" in steps
+    assert re.search(r"^ +1  ", listed, re.MULTILINE)
+
+
+def test_several_lines(chat, tmp_path):
+    terminal = chat("--max-new-tokens", "6")
+    ready(terminal)
+
+    terminal.type('"""one\r')
+    terminal.type('two"""\r')
+    terminal.until("tokens in")
+    ready(terminal)
+    terminal.type("three\x1b\rfour\r")
+    terminal.until(r"(?s)tokens in.*tokens in")
+    # as a terminal pastes a file
+    ready(terminal)
+    terminal.type("\x1b[200~five\nsix\x1b[201~\r")
+    terminal.until(r"(?s)tokens in.*tokens in.*tokens in")
+    say(terminal, "/save talk.json")
+
+    turns = json.loads((tmp_path / "talk.json").read_text())["turns"]
+    assert [turn["content"] for turn in turns[::2]] == ["one\ntwo", "three\nfour", "five\nsix"]
+
+
+@pytest.mark.parametrize("columns", [40, 120])
+def test_a_narrow_and_a_resized_terminal(chat, columns):
+    terminal = chat("--max-new-tokens", "60", columns=columns)
+    first = say(terminal, "run")
+    terminal.resize(60, 30)
+
+    second = say(terminal, "on")
+
+    assert "tokens in" in first.replace("\n", "")
+    assert "tokens in" in second.replace("\n", "")
+
+
+def test_without_colour_no_colour_is_sent(chat):
+    terminal = chat("--max-new-tokens", "30", NO_COLOR="1")
+    say(terminal, "run")
+
+    assert not re.search(rb"\x1b\[[0-9;]*3[0-7]m", terminal.raw)
+
+
+def test_the_newest_conversation_is_taken_up_again(chat):
+    terminal = chat("--max-new-tokens", "6")
+    say(terminal, "first")
+    terminal.type("\x04")
+    terminal.finish()
+
+    again = chat("--max-new-tokens", "6", "--continue")
+    undone = say(again, "/undo")
+
+    assert "forgotten: first" in undone
+
+
+@pytest.mark.parametrize(("context", "expected"), [("stop", "leaves no room"), ("shift", "oldest turns were dropped")])
+def test_a_full_context_is_told(chat, context, expected):
+    terminal = chat("--max-new-tokens", "200", "--context", context)
+    say(terminal, "x " * 60)
+
+    assert expected in say(terminal, "y " * 60).replace("\n", "")
+
+
+def test_hostile_text_does_nothing_to_the_terminal(chat, tiny_models, tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<|end|>", *(f"{HOSTILE[n % len(HOSTILE)]}w{n} " for n in range(1, 300))]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token=words[1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.Fuse()
+    folder = tmp_path / "hostile"
+    tiny_models["llama"].save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    terminal = chat("--max-new-tokens", "60", model=folder)
+
+    screen = say(terminal, "attack")
+    say(terminal, "/live steps")
+    say(terminal, "attack again")
+
+    assert "\N{SYMBOL FOR ESCAPE}[2J" in screen
+    assert "[red]" in screen
+    assert not any(text.encode() + b"w" in terminal.raw for text in ACTING)
+    assert b"evil" not in b"".join(re.findall(rb"\x1b\][^\x07\x1b]*", terminal.raw))

@@ -1,0 +1,86 @@
+"""A terminal for tests: a program on a pty, its screen as a person would see it."""
+
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import termios
+import time
+
+import pyte
+
+_CURSOR_ASKED = b"\x1b[6n"
+
+
+class Terminal:
+    """Run a program; `screen` is what stands there now, `raw` every byte it has written."""
+
+    def __init__(self, command, *, env, cwd, columns=80, rows=24):
+        self._screen = pyte.Screen(columns, rows)
+        self._stream = pyte.ByteStream(self._screen)
+        self.raw = b""
+        self._pid, self._fd = pty.fork()
+        if self._pid == 0:
+            os.chdir(cwd)
+            os.execvpe(command[0], command, env)
+        self.resize(columns, rows)
+
+    def resize(self, columns, rows):
+        self._screen.resize(rows, columns)
+        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    @property
+    def screen(self):
+        return "\n".join(line.rstrip() for line in self._screen.display)
+
+    def type(self, text):
+        os.write(self._fd, text.encode())
+
+    def interrupt(self):
+        os.write(self._fd, b"\x03")
+
+    def until(self, text, *, seconds=60):
+        """Wait until a text, or a regular expression's match, stands on the screen; return the screen."""
+        end = time.monotonic() + seconds
+        while not (re.search(text, self.screen) if isinstance(text, str) else text(self.screen)):
+            if time.monotonic() > end or not self._read(0.2):
+                raise AssertionError(f"{text!r} never came; the screen is\n{self.screen}")
+        return self.screen
+
+    def finish(self, *, seconds=30):
+        """Wait for the program's end; return its exit code."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self._read(0.2):
+            pass
+        _, status = os.waitpid(self._pid, 0)
+        os.close(self._fd)
+        return os.waitstatus_to_exitcode(status)
+
+    def kill(self):
+        try:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+
+    def _read(self, seconds):
+        """Take what comes; False once the program has gone."""
+        ready, _, _ = select.select([self._fd], [], [], seconds)
+        if not ready:
+            return True
+        try:
+            chunk = os.read(self._fd, 65536)
+        except OSError:
+            return False
+        if not chunk:
+            return False
+        self.raw += chunk
+        for part in re.split(b"(" + re.escape(_CURSOR_ASKED) + b")", chunk):
+            if part == _CURSOR_ASKED:
+                os.write(self._fd, f"\x1b[{self._screen.cursor.y + 1};{self._screen.cursor.x + 1}R".encode())
+            else:
+                self._stream.feed(part)
+        return True
