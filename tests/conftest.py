@@ -23,7 +23,8 @@ def clean_env(tmp_path_factory):
     """The environment of a new user: offline, an empty cache, no terminal settings."""
     dropped = ("FORCE_COLOR", "NO_COLOR", "SPACE_DEBUG", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
-    return environment | {"HF_HOME": str(tmp_path_factory.mktemp("hf_home")), "COLUMNS": "80", "TERM": "xterm-256color"}
+    own = {name: str(tmp_path_factory.mktemp("home")) for name in ("HF_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME")}
+    return environment | own | {"COLUMNS": "80", "TERM": "xterm-256color"}
 
 
 @pytest.fixture

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from space_cli.cli import options
+from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
     from space_cli.models.inventory import ModelStatus
 
 models = typer.Typer(name="models", help="Names for models, and what is on this machine.", no_args_is_help=True)
 
-_HEADINGS = ("name", "here", "SPACE", "where")
+_HEADINGS = ("name", "here", "size", "SPACE", "where")
+_Name = Annotated[str, typer.Argument(help="What `--model` will understand.", show_default=False)]
+_Source = Annotated[str, typer.Argument(help="A folder or a Hub id.", show_default=False)]
+_MaskTokenIds = Annotated[
+    str | None,
+    typer.Option("--mask-token-ids", help="Without space_config.json: one id, or one per mask, as 5,6,7."),
+]
+_Candidates = Annotated[int | None, typer.Option("--candidates", min=1, help="The same: k, and masks of a group.")]
+_Template = Annotated[
+    str | None, typer.Option("--template", help=r"Form of a turn, as 'Human:{}\nAssistant:', without a chat template.")
+]
+_Description = Annotated[str, typer.Option("--description", help="A line about it.")]
 
 
 @models.command(
@@ -31,14 +43,102 @@ def list_models(models_file: options.ModelsFile = None, json: options.Json = Non
     if json is None:
         _show(statuses)
         return
+    _write({"models": [status.model_dump() for status in statuses]}, json)
+
+
+@models.command("add", epilog="Example: space models add mine ./checkpoint    Example: space models add q org/model")
+def add(
+    name: _Name,
+    source: _Source,
+    mask_token_ids: _MaskTokenIds = None,
+    candidates: _Candidates = None,
+    template: _Template = None,
+    description: _Description = "",
+    revision: options.Revision = None,
+    models_file: options.ModelsFile = None,
+) -> None:
+    """Give a model a name of your own, in your models.toml or in --models-file."""
+    from space_cli.models.registry import ModelEntry, add_model, own_models_file
+
+    if (mask_token_ids is None) != (candidates is None):
+        raise UsageProblem("--mask-token-ids and --candidates belong together")
+    try:
+        ids = [int(part) for part in mask_token_ids.split(",")] if mask_token_ids else None
+    except ValueError as error:
+        raise UsageProblem(f"--mask-token-ids {mask_token_ids}: not numbers", hint="give them as 5,6,7") from error
+    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise UsageProblem(f"{source}: neither a folder nor a Hub id (org/model)")
+    entry = ModelEntry(
+        # a folder's name must mean the same from everywhere
+        source=str(Path(source).resolve()) if Path(source).is_dir() else source,
+        description=description,
+        revision=revision,
+        mask_token_ids=ids,
+        candidates=candidates,
+        prompt_template=template.replace("\\n", "\n") if template else None,
+    )
+    file = models_file or own_models_file()
+    add_model(name, entry, file)
+    typer.echo(f"{name} stands in {file}; try `space models check {name}`")
+
+
+@models.command("check", epilog="Example: space models check org/model    Example: space models check nano --json -")
+def check(
+    model: Annotated[str, typer.Argument(help="Alias of models.toml, folder, or Hub id.", show_default=False)],
+    models_file: options.ModelsFile = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    quantization: options.Quantization = "none",
+    revision: options.Revision = None,
+    json: options.Json = None,
+) -> None:
+    """Load a model, try whether decoding in blocks works on it, and say what it is.
+
+    Downloads a Hub model that is not here.
+    """
+    from space_cli.cli.console import out, plain, quiet_libraries
+
+    quiet_libraries()
+
+    from space_cli.core.engine import default_numerics
+    from space_cli.models.loading import load_model
+
+    loaded = load_model(
+        model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
+    )
+    facts = {
+        "name": loaded.name,
+        "source": loaded.source,
+        "architecture": type(loaded.model).__name__,
+        "parameters": loaded.model.num_parameters(),
+        "dtype": loaded.dtype,
+        "device": loaded.device,
+        "context_length": loaded.context_length,
+        "chat_template": bool(loaded.tokenizer.chat_template),
+        "numerics": default_numerics(loaded.model),
+        "method": loaded.space.method if loaded.space else None,
+        "mask_token_ids": list(loaded.mask_token_ids),
+        "candidates": loaded.candidates,
+        "masks_per_group": loaded.masks_per_group,
+    }
+    _write(facts, json)
+    if json != "-":
+        for name, value in facts.items():
+            out().print(plain(f"{name:<16} {'-' if value in (None, []) else value}"), soft_wrap=True)
+        verdict = "decodes in blocks" if loaded.mask_token_ids else "could be trained for SPACE: it decodes in blocks"
+        out().print(plain(f"{loaded.name} {verdict}"), soft_wrap=True)
+
+
+def _write(record: dict[str, Any], json: str | None) -> None:
+    """Write a record as --json asks: - is standard output."""
     from json import dumps
 
     from space_cli.files import write_whole
 
-    text = dumps({"models": [status.model_dump() for status in statuses]}, indent=2) + "\n"
+    text = dumps(record, indent=2) + "\n"
     if json == "-":
         typer.echo(text, nl=False)
-    else:
+    elif json is not None:
         write_whole(Path(json), text)
 
 
@@ -72,7 +172,14 @@ def _row(status: ModelStatus) -> tuple[str, ...]:
     here = "yes" if status.present else "no"
     if status.problem:
         here += f" ({status.problem})"
-    return tuple(visible(" ".join(cell.split())) for cell in (status.name, here, _trained(status), where))
+    cells = (status.name, here, _size(status.size_bytes), _trained(status), where)
+    return tuple(visible(" ".join(cell.split())) for cell in cells)
+
+
+def _size(size_bytes: int | None) -> str:
+    if size_bytes is None:
+        return ""
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
 
 
 def _trained(status: ModelStatus) -> str:

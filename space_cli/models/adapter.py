@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from space_cli.errors import UsageProblem
+from space_cli.models.checkpoint import ADAPTER_FILE
 
-ADAPTER_FILE = "space_adapter.safetensors"
 _MASKS_KEY = "mask_embeddings"
 _ROWS_FOR_MEAN = 4096
 _EXPERTS = re.compile(r"experts|router|mlp\.gate$|moe\.gate$")

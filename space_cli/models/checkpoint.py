@@ -11,6 +11,9 @@ from space_cli.errors import UsageProblem
 from space_cli.files import write_whole
 
 SPACE_CONFIG_NAME = "space_config.json"
+ADAPTER_FILE = "space_adapter.safetensors"
+ADAPTER_FILES = ("adapter_config.json", ADAPTER_FILE)
+"""What an adapter checkpoint holds in place of weights: peft's own description, and the tensors."""
 
 
 class SpaceConfig(BaseModel):

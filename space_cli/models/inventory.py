@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from space_cli.errors import UsageProblem
-from space_cli.models.checkpoint import SPACE_CONFIG_NAME, SpaceConfig
+from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.registry import ModelEntry, read_models
 
 _WEIGHTS = "model.safetensors"
@@ -22,6 +22,7 @@ class ModelStatus(BaseModel):
     Attributes:
         kind: what `source` is.
         present: whether configuration and all weights are on this machine.
+        size_bytes: of the weights that are here; an adapter's are its own.
         trained: whether it was trained for SPACE; None where only a download would tell.
         problem: what is wrong with what is here.
     """
@@ -32,6 +33,7 @@ class ModelStatus(BaseModel):
     source: str
     revision: str | None
     present: bool
+    size_bytes: int | None = None
     trained: bool | None
     candidates: int | None = None
     masks_per_group: int | None = None
@@ -70,10 +72,15 @@ def _status(name: str, entry: ModelEntry) -> ModelStatus:
 
 def _found(folder: Path, entry: ModelEntry) -> dict[str, object]:
     """Return what the files of a model say; its space_config.json goes before models.toml, as in loading."""
-    missing = _missing(folder)
-    found: dict[str, object] = {"present": not missing, "problem": f"no {missing}" if missing else None}
-    if (folder / SPACE_CONFIG_NAME).is_file():
-        config = SpaceConfig.load(folder)
+    config = SpaceConfig.load(folder) if (folder / SPACE_CONFIG_NAME).is_file() else None
+    missing = _missing(folder, is_adapter=config is not None and config.method == "adapter")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    found: dict[str, object] = {
+        "present": not missing,
+        "size_bytes": size or None,
+        "problem": f"no {missing}" if missing else None,
+    }
+    if config is not None:
         return found | {
             "trained": True,
             "candidates": config.candidates,
@@ -92,9 +99,11 @@ def _known_absent(entry: ModelEntry) -> bool:
     return found is not None and not isinstance(found, str)
 
 
-def _missing(folder: Path) -> str | None:
+def _missing(folder: Path, *, is_adapter: bool) -> str | None:
     """Return the first file that loading would miss."""
     names = ["config.json"]
+    if is_adapter:
+        return next((name for name in ADAPTER_FILES if not (folder / name).is_file()), None)
     if (folder / _SHARDS).is_file():
         shards = json.loads((folder / _SHARDS).read_text("utf-8")).get("weight_map", {})
         names += sorted(set(shards.values()))

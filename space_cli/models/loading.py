@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file
 from space_cli.core.engine import context_length, embedding_rows
 from space_cli.errors import UsageProblem
 from space_cli.models import support
-from space_cli.models.checkpoint import SPACE_CONFIG_NAME, SpaceConfig
+from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.registry import ModelEntry, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -200,9 +200,9 @@ def _base(
 
 def _put_adapter_on(model: PreTrainedModel, entry: ModelEntry, revision: str | None, space: SpaceConfig) -> None:
     """Load an adapter's files, from the Hub where they are not here, onto its base."""
-    from space_cli.models.adapter import ADAPTER_FILE, load_adapter  # peft takes half a second to import
+    from space_cli.models.adapter import load_adapter  # peft takes half a second to import
 
-    files = [cached_file(entry.source, name, revision=revision) for name in ("adapter_config.json", ADAPTER_FILE)]
+    files = [cached_file(entry.source, name, revision=revision) for name in ADAPTER_FILES]
     load_adapter(model, Path(str(files[-1])).parent, masks=len(space.mask_token_ids))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from pathlib import Path
 
+from platformdirs import user_config_path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from space_cli.errors import UsageProblem
+from space_cli.files import write_whole
 
 _PACKAGE = Path(__file__).parent.parent
 _BUNDLED = "bundled:"
@@ -47,16 +50,41 @@ def shipped_models_file() -> Path:
     return inside if inside.is_file() else _PACKAGE.parent / "models.toml"
 
 
+def own_models_file() -> Path:
+    """Return where the user's own names are kept, whether there are any or not."""
+    return user_config_path("space") / "models.toml"
+
+
 def read_models(models_file: Path | None = None) -> dict[str, ModelEntry]:
-    """Return the entries of the shipped models.toml, and over them those of the user's.
+    """Return the entries of the shipped models.toml, over them the user's own, and over those the ones of a file.
 
     Raises:
         UsageProblem: a file is missing or malformed; names file, table and key.
     """
     entries = _read(shipped_models_file())
-    if models_file is not None:
-        entries |= _read(models_file)
+    for file in (own_models_file(), models_file):
+        if file is not None and (file == models_file or file.is_file()):
+            entries |= _read(file)
     return entries
+
+
+def add_model(name: str, entry: ModelEntry, file: Path) -> None:
+    """Add a name to a models file, which is made if there is none.
+
+    Raises:
+        UsageProblem: the file is malformed, has the name already, or cannot be written.
+    """
+    if file.is_file() and name in _read(file):
+        raise UsageProblem(f"{file} has the name {name!r} already", hint="choose another, or edit the file")
+    fields = entry.model_dump(exclude_none=True, exclude_defaults=True)
+    # JSON's strings and lists of numbers are TOML's too
+    lines = [f"[models.{json.dumps(name)}]", *(f"{field} = {json.dumps(value)}" for field, value in fields.items())]
+    try:
+        before = file.read_text("utf-8").rstrip() + "\n\n" if file.is_file() else ""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, before + "\n".join(lines) + "\n")
+    except OSError as error:
+        raise UsageProblem(f"{file}: {error.strerror or error}") from error
 
 
 def resolve(name: str, models_file: Path | None = None) -> ModelEntry:

@@ -1,6 +1,6 @@
-"""Put a trained stage into the package: weights in their shipped dtype, tokenizer, space_config.json.
+"""Put what `space train` made into the package: weights in their shipped dtype, tokenizer, space_config.json.
 
-python -m space_cli.nano.publish --init final
+python -m space_cli.nano.publish --candidates 2
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ WEIGHTS = Path(__file__).with_name("weights")
 
 
 def main() -> None:
-    """Copy the stage."""
+    """Copy the checkpoint."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path("build/nano"), help="folder the other paths are relative to")
-    parser.add_argument("--init", required=True, help="folder of the stage")
+    parser.add_argument("--root", type=Path, default=Path("build/nano"), help="folder of all the recipe makes")
     parser.add_argument("--candidates", type=int, required=True, help="k to decode with by default")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     args = parser.parse_args()
-    stage = args.root / args.init
-    model = AutoModelForCausalLM.from_pretrained(stage, dtype=getattr(torch, args.dtype))
+    trained = args.root / "space"
+    model = AutoModelForCausalLM.from_pretrained(trained, dtype=getattr(torch, args.dtype))
     model.save_pretrained(WEIGHTS)
-    AutoTokenizer.from_pretrained(stage).save_pretrained(WEIGHTS)
-    SpaceConfig.load(stage).model_copy(update={"candidates": args.candidates}).save(WEIGHTS)
+    AutoTokenizer.from_pretrained(trained).save_pretrained(WEIGHTS)
+    config = SpaceConfig.load(trained)
+    # the folder it was made in means nothing elsewhere
+    training = config.training | {"base": Path(config.training["base"]).name}
+    config.model_copy(update={"candidates": args.candidates, "training": training}).save(WEIGHTS)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,13 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if prepared.held_out_examples:
         trainer.evaluate()
+    trainer.finish(space, output)
     loaded.model.eval()
-    after = _acceptance(loaded, prepared, mask_ids, recipe.candidates, stop, view)
+    after = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        view.note(f"acceptance is not measured where weights are spread: `space bench --model {output}`")
+    else:
+        after = _acceptance(loaded, prepared, mask_ids, recipe.candidates, stop, view)
     losses = [row["eval_ar_loss"] for row in trainer.state.log_history if "eval_ar_loss" in row]
     measured = {
         name: acceptance.model_copy(update={"answer_loss": losses[place] if losses else None}).model_dump()
@@ -124,8 +129,8 @@ def train(
         if acceptance
     }
     space = space.model_copy(update={"acceptance": measured})
-    trainer.finish(space, output)
     if processes.is_main_process:
+        space.save(output)
         history = trainer.state.log_history
         write_whole(output / LOG_FILE, "".join(json.dumps(row) + "\n" for row in history))
         write_whole(output / CARD_FILE, card(space, output.name))
@@ -253,6 +258,8 @@ def make_trainer(
         eval_on_start=bool(held_out),
         per_device_eval_batch_size=recipe.arguments["per_device_train_batch_size"],
         load_best_model_at_end=bool(recipe.early_stop),
+        # a batch whose examples are too short for a group leaves an adapter without a gradient
+        ddp_find_unused_parameters=recipe.method == "adapter",
         metric_for_best_model="loss",
         **recipe.arguments,
     )

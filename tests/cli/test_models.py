@@ -11,10 +11,11 @@ def test_rows_have_tabs_between_where_there_is_no_terminal(run_space):
 
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert (done.returncode, done.stderr) == (0, "")
-    assert rows[0] == ["name", "here", "SPACE", "where"]
+    assert rows[0] == ["name", "here", "size", "SPACE", "where"]
     assert rows[1][0] == "nano"
-    assert rows[1][3] == "in this package"
-    assert rows[2] == ["vicuna-v1.3-7b-space", "no", "k = 5, m = 5", "Hub: AntMan/vicuna-v1.3-7b-space"]
+    assert rows[1][2].endswith(" MB")
+    assert rows[1][4] == "in this package"
+    assert rows[2] == ["vicuna-v1.3-7b-space", "no", "", "k = 5, m = 5", "Hub: AntMan/vicuna-v1.3-7b-space"]
 
 
 def test_json_holds_every_field(run_space, tmp_path):
@@ -32,6 +33,7 @@ def test_json_holds_every_field(run_space, tmp_path):
         "source": "AntMan/vicuna-v1.3-7b-space",
         "revision": None,
         "present": False,
+        "size_bytes": None,
         "trained": True,
         "candidates": 5,
         "masks_per_group": 5,
@@ -44,7 +46,45 @@ def test_users_models_are_added(run_space, tmp_path, tiny_model_dir):
 
     done = run_space("models", "list", "--models-file", "mine.toml")
 
-    assert done.stdout.splitlines()[-1].split("\t") == ["mine", "yes", "k = 3, m = 3", str(tiny_model_dir)]
+    cells = done.stdout.splitlines()[-1].split("\t")
+    assert (*cells[:2], *cells[3:]) == ("mine", "yes", "k = 3, m = 3", str(tiny_model_dir))
+
+
+def test_a_name_of_ones_own_is_added_and_works_everywhere(run_space, tmp_path, tiny_model_dir):
+    home = {"XDG_CONFIG_HOME": str(tmp_path / "config")}
+
+    added = run_space("models", "add", 'my "own"', tiny_model_dir, "--template", r"Q {}\nA", **home)
+    again = run_space("models", "add", 'my "own"', tiny_model_dir, **home)
+    other = run_space(
+        "models", "add", "far", "org/model", "--mask-token-ids", "5,6", "--candidates", "2", "--revision", "v1", **home
+    )
+    listed = json.loads(run_space("models", "list", "--json", "-", **home).stdout)["models"]
+    checked = run_space("models", "check", 'my "own"', "--dtype", "float32", **home)
+
+    assert (added.returncode, again.returncode, other.returncode, checked.returncode) == (0, 2, 0, 0)
+    assert "has the name" in again.stderr
+    assert [status["name"] for status in listed[2:]] == ['my "own"', "far"]
+    assert (listed[3]["candidates"], listed[3]["revision"]) == (2, "v1")
+    assert "LlamaForCausalLM" in checked.stdout
+    assert checked.stdout.splitlines()[-1] == 'my "own" decodes in blocks'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["add", "x", "no/such/folder"], "neither a folder nor a Hub id"),
+        (["add", "x", "org/model", "--candidates", "3"], "belong together"),
+        (["add", "x", "org/model", "--candidates", "3", "--mask-token-ids", "a"], "not numbers"),
+        (["check", "absent"], "no model named 'absent'"),
+        (["check"], "Missing argument"),
+    ],
+)
+def test_wrong_names_are_one_line(run_space, arguments, told):
+    done = run_space("models", *arguments)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

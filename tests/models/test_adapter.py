@@ -11,7 +11,8 @@ from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
 from space_cli.core.stopping import StopRule
 from space_cli.errors import UsageProblem
-from space_cli.models.adapter import ADAPTER_FILE, adapter_of, attach_adapter, load_adapter, low_rank, save_adapter
+from space_cli.models.adapter import adapter_of, attach_adapter, load_adapter, low_rank, save_adapter
+from space_cli.models.checkpoint import ADAPTER_FILE
 
 CONFIGS = tiny_configs() | {name: more_tiny_configs()[name] for name in ("Falcon", "Gemma2", "GptOss", "Cohere2")}
 PROMPT = [17, 3, 250, 44, 91, 8]
