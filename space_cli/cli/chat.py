@@ -116,7 +116,7 @@ def chat(
             )
 
         loaded = loaded_by(model)
-        settings = ChatSettings(
+        settings = ChatSettings.of(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

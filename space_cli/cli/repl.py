@@ -117,7 +117,8 @@ class Repl:
         name = {"/clear": "/reset", "/?": "/help", "/quit": "/exit", "/bye": "/exit"}.get(name, name)
         if name not in self._commands:
             near = difflib.get_close_matches(name, self._commands, n=1)
-            raise UsageProblem(f"no command {name}", hint=f"did you mean {near[0]}?" if near else "/help lists them")
+            hint = f"did you mean {near[0]}?" if near else "/help lists them; a text with a space in front is sent"
+            raise UsageProblem(f"no command {name}", hint=hint)
         self._commands[name][0](rest.strip())
 
     # Answers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -40,6 +40,20 @@ class ChatSettings(BaseModel):
     context: Literal["stop", "shift"] = "stop"
     live: Literal["text", "steps"] = "text"
     color: Literal["on", "off"] = "on"
+
+    @classmethod
+    def of(cls, **given: Any) -> ChatSettings:
+        """Return settings that were given as options.
+
+        Raises:
+            UsageProblem: one is out of range; names the option.
+        """
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = str(first["loc"][0]).replace("_", "-")
+            raise UsageProblem(f"--{option} {first['input']}: {first['msg']}") from error
 
     def change(self, name: str, value: str) -> None:
         """Set one by its name.

@@ -30,7 +30,7 @@ VARIANTS = {
 }
 _COMMON = shlex.split(
     "--method full --learning-rate 1e-3 --batch-size 16 --max-length 256 --answer-tokens 128 --dtype bfloat16"
-    " --distill 1500 --epochs 9 --held-out 100 --save-steps 1000 --overwrite --quiet"
+    " --distill 800 --answer-batch-size 64 --epochs 9 --held-out 48 --save-steps 1000 --overwrite --quiet"
 )
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     """Train every variant that has not been trained yet, and print the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path("build/nano"), help="folder of all the recipe makes")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     args = parser.parse_args()
     base, data, folder = args.root / "pretrain", args.root / "functions.jsonl", args.root / "variants"
     print("| training | tokens per step, all / plain | repetitive | AR loss | seconds of steps | tokens/s |")

@@ -25,6 +25,7 @@ from space_cli.training.trainer import Epochs, SARTrainer, complete_checkpoints
 
 SETTINGS_FILE, LOG_FILE, ANSWERS_FILE = "training_settings.json", "training.jsonl", "distilled.jsonl"
 CARD_FILE, CURVES_FILE = "README.md", "training.png"
+_FEW_SHAPES = 64  # batches of ever new shapes leave an allocator with ever new gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,8 @@ def train(
     examples = [*prepared.examples, *answered]
     trainer = make_trainer(loaded, recipe, space, examples, prepared.held_out_examples, output, [_Shows(view)])
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if prepared.held_out_examples:
+    measured_at = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
+    if measured_at and (recipe.early_stop or measured_at[-1] != trainer.state.global_step):
         trainer.evaluate()
     trainer.finish(space, output)
     loaded.model.eval()
@@ -245,6 +247,7 @@ def make_trainer(
         groups=recipe.groups,
         p_sar=recipe.p_sar,
         seed=recipe.seed,
+        pad_to_multiple_of=_FEW_SHAPES,
     )
     arguments = TrainingArguments(
         output_dir=str(output),

@@ -112,7 +112,7 @@ def test_hostile_names_stay_in_their_cell(run_space, tmp_path):
 
     last = run_space("models", "list", "--models-file", "m.toml").stdout.splitlines()[-1].split("\t")
 
-    assert last == ["a␛[31m b c", "no", "unknown", "Hub: org/x @ \\u202e[red]"]
+    assert last == ["a␛[31m b c", "no", "", "unknown", "Hub: org/x @ \\u202e[red]"]
 
 
 def test_torch_stays_unloaded(clean_env):

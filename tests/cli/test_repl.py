@@ -142,6 +142,13 @@ def test_a_race_shows_both_and_the_same_text(chat):
     assert "times as fast, the same tokens" in raced
 
 
+def test_a_record_needs_a_prompt(chat):
+    terminal = chat("--json", "-")
+
+    terminal.until("--json needs a prompt; give --prompt TEXT, or pipe it in")
+    assert terminal.finish() == 2
+
+
 def test_retry_and_copy_and_steps(chat):
     terminal = chat("--max-new-tokens", "8", "--temperature", "1.0")
     say(terminal, "run")
