@@ -5,8 +5,8 @@ import os
 import pty
 import re
 import select
-import signal
 import struct
+import subprocess
 import termios
 import time
 
@@ -22,11 +22,20 @@ class Terminal:
         self._screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self._screen)
         self.raw = b""
-        self._pid, self._fd = pty.fork()
-        if self._pid == 0:
-            os.chdir(cwd)
-            os.execvpe(command[0], command, env)
+        self._fd, program_side = pty.openpty()
         self.resize(columns, rows)
+        self._process = subprocess.Popen(
+            command,
+            env=env,
+            cwd=cwd,
+            stdin=program_side,
+            stdout=program_side,
+            stderr=program_side,
+            start_new_session=True,
+            # Ctrl-C reaches the program whose controlling terminal it is
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(program_side)
 
     def resize(self, columns, rows):
         self._screen.resize(rows, columns)
@@ -55,16 +64,12 @@ class Terminal:
         end = time.monotonic() + seconds
         while time.monotonic() < end and self._read(0.2):
             pass
-        _, status = os.waitpid(self._pid, 0)
-        os.close(self._fd)
-        return os.waitstatus_to_exitcode(status)
+        return self._process.wait(timeout=seconds)
 
     def kill(self):
-        try:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
+        self._process.kill()
+        self._process.wait()
+        os.close(self._fd)
 
     def _read(self, seconds):
         """Take what comes; False once the program has gone."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
@@ -70,6 +71,7 @@ class SARTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._space = space
+        self._collator = collator
         self._mask_loss_weight = mask_loss_weight
         self._mask_ids = torch.tensor(list(collator.mask_token_ids))
         self._masks = collator.masks_per_group
@@ -126,6 +128,14 @@ class SARTrainer(Trainer):
             unpack(self.model)
         (output.metrics or {}).update({f"eval_{name}": value for name, value in shown.items()})
         return output
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Measure whole examples: the paper's form, which cuts them at their group, would measure others each time."""
+        training, self.data_collator = self.data_collator, replace(self._collator, form="groups")
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
 
     def _over_processes(self) -> torch.Tensor:
         return torch.as_tensor(self.accelerator.reduce(self._sums.to(self.accelerator.device))).cpu()

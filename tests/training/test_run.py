@@ -167,6 +167,17 @@ def test_held_out_answers_tell_whether_the_model_got_worse(make_base, data, tmp_
     assert after["answer_loss"] != before["answer_loss"]
 
 
+def test_the_papers_form_is_measured_on_whole_examples_too(make_base, data, tmp_path):
+    base, losses = make_base(), []
+    for form in ("groups", "paper"):
+        output = tmp_path / form
+        options = ("--method", "full", "--max-steps", "2", "--distill", "off", "--form", form)
+        assert train(base, data, output, *options) == 0
+        losses.append(json.loads((output / "training.jsonl").read_text().splitlines()[0])["eval_ar_loss"])
+
+    assert losses[0] == losses[1]
+
+
 def test_an_adapter_leaves_its_base_alone(make_base, data, tmp_path):
     base = make_base()
     before = {file.name: file.read_bytes() for file in base.iterdir()}
