@@ -95,20 +95,23 @@ def test_a_conversation_answers_as_a_fresh_run_of_it_would(chat, tmp_path):
 
 
 def test_ctrl_c_stops_the_answer_and_what_was_said_stays(chat):
-    terminal = chat("--max-new-tokens", "200", "--live", "steps")
+    # so hot that it goes on for long, and on a model that takes its time
+    hot = ("--temperature", "5", "--live", "steps")
+    terminal = chat("--max-new-tokens", "900", *hot, model="nano")
     ready(terminal)
 
     terminal.type("go on\r")
     terminal.until(r"\n +9  ")
     terminal.interrupt()
     stopped = terminal.until("stopped; what was said stays")
+    say(terminal, "/set max_new_tokens 8")
     after = say(terminal, "and on")
     terminal.interrupt()
     terminal.until("Ctrl-C again")
     terminal.interrupt()
 
     assert terminal.finish() == 0
-    assert told(stopped)[0] < 200
+    assert told(stopped)[0] < 900
     assert "tokens in" in after
 
 

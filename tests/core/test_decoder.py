@@ -138,7 +138,7 @@ def test_a_branch_of_a_tree_is_moved_to_the_front_of_the_cache(tiny_models):
             engine.prefill(PROMPT)
         branched.run([5, 99, 6, 7])
         branched.settle([0, 2, 3])
-        straight.prefill([5, 6, 7])
+        straight.prefill([*PROMPT, 5, 6, 7])
         after, expected = (engine.run([1, 2, 3, 4]) for engine in (branched, straight))
 
     assert torch.allclose(after, expected, atol=1e-4)

@@ -97,8 +97,10 @@ def rollback_one_short(monkeypatch):
     rollback, slipped = cache.KVCache.rollback, set()
 
     def lazy(self, length):
-        rollback(self, length + (id(self.extent) not in slipped and length < self.length))
-        slipped.add(id(self.extent))
+        nonlocal slipped
+        slips = id(self.extent) not in slipped and length < self.length
+        rollback(self, length + slips)
+        slipped |= {id(self.extent)} if slips else set()
 
     monkeypatch.setattr(cache.KVCache, "rollback", lazy)
 
