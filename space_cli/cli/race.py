@@ -50,7 +50,7 @@ class _Runner:
     def told(self) -> str:
         tokens, steps, seconds = len(self.generation.tokens), len(self.generation.steps), self.generation.seconds
         rate = tokens / seconds if seconds else 0
-        return f"{self.name}  {seconds:.2f} s  {tokens} tokens  {steps} steps  {rate:.0f} tok/s"
+        return f"{self.name}  {rate:.0f} tok/s  {seconds:.1f} s  {tokens} tokens  {steps} steps"
 
 
 def race(session: Session, asked: Known, console: Console) -> None:
