@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from space_cli.cli.console import plain, visible
-from space_cli.cli.live import histogram
+from space_cli.cli.live import Tally, histogram, newest_lines, tally_of
 
 if TYPE_CHECKING:
     from space_cli.cli.session import Session
@@ -60,7 +59,7 @@ class LiveAnswer(PlainAnswer):
         self._console = console
         self._shades = _COLOURLESS_SHADES if console.no_color or not console.color_system else _SHADES
         self._text = Text()
-        self._steps = self._tokens = 0
+        self._tally = Tally()
         self._drawn = 0.0
         self._live = Live(console=console, auto_refresh=False, transient=True, get_renderable=self._render)
 
@@ -80,9 +79,8 @@ class LiveAnswer(PlainAnswer):
 
     def step(self, step: Step) -> None:
         """Add a step's text, shaded where it brought several tokens."""
-        self._steps += 1
-        self._tokens += len(step.tokens)
-        style = self._shades[self._steps % 2] if len(step.tokens) > 1 else ""
+        self._tally.add(step)
+        style = self._shades[self._tally.steps % 2] if len(step.tokens) > 1 else ""
         self._text.append_text(plain("".join(map(self._stream.push, step.tokens)), style=style))
         if time.monotonic() - self._drawn >= _SECONDS_PER_FRAME:
             self._live.refresh()
@@ -90,12 +88,9 @@ class LiveAnswer(PlainAnswer):
 
     def _render(self) -> Group:
         size = self._console.size
-        height = max(1, size.height - 3)
-        wrapped: list[Text] = []
-        for line in reversed(self._text.split("\n", allow_blank=True)[-height:]):
-            wrapped = [*line.wrap(self._console, max(1, size.width - 1), overflow="fold"), *wrapped]
-        counted = f"{self._tokens} tokens in {self._steps} steps"
-        return Group(Text("\n", no_wrap=True).join(wrapped[-height:]), Text(counted, style="dim", no_wrap=True))
+        newest = newest_lines(self._text, self._console, max(1, size.width - 1), max(1, size.height - 3))
+        counted = f"{self._tally.tokens} tokens in {self._tally.steps} steps"
+        return Group(newest, Text(counted, style="dim", no_wrap=True))
 
 
 class StepsAnswer(PlainAnswer):
@@ -147,10 +142,9 @@ def view_of(session: Session, console: Console) -> PlainAnswer:
 
 def summary(generation: Generation, *, speedup: float | None, context: str) -> str:
     """Return the line below an answer."""
-    tokens, steps = len(generation.tokens), len(generation.steps)
-    brought = Counter(len(step.tokens) for step in generation.steps)
-    parts = [f"{tokens} tokens in {steps} steps: {tokens / steps:.2f} per step  {histogram(brought)}"]
-    parts.append(f"{tokens / generation.seconds:.0f} tokens/s")
+    tally = tally_of([generation])
+    per_step = f"{tally.tokens} tokens in {tally.steps} steps: {tally.tokens / tally.steps:.2f} per step"
+    parts = [f"{per_step}  {histogram(tally.accepted)}", f"{tally.rate:.0f} tokens/s"]
     if speedup is not None:
         parts.append(f"{speedup:.2f} times as fast as one token at a time")
     if context:

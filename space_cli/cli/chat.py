@@ -11,7 +11,6 @@ import typer
 
 from space_cli.cli import options
 from space_cli.errors import Interrupted, UsageProblem
-from space_cli.models.prompting import Turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,12 +29,6 @@ _Prompt = Annotated[
 _Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the model goes on behind the prompt.")]
 _System = Annotated[str | None, typer.Option("--system", help="What the model is told before all else.")]
 _SystemFile = Annotated[Path | None, typer.Option("--system-file", help="The same, from a file.")]
-_Template = Annotated[
-    str | None,
-    typer.Option(
-        "--template", help=r"Form of a turn with one {}, as 'Human:{}\nAssistant:'; default: the chat template."
-    ),
-]
 _Mode = Annotated[
     Literal["auto", "space", "ar"],
     typer.Option("--mode", help="space, or one token at a time; auto: space where the model was trained for it."),
@@ -57,7 +50,7 @@ def chat(
     raw: _Raw = False,
     system: _System = None,
     system_file: _SystemFile = None,
-    template: _Template = None,
+    template: options.Template = None,
     mode: _Mode = "auto",
     candidates: options.Candidates = None,
     max_new_tokens: options.MaxNewTokens = 512,
@@ -129,9 +122,7 @@ def chat(
             context=context,
             live=live,
         )
-        form = "{}" if raw else template.replace("\\n", "\n") if template else None
-        session = Session(loaded, settings, template=form)
-        session.chat.turns = turns
+        session = Session(loaded, settings, template="{}" if raw else template, turns=turns)
         if system:
             session.chat.system = system
     finally:
@@ -176,6 +167,7 @@ def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, 
     from space_cli.cli.session import record_of
     from space_cli.cli.tables import write_record
     from space_cli.core.stream import Generation
+    from space_cli.models.prompting import Turn
 
     session.chat.turns.append(Turn("user", text))
     asked, generation = session.request(), Generation()

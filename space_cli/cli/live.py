@@ -17,8 +17,10 @@ from rich.text import Text
 from space_cli.cli.console import err, plain, visible
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from space_cli.core.stopping import TextStream
-    from space_cli.core.stream import Step
+    from space_cli.core.stream import Generation, Step
     from space_cli.models.loading import LoadedModel
 
 _SECONDS_PER_FRAME = 0.125
@@ -27,8 +29,8 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass
-class _Tally:
-    """One method so far."""
+class Tally:
+    """What steps have brought so far."""
 
     tokens: int = 0
     steps: int = 0
@@ -36,6 +38,7 @@ class _Tally:
     accepted: Counter[int] = field(default_factory=Counter)
 
     def add(self, step: Step) -> None:
+        """Count a step."""
         self.tokens += len(step.tokens)
         self.steps += 1
         self.seconds += step.seconds
@@ -43,6 +46,7 @@ class _Tally:
 
     @property
     def rate(self) -> float:
+        """Tokens per second."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
@@ -51,7 +55,7 @@ class RunView:
 
     def __init__(self, console: Console, *, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
-        self._tallies: dict[str, _Tally] = {}
+        self._tallies: dict[str, Tally] = {}
         self._prompts = self._total = 0
         self._last_line = time.monotonic()
 
@@ -73,7 +77,7 @@ class RunView:
         """Take what the run is about: how many prompts or answers are to be done by all methods, the last one last."""
         self._loaded = loaded
         self._unit = unit
-        self._tallies = {name: _Tally() for name in methods}
+        self._tallies = {name: Tally() for name in methods}
         self._total = total
 
     def __enter__(self) -> RunView:
@@ -155,10 +159,7 @@ class LiveRunView(RunView):
     def _render(self) -> Group:
         size = self._console.size
         height = min(_TEXT_LINES, max(1, size.height - len(self._tallies) - 6))
-        # the newest text is what counts: it stays in sight where a line is longer than the panel is wide
-        lines = self._text.split("\n", allow_blank=True)[-height:]
-        wrapped = [part for line in lines for part in line.wrap(self._console, size.width - 4, overflow="fold")]
-        body = Text("\n", no_wrap=True).join(wrapped[-height:])
+        body = newest_lines(self._text, self._console, size.width - 4, height)
         title = plain(f"{self._method}  {self._task}")
         panel = Panel(body, title=title, title_align="left", height=height + 2)
         return Group(self._progress(size.width), panel, self._methods())
@@ -199,6 +200,22 @@ def run_view(*, quiet: bool) -> RunView:
     if quiet or not console.is_terminal or console.is_dumb_terminal:
         return RunView(console, quiet=quiet)
     return LiveRunView(console)
+
+
+def newest_lines(text: Text, console: Console, width: int, height: int) -> Text:
+    """Return the end of a text: what is new stays in sight where a line is longer than the place is wide."""
+    lines = text.split("\n", allow_blank=True)[-height:]
+    wrapped = [part for line in lines for part in line.wrap(console, width, overflow="fold")]
+    return Text("\n", no_wrap=True).join(wrapped[-height:])
+
+
+def tally_of(generations: Iterable[Generation]) -> Tally:
+    """Return what the steps of some answers brought."""
+    tally = Tally()
+    for generation in generations:
+        for step in generation.steps:
+            tally.add(step)
+    return tally
 
 
 def histogram(accepted: Counter[int]) -> str:

@@ -23,9 +23,6 @@ _MaskTokenIds = Annotated[
     typer.Option("--mask-token-ids", help="Without space_config.json: one id, or one per mask, as 5,6,7."),
 ]
 _Candidates = Annotated[int | None, typer.Option("--candidates", min=1, help="The same: k, and masks of a group.")]
-_Template = Annotated[
-    str | None, typer.Option("--template", help=r"Form of a turn, as 'Human:{}\nAssistant:', without a chat template.")
-]
 _Description = Annotated[str, typer.Option("--description", help="A line about it.")]
 
 
@@ -52,7 +49,7 @@ def add(
     source: _Source,
     mask_token_ids: _MaskTokenIds = None,
     candidates: _Candidates = None,
-    template: _Template = None,
+    template: options.Template = None,
     description: _Description = "",
     revision: options.Revision = None,
     models_file: options.ModelsFile = None,
@@ -75,7 +72,7 @@ def add(
         revision=revision,
         mask_token_ids=ids,
         candidates=candidates,
-        prompt_template=template.replace("\\n", "\n") if template else None,
+        prompt_template=template,
     )
     file = models_file or own_models_file()
     add_model(name, entry, file)

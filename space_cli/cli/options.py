@@ -38,6 +38,11 @@ def _checked_report(report: Path | None) -> Path | None:
     return report
 
 
+def _with_line_breaks(template: str | None) -> str | None:
+    r"""A shell's `\n` is two characters."""
+    return template.replace("\\n", "\n") if template else None
+
+
 def _complete_model(incomplete: str) -> list[str]:
     from space_cli.models.registry import read_models
 
@@ -61,6 +66,14 @@ Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Quantization = Annotated[str, typer.Option("--quantization", help="none, int8, nf4 or fp4 (bitsandbytes).")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        callback=_with_line_breaks,
+        help=r"Form of a turn with one {}, as 'Human:{}\nAssistant:'; default: the chat template.",
+    ),
+]
 Candidates = Annotated[
     int | None,
     typer.Option("--candidates", help="Tokens guessed per step (k); default: what the checkpoint says."),

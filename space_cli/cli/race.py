@@ -15,10 +15,10 @@ from rich.panel import Panel
 from rich.text import Text
 
 from space_cli.cli.console import plain
+from space_cli.cli.live import Tally, newest_lines
 from space_cli.core.block import AR_BLOCK
 from space_cli.core.cache import KVCache
 from space_cli.core.stopping import TextStream
-from space_cli.core.stream import Generation
 
 if TYPE_CHECKING:
     from space_cli.cli.session import Session
@@ -33,14 +33,16 @@ class _Runner:
     name: str
     steps: Iterator[Step]
     stream: TextStream
-    generation: Generation = field(default_factory=Generation)
+    tally: Tally = field(default_factory=Tally)
+    token_ids: list[int] = field(default_factory=list)
     text: str = ""
     is_done: bool = False
 
     def advance(self) -> None:
         """Take a step."""
         step = next(self.steps)
-        self.generation.steps.append(step)
+        self.tally.add(step)
+        self.token_ids += step.tokens
         self.text += "".join(map(self.stream.push, step.tokens))
         self.is_done = step.finish_reason is not None
         if self.is_done:
@@ -48,9 +50,9 @@ class _Runner:
 
     @property
     def told(self) -> str:
-        tokens, steps, seconds = len(self.generation.tokens), len(self.generation.steps), self.generation.seconds
-        rate = tokens / seconds if seconds else 0
-        return f"{self.name}  {rate:.0f} tok/s  {seconds:.1f} s  {tokens} tokens  {steps} steps"
+        so_far = self.tally
+        counted = f"{so_far.tokens} tokens  {so_far.steps} steps"
+        return f"{self.name}  {so_far.rate:.0f} tok/s  {so_far.seconds:.1f} s  {counted}"
 
 
 def race(session: Session, asked: Known, console: Console) -> None:
@@ -66,19 +68,15 @@ def race(session: Session, asked: Known, console: Console) -> None:
     drawn = 0.0
     with Live(console=console, auto_refresh=False, get_renderable=lambda: _panes(runners, console)) as live:
         while not all(runner.is_done for runner in runners):
-            min(
-                (runner for runner in runners if not runner.is_done), key=lambda each: each.generation.seconds
-            ).advance()
+            behind = (runner for runner in runners if not runner.is_done)
+            min(behind, key=lambda runner: runner.tally.seconds).advance()
             if time.monotonic() - drawn >= _SECONDS_PER_FRAME:
                 live.refresh()
                 drawn = time.monotonic()
         live.refresh()
-    same = (
-        "the same tokens"
-        if ar.generation.tokens == space.generation.tokens
-        else "other tokens: they part at a near tie"
-    )
-    console.print(Text(f"{ar.generation.seconds / space.generation.seconds:.2f} times as fast, {same}", style="dim"))
+    is_same = ar.token_ids == space.token_ids
+    same = "the same tokens" if is_same else "other tokens: they part at a near tie"
+    console.print(Text(f"{ar.tally.seconds / space.tally.seconds:.2f} times as fast, {same}", style="dim"))
 
 
 def _panes(runners: list[_Runner], console: Console) -> Columns:
@@ -87,9 +85,7 @@ def _panes(runners: list[_Runner], console: Console) -> Columns:
     height = max(4, min(16, size.height - 4 if size.width >= 60 else size.height // 2 - 2))
     panes = []
     for runner in runners:
-        lines = plain(runner.text).split("\n", allow_blank=True)[-height:]
-        wrapped = [part for line in lines for part in line.wrap(console, width - 4, overflow="fold")]
-        body = Text("\n", no_wrap=True).join(wrapped[-(height - 2) :])
+        body = newest_lines(plain(runner.text), console, width - 4, height - 2)
         done = "green" if runner.is_done else "dim"
         panes.append(Panel(body, title=runner.told, title_align="left", width=width, height=height, border_style=done))
     return Columns(panes, padding=(0, 0))

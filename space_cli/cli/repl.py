@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import difflib
 import sys
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from rich.text import Text
 
 from space_cli.cli.answer import summary, view_of
 from space_cli.cli.console import out, plain, visible
-from space_cli.cli.live import histogram
+from space_cli.cli.live import histogram, tally_of
 from space_cli.core.stream import Generation
 from space_cli.errors import SpaceError, UsageProblem
 from space_cli.models.chat import load_turns
@@ -62,9 +62,12 @@ class Repl:
             "/retry": (self._retry, "answer the last request again, sampled under the next seed"),
             "/race": (self._race, "answer it one token at a time and by SPACE, side by side"),
             "/stats": (self._stats, "what this session's steps brought"),
-            "/mode": (self._mode, "ar|space  one token at a time, or several"),
-            "/live": (self._live, "text|steps  show the answer, or every step with what was guessed"),
-            "/color": (self._color, "on|off"),
+            "/mode": (partial(self._set_one, "mode"), "ar|space  one token at a time, or several"),
+            "/live": (
+                partial(self._set_one, "live"),
+                "text|steps  show the answer, or every step with what was guessed",
+            ),
+            "/color": (partial(self._set_one, "color"), "on|off"),
             "/set": (self._set, "KEY VALUE  temperature, max_new_tokens, ...; without: show all"),
             "/model": (self._model, "NAME  go on with another model"),
             "/save": (self._save, "FILE  write the conversation"),
@@ -207,38 +210,27 @@ class Repl:
 
         if self._session.last is None:
             raise UsageProblem("nothing to race with", hint="ask something first")
-        if not self._session.loaded.mask_token_ids:
-            raise UsageProblem(f"{self._session.loaded.name} was not trained for SPACE")
         race(self._session, self._session.last[0], self._console())
 
     def _stats(self, _: str) -> None:
         done = self._session.done
         if not done:
             raise UsageProblem("no answer yet")
-        tokens, steps = sum(len(each.tokens) for each in done), sum(len(each.steps) for each in done)
-        seconds = sum(each.seconds for each in done)
-        brought = Counter(len(step.tokens) for each in done for step in each.steps)
+        tally = tally_of(done)
         prefilled = sum(step.prefilled for each in done for step in each.steps)
-        self._say(f"{len(done)} answers, {tokens} tokens in {steps} steps: {tokens / steps:.2f} per step", style="")
-        self._say(f"steps that brought 1, 2, 3, ... tokens: {histogram(brought)}", style="")
-        self._say(f"{tokens / seconds:.0f} tokens/s with {prefilled} prompt tokens computed before them", style="")
+        per_step = f"{tally.tokens} tokens in {tally.steps} steps: {tally.tokens / tally.steps:.2f} per step"
+        self._say(f"{len(done)} answers, {per_step}", style="")
+        self._say(f"steps that brought 1, 2, 3, ... tokens: {histogram(tally.accepted)}", style="")
+        self._say(f"{tally.rate:.0f} tokens/s with {prefilled} prompt tokens computed before them", style="")
 
-    def _mode(self, value: str) -> None:
-        if value == "space" and not self._session.loaded.mask_token_ids:
-            raise UsageProblem(f"{self._session.loaded.name} was not trained for SPACE")
-        self._set(f"mode {value}")
-
-    def _live(self, value: str) -> None:
-        self._set(f"live {value}")
-
-    def _color(self, value: str) -> None:
-        self._set(f"color {value}")
+    def _set_one(self, name: str, value: str) -> None:
+        self._session.change(name.replace("-", "_"), value)
+        self._say(f"{name} {value}")
 
     def _set(self, told: str) -> None:
         if told:
             name, _, value = told.partition(" ")
-            self._session.settings.change(name.replace("-", "_"), value.strip())
-            self._say(f"{name} {value.strip()}")
+            self._set_one(name, value.strip())
             return
         for name, value in self._session.settings:
             self._say(f"{name:<20} {'as trained' if value is None else value}", style="")

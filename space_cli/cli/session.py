@@ -76,26 +76,39 @@ class Session:
         loaded: the model.
         settings: how it answers.
         template: a form with one {} in place of the tokenizer's chat template, or None.
+        turns: what was said before.
 
     Attributes:
         last: the newest request with its answer's steps, or None.
         done: every answer of the session.
     """
 
-    def __init__(self, loaded: LoadedModel, settings: ChatSettings, *, template: str | None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, settings: ChatSettings, *, template: str | None, turns: Sequence[Turn] = ()
+    ) -> None:
         self.settings = settings
         self.template = template
         self.done: list[Generation] = []
-        self.take(loaded, ())
+        self.take(loaded, turns)
 
     def take(self, loaded: LoadedModel, turns: Sequence[Turn]) -> None:
         """Go on from these turns with a model."""
-        if self.settings.mode == "space" and not loaded.mask_token_ids:
-            raise UsageProblem(f"{loaded.name} was not trained for SPACE", hint="use --mode ar, or a SPACE checkpoint")
+        if self.settings.mode == "space":
+            _check_masks(loaded)
         self.loaded = loaded
         self.cache = KVCache()
         self.chat = Chat(loaded, template=self.template or loaded.prompt_template, turns=turns)
         self.last: tuple[Known, Generation] | None = None
+
+    def change(self, name: str, value: str) -> None:
+        """Change a setting.
+
+        Raises:
+            UsageProblem: no such setting or value, or not with this model.
+        """
+        if (name, value) == ("mode", "space"):
+            _check_masks(self.loaded)
+        self.settings.change(name, value)
 
     @property
     def block(self) -> Block:
@@ -106,6 +119,7 @@ class Session:
         """Return the shape of a step of a mode."""
         if mode == "ar":
             return AR_BLOCK
+        _check_masks(self.loaded)
         count = min(self.settings.candidates or self.loaded.candidates, self.loaded.masks_per_group)
         return Block.chain(count, count)
 
@@ -185,6 +199,11 @@ class Session:
         own = statistics.median(step.seconds for step in generation.steps[1:])
         beside = generation.seconds - own * len(generation.steps)
         return (beside + ar * len(generation.tokens)) / generation.seconds
+
+
+def _check_masks(loaded: LoadedModel) -> None:
+    if not loaded.mask_token_ids:
+        raise UsageProblem(f"{loaded.name} was not trained for SPACE", hint="use --mode ar, or a SPACE checkpoint")
 
 
 class AnswerRecord(JsonRecord):

@@ -58,12 +58,6 @@ _Distill = Annotated[
 _Temperatures = Annotated[str, typer.Option("--temperatures", help="Of those answers, in turn; 0 is greedy.")]
 _AnswerTokens = Annotated[int, typer.Option("--answer-tokens", min=2, help="Most tokens of such an answer.")]
 _AnswerBatch = Annotated[int, typer.Option("--answer-batch-size", min=1, help="Prompts the base answers at once.")]
-_Template = Annotated[
-    str | None,
-    typer.Option(
-        "--template", help=r"Form of a turn with one {}, as 'Human:{}\nAssistant:'; default: the chat template."
-    ),
-]
 _MaxLength = Annotated[int, typer.Option("--max-length", min=8, help="Tokens of an example; longer ones are cut.")]
 _Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Times each example is seen.")]
 _MaxSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after so many steps.")]
@@ -107,7 +101,7 @@ def train(
     temperatures: _Temperatures = "0,0,0.8",
     answer_tokens: _AnswerTokens = 256,
     answer_batch_size: _AnswerBatch = 8,
-    template: _Template = None,
+    template: options.Template = None,
     max_length: _MaxLength = 2048,
     epochs: _Epochs = 2,
     max_steps: _MaxSteps = None,
@@ -168,7 +162,7 @@ def train(
     )
     chosen = _method(loaded, method, quantization)
     examples = [example for source in sources for example in source.examples]
-    template = template.replace("\\n", "\n") if template else loaded.prompt_template
+    template = template or loaded.prompt_template
     length = min(max_length, loaded.context_length or max_length)
     prepared = prepare_examples(
         examples, loaded.tokenizer, template=template, max_length=length, held_out=held_out, seed=seed
