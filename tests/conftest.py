@@ -23,7 +23,8 @@ def clean_env(tmp_path_factory):
     """The environment of a new user: offline, an empty cache, no terminal settings."""
     dropped = ("FORCE_COLOR", "NO_COLOR", "SPACE_DEBUG", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
-    own = {name: str(tmp_path_factory.mktemp("home")) for name in ("HF_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME")}
+    homes = ("HF_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME")
+    own = {name: str(tmp_path_factory.mktemp("home")) for name in homes}
     return environment | own | {"COLUMNS": "80", "TERM": "xterm-256color"}
 
 

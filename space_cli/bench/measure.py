@@ -24,7 +24,7 @@ class Settings:
     """How answers are made.
 
     Attributes:
-        candidates: k of method space; None is what its checkpoint says.
+        candidates: k of method space, in the paper's chain; None draws each block by measured cost.
         numerics: how our calls are shaped; None is the model's default.
     """
 
@@ -55,7 +55,7 @@ def measure(
     Raises:
         UsageProblem: candidates out of range, or a prompt that does not fit the context; before anything has run.
     """
-    settings = replace(settings, candidates=candidates_of(loaded, methods, settings.candidates))
+    check_candidates(loaded, settings.candidates, methods)
     planned = plan(loaded, suites, settings)
     for method in methods:
         task = planned[0].task
@@ -93,35 +93,25 @@ def plan(loaded: LoadedModel, suites: Sequence[Suite], settings: Settings) -> li
     return planned
 
 
-def candidates_of(loaded: LoadedModel, methods: Sequence[Method], candidates: int | None) -> int:
-    """Return k, or 0 where no method drafts.
-
-    Raises:
-        UsageProblem: as of `check_candidates`.
-    """
-    return check_candidates(loaded, candidates) if any(method.needs_training for method in methods) else 0
-
-
-def check_candidates(loaded: LoadedModel, candidates: int | None) -> int:
-    """Return k of a model trained for SPACE: what was asked for, or what it was trained for.
+def check_candidates(loaded: LoadedModel, candidates: int | None, methods: Sequence[Method]) -> None:
+    """Refuse a k that the model was not trained for.
 
     Raises:
         UsageProblem: k is below 1 or above the masks of a group the model was trained with.
     """
-    if candidates is None:
-        return loaded.candidates
+    if candidates is None or not any(method.needs_training for method in methods):
+        return
     if not 1 <= candidates <= loaded.masks_per_group:
         raise UsageProblem(
             f"--candidates {candidates}: {loaded.name} was trained for 1 to {loaded.masks_per_group}",
             hint=f"choose 1 to {loaded.masks_per_group}",
         )
-    return candidates
 
 
 def _task(loaded: LoadedModel, suite: Suite, text: str, settings: Settings) -> Task:
     stop = StopRule(settings.max_new_tokens, loaded.eos_token_ids, suite.stop_strings, loaded.decode)
     prompt = loaded.prompt_template.replace("{}", text) if loaded.prompt_template else text
-    return Task(loaded, loaded.encode(prompt), stop, settings.sampling, settings.candidates or 0, settings.numerics)
+    return Task(loaded, loaded.encode(prompt), stop, settings.sampling, settings.candidates, settings.numerics)
 
 
 def _check_fits(loaded: LoadedModel, name: str, task: Task) -> None:

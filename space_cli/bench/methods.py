@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
-from space_cli.core.decoder import Drafter, decode
+from space_cli.core.decoder import decode
+from space_cli.core.drafting import AdaptiveDrafts, Drafts
 from space_cli.core.engine import Numerics
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, Step
@@ -28,35 +28,43 @@ LOOKUP_TOKENS = 10
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One prompt for one method."""
+    """One prompt for one method; `candidates` is k of the paper's chain, None for blocks drawn anew each step."""
 
     loaded: LoadedModel
     prompt_ids: Sequence[int]
     stop: StopRule
     sampling: Sampling
-    candidates: int
+    candidates: int | None
     numerics: Numerics | None = None
 
 
 def _ar(task: Task, on_step: OnStep) -> Generation:
-    return run_decode(task, AR_BLOCK, on_step)
+    return run_decode(task, None, on_step)
 
 
 def _space(task: Task, on_step: OnStep) -> Generation:
-    return run_decode(task, Block.chain(task.candidates, task.candidates), on_step)
+    return run_decode(task, task.loaded.drafts(task.candidates), on_step)
 
 
-def run_decode(task: Task, block: Block, on_step: OnStep, *, drafter: Drafter | None = None) -> Generation:
-    """Answer a task with our decoder."""
+def _space_chain(task: Task, on_step: OnStep) -> Generation:
+    return run_decode(task, task.loaded.drafts(task.candidates or task.loaded.candidates), on_step)
+
+
+def _space_lookup(task: Task, on_step: OnStep) -> Generation:
+    return run_decode(task, AdaptiveDrafts(task.loaded.costs, 0), on_step)
+
+
+def run_decode(task: Task, drafts: Drafts | None, on_step: OnStep) -> Generation:
+    """Answer a task with our decoder; without drafts, one token at a time."""
     generation = Generation()
     for step in decode(
         task.loaded.model,
         task.prompt_ids,
         stop=task.stop,
         chooser=Chooser.from_sampling(task.sampling),
-        block=block,
+        drafts=drafts,
         mask_token_ids=task.loaded.mask_token_ids,
-        drafter=drafter,
+        program=task.loaded.program,
         numerics=task.numerics,
     ):
         generation.steps.append(step)
@@ -140,6 +148,7 @@ class _Recorder(StoppingCriteria):
             tokens=tuple(tokens[:count]),
             accepted=max(0, count - 1),
             candidates=(),
+            rejected=(),
             slots=0,
             seconds=time.perf_counter() - self._started,
             finish_reason=reason,
@@ -173,6 +182,10 @@ METHODS = {
     for method in (
         Method("ar", "one token per model call, our baseline", _ar, exact_under_seed=True),
         Method("space", "auto-correct decoding", _space, exact_under_seed=True, needs_training=True),
+        Method(
+            "space-chain", "the same in the paper's block", _space_chain, exact_under_seed=True, needs_training=True
+        ),
+        Method("space-lookup", "candidates copied from the context, no masks", _space_lookup, exact_under_seed=True),
         Method("hf", "transformers' generate", _hf, exact_under_seed=False),
         Method("hf-lookup", "generate with prompt lookup", _hf_lookup, exact_under_seed=False),
     )

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 import space_cli
 from space_cli.errors import RunFailed
 from space_cli.files import write_whole
+from space_cli.models.loading import LoadedModel
 
 SCHEMA_VERSION = 1
 
@@ -163,8 +164,8 @@ def _total_rate(samples: Sequence[Sample]) -> float:
     return sum(sample.tokens for sample in samples) / seconds if seconds else 0.0
 
 
-def environment(*, device: str, dtype: str, threads: int) -> dict[str, Any]:
-    """Return where a run took place: versions, machine, device, dtype, date."""
+def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
+    """Return where a run took place: versions, machine, device, dtype, engine, what steps cost there, date."""
     return {
         "space": space_cli.__version__,
         "commit": _commit(),
@@ -174,8 +175,10 @@ def environment(*, device: str, dtype: str, threads: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": threads,
-        "device": device,
-        "dtype": dtype,
+        "device": loaded.device,
+        "dtype": loaded.dtype,
+        "engine": "eager" if loaded.program is None else "compiled",
+        "step_seconds": loaded.costs.seconds,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -120,9 +120,8 @@ class StepsAnswer(PlainAnswer):
         own = step.tokens[step.accepted :]
         for token in step.tokens[: step.accepted]:
             line.append_text(Text.assemble("+", (self._shown(token), "green"), " "))
-        if own and step.accepted < len(step.candidates):
-            # what stood behind a wrong guess was never looked at
-            wrong = step.candidates[step.accepted]
+        # what stood behind a wrong guess was never looked at
+        for wrong in step.rejected if own else ():
             line.append_text(Text.assemble("-", (self._shown(wrong), "red strike"), " "))
         for token in own:
             line.append_text(Text.assemble(">", (self._shown(token), "bold"), " "))

@@ -43,6 +43,7 @@ def bench(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantization: options.Quantization = "none",
+    engine: options.Engine = "auto",
     models_file: options.ModelsFile = None,
     revision: options.Revision = None,
     json: options.Json = None,
@@ -60,11 +61,12 @@ def bench(
 
     quiet_libraries()
 
-    from space_cli.bench.measure import Settings, candidates_of, measure
+    from space_cli.bench.measure import Settings, check_candidates, measure
     from space_cli.bench.methods import choose_methods, methods_named
     from space_cli.bench.report import results
     from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
+    from space_cli.models.engines import prepare
     from space_cli.models.loading import load_model
 
     default = "ar,space" if temperature else "ar,space,hf"
@@ -75,10 +77,14 @@ def bench(
         model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
     )
     chosen = choose_methods(names, loaded)
+    check_candidates(loaded, candidates, chosen)
+    prompts = sum(len(each.prompts) for each in suites)
+    to_come = prompts * max_new_tokens * sum(not name.startswith("hf") for name in names)
+    loaded = prepare(loaded, engine=engine, tokens=to_come, fresh_costs=True, on_compile=view.compiling)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     settings = Settings(max_new_tokens, sampling, candidates)
-    report = _report(loaded, settings, candidates_of(loaded, chosen, candidates))
-    view.begin(loaded, names, sum(len(each.prompts) for each in suites))
+    report = _report(loaded, settings)
+    view.begin(loaded, names, prompts)
     try:
         with view:
             for sample in measure(loaded, suites, chosen, settings, view):
@@ -110,7 +116,7 @@ def _list() -> int:
     return 0
 
 
-def _report(loaded: LoadedModel, settings: Settings, candidates: int) -> Report:
+def _report(loaded: LoadedModel, settings: Settings) -> Report:
     """Return the record of a run that has not begun."""
     from dataclasses import asdict
 
@@ -119,8 +125,8 @@ def _report(loaded: LoadedModel, settings: Settings, candidates: int) -> Report:
     from space_cli.bench.report import Report, environment
 
     return Report(
-        environment=environment(device=loaded.device, dtype=loaded.dtype, threads=torch.get_num_threads()),
-        settings={"model": loaded.name, "source": loaded.source, **asdict(settings), "candidates": candidates or None},
+        environment=environment(loaded, threads=torch.get_num_threads()),
+        settings={"model": loaded.name, "source": loaded.source, **asdict(settings)},
     )
 
 

@@ -68,6 +68,7 @@ def chat(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantization: options.Quantization = "none",
+    engine: options.Engine = "auto",
     models_file: options.ModelsFile = None,
     revision: options.Revision = None,
     json: options.Json = None,
@@ -96,10 +97,11 @@ def chat(
         status.start()
     try:
         from space_cli.cli.session import ChatSettings, Session
+        from space_cli.models.engines import prepare
         from space_cli.models.loading import load_model
 
         def loaded_by(name: str) -> LoadedModel:
-            return load_model(
+            loaded = load_model(
                 name,
                 models_file=models_file,
                 dtype=dtype,
@@ -107,6 +109,7 @@ def chat(
                 quantization=quantization,
                 revision=revision if name == model else None,
             )
+            return prepare(loaded, engine=engine)
 
         loaded = loaded_by(model)
         settings = ChatSettings.of(

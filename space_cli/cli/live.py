@@ -68,6 +68,10 @@ class RunView:
         """Say that a model is being loaded."""
         self.note(f"loading {name}")
 
+    def compiling(self) -> None:
+        """Say that a model is being compiled, which takes its time."""
+        self.note("compiling it for this machine, once: half a minute for a small model (--engine eager does without)")
+
     def note(self, text: str) -> None:
         """Say what is going on beside the answers."""
         if not self._quiet:

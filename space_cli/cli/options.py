@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -74,9 +74,19 @@ Template = Annotated[
         help=r"Form of a turn with one {}, as 'Human:{}\nAssistant:'; default: the chat template.",
     ),
 ]
+Engine = Annotated[
+    Literal["auto", "eager", "compiled"],
+    typer.Option(
+        "--engine",
+        help="eager: transformers runs the model. compiled: a program of its own, built once for this machine (CPU)."
+        " auto: compiled where it is built already, or where the run is long enough to build it.",
+    ),
+]
 Candidates = Annotated[
     int | None,
-    typer.Option("--candidates", help="Tokens guessed per step (k); default: what the checkpoint says."),
+    typer.Option(
+        "--candidates", help="Tokens guessed per step (k), always as many; default: as many as pay, step by step."
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.columns import Columns
 from rich.console import Console
@@ -16,7 +16,6 @@ from rich.text import Text
 
 from space_cli.cli.console import plain
 from space_cli.cli.live import Tally, newest_lines
-from space_cli.core.block import AR_BLOCK
 from space_cli.core.cache import KVCache
 from space_cli.core.stopping import TextStream
 
@@ -57,11 +56,11 @@ class _Runner:
 
 def race(session: Session, asked: Known, console: Console) -> None:
     """Answer a request both ways; whose own clock is behind takes the next step, so the panes keep their real pace."""
-    shapes = {"one token at a time": AR_BLOCK, "SPACE": session.shape("space")}
+    modes: dict[str, Literal["ar", "space"]] = {"one token at a time": "ar", "SPACE": "space"}
     runners = []
-    for name, block in shapes.items():
+    for name, mode in modes.items():
         # both begin with nothing computed
-        steps = session.steps(asked, block=block, cache=KVCache())
+        steps = session.steps(asked, mode=mode, cache=KVCache())
         stream = TextStream(partial(session.loaded.decode, skip_special_tokens=True))
         runners.append(_Runner(name, steps, stream))
     ar, space = runners

@@ -293,7 +293,9 @@ class Repl:
 
     def _toolbar(self) -> FormattedText:
         session = self._session
-        how = f"SPACE k={session.block.num_tokens - 1}" if session.settings.mode == "space" else "one token at a time"
+        fixed = session.settings.candidates
+        space = f"SPACE k={fixed}" if fixed else "SPACE"
+        how = space if session.settings.mode == "space" else "one token at a time"
         heat = f"temperature {session.settings.temperature:g}" if session.settings.temperature else "greedy"
         where = f"{Path(session.loaded.name).name} {session.loaded.dtype} {session.loaded.device}"
         return FormattedText([("", visible(" · ".join((self._context(), how, heat, where))))])

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from space_cli.bench.report import JsonRecord
-from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
+from space_cli.core.drafting import Drafts
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
@@ -110,18 +110,13 @@ class Session:
             _check_masks(self.loaded)
         self.settings.change(name, value)
 
-    @property
-    def block(self) -> Block:
-        """The shape of a step under the settings."""
-        return self.shape(self.settings.mode)
-
-    def shape(self, mode: Literal["space", "ar"]) -> Block:
-        """Return the shape of a step of a mode."""
+    def drafts(self, mode: Literal["space", "ar"]) -> Drafts | None:
+        """Return how an answer drafts in a mode: None is one token at a time."""
         if mode == "ar":
-            return AR_BLOCK
+            return None
         _check_masks(self.loaded)
-        count = min(self.settings.candidates or self.loaded.candidates, self.loaded.masks_per_group)
-        return Block.chain(count, count)
+        asked = self.settings.candidates
+        return self.loaded.drafts(None if asked is None else min(asked, self.loaded.masks_per_group))
 
     @property
     def tokens(self) -> int:
@@ -156,12 +151,15 @@ class Session:
         most = self.settings.max_new_tokens
         return most if limit is None else min(most, limit - len(asked.token_ids))
 
-    def steps(self, asked: Known, *, block: Block | None = None, cache: KVCache | None = None) -> Iterator[Step]:
-        """Answer a request; what the cache holds of it is not computed again."""
+    def steps(
+        self, asked: Known, *, mode: Literal["space", "ar"] | None = None, cache: KVCache | None = None
+    ) -> Iterator[Step]:
+        """Answer a request, in the mode set unless another is given; what the cache holds is not computed again."""
         stop = StopRule(self.room(asked), self.loaded.eos_token_ids)
-        return self._decode(asked.token_ids, stop, block or self.block, self.cache if cache is None else cache)
+        drafts = self.drafts(mode or self.settings.mode)
+        return self._decode(asked.token_ids, stop, drafts, self.cache if cache is None else cache)
 
-    def _decode(self, token_ids: list[int], stop: StopRule, block: Block, cache: KVCache) -> Iterator[Step]:
+    def _decode(self, token_ids: list[int], stop: StopRule, drafts: Drafts | None, cache: KVCache) -> Iterator[Step]:
         told = self.settings
         sampling = Sampling(told.temperature, told.top_k, told.top_p, told.min_p, told.repetition_penalty, told.seed)
         return decode(
@@ -169,8 +167,9 @@ class Session:
             token_ids,
             stop=stop,
             chooser=Chooser.from_sampling(sampling),
-            block=block,
+            drafts=drafts,
             mask_token_ids=self.loaded.mask_token_ids,
+            program=self.loaded.program,
             cache=cache,
         )
 
@@ -194,7 +193,7 @@ class Session:
         token_ids, limit = asked.token_ids + generation.tokens, self.loaded.context_length
         if len(generation.steps) < 2 or (limit is not None and len(token_ids) + _AR_STEPS > limit):
             return None
-        timed = list(self._decode(token_ids, StopRule(_AR_STEPS), AR_BLOCK, self.cache))
+        timed = list(self._decode(token_ids, StopRule(_AR_STEPS), None, self.cache))
         ar = statistics.median(step.seconds for step in timed[1:])
         own = statistics.median(step.seconds for step in generation.steps[1:])
         beside = generation.seconds - own * len(generation.steps)

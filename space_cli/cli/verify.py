@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +12,7 @@ from space_cli.cli import options
 from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from space_cli.bench.measure import Planned, Settings
     from space_cli.cli.live import RunView
@@ -37,11 +38,12 @@ _Against = Annotated[
     ),
 ]
 _Drafts = Annotated[
-    Literal["model", "mixed"] | None,
+    Literal["adaptive", "model", "mixed"] | None,
     typer.Option(
         "--drafts",
-        help="model: its own. mixed: right and wrong tokens blended, so that any causal LM can be checked and every"
-        " acceptance length occurs. Default: model where it was trained for SPACE.",
+        help="adaptive: those of everyday use. model: the masks' guesses in the paper's block. mixed: right and wrong"
+        " tokens blended, so that any causal LM can be checked and every acceptance length occurs. Default: adaptive"
+        " where it was trained for SPACE.",
     ),
 ]
 _Numerics = Annotated[
@@ -81,6 +83,7 @@ def verify_lossless(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantization: options.Quantization = "none",
+    engine: options.Engine = "auto",
     models_file: options.ModelsFile = None,
     revision: options.Revision = None,
     json: options.Json = None,
@@ -91,6 +94,7 @@ def verify_lossless(
     from space_cli.bench.suites import load_suite
 
     names = _named(against)
+    _check_together(numerics, engine, drafts, candidates)
     if seeds > 1 and not temperature:
         raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
     suites = [load_suite(name, limit=limit) for name in dict.fromkeys(suite or ["humaneval"])]
@@ -102,27 +106,25 @@ def verify_lossless(
     from space_cli.bench.measure import Settings, plan
     from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
+    from space_cli.models.engines import prepare
     from space_cli.models.loading import load_model
     from space_cli.verify.compare import Comparison
 
     view = run_view(quiet=quiet)
     view.loading(model)
-    loaded = load_model(
-        model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
-    )
+    load = partial(load_model, models_file=models_file, dtype=dtype, device=device, quantization=quantization)
+    loaded = load(model, revision=revision)
     names = names or ("ar", "hf", *(["base"] if _base_of(loaded) else []))
-    base = None
-    if "base" in names:
-        base_name = _base_of(loaded)
-        if base_name is None:
-            raise UsageProblem(f"--against base: {model} is no adapter", hint="use ar, hf or both")
-        view.loading(base_name)
-        base = load_model(base_name, models_file=models_file, dtype=dtype, device=device, quantization=quantization)
-    drafts = drafts or ("model" if loaded.candidates else "mixed")
-    block = _block(loaded, drafts, candidates)
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    base = _load_base(loaded, load, view) if "base" in names else None
     same_shape = numerics == "same-shape"
-    settings = Settings(max_new_tokens, sampling, block.num_candidates, _shaped(loaded, numerics))
+    drafts = drafts or _default_drafts(loaded, fixed=same_shape or candidates is not None)
+    block = _block(loaded, drafts, candidates)
+    to_come = 2 * sum(len(each.prompts) for each in suites) * max_new_tokens * seeds
+    loaded = prepare(
+        loaded, engine=engine if numerics == "auto" else "eager", tokens=to_come, on_compile=view.compiling
+    )
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    settings = Settings(max_new_tokens, sampling, candidates, _shaped(loaded, numerics))
     planned = plan(loaded, suites, settings)
     comparison = Comparison(block, drafts, names, base, same_shape, seeds)
     record = _record(loaded, comparison, settings, strict=strict)
@@ -137,9 +139,31 @@ def verify_lossless(
     finally:
         # what is done is shown and kept, whatever ended the run
         if record.answers:
-            record.conclude(candidates=block.num_candidates, strict=strict)
+            record.conclude(candidates=None if drafts == "adaptive" else block.num_candidates, strict=strict)
             _hand_out(record, json, report, view)
     return 0 if record.lossless else 1
+
+
+def _load_base(loaded: LoadedModel, load: Callable[[str], LoadedModel], view: RunView) -> LoadedModel:
+    name = _base_of(loaded)
+    if name is None:
+        raise UsageProblem(f"--against base: {loaded.name} is no adapter", hint="use ar, hf or both")
+    view.loading(name)
+    return load(name)
+
+
+def _check_together(numerics: str, engine: str, drafts: str | None, candidates: int | None) -> None:
+    """Refuse options that exclude each other."""
+    if drafts == "adaptive" and (numerics == "same-shape" or candidates is not None):
+        raise UsageProblem("--drafts adaptive: blocks differ from step to step", hint="use --drafts model")
+    if numerics != "auto" and engine == "compiled":
+        raise UsageProblem(f"--numerics {numerics}: a way to run the model as it is", hint="leave --engine out")
+
+
+def _default_drafts(loaded: LoadedModel, *, fixed: bool) -> Literal["adaptive", "model", "mixed"]:
+    if not loaded.candidates:
+        return "mixed"
+    return "model" if fixed else "adaptive"
 
 
 def _base_of(loaded: LoadedModel) -> str | None:
@@ -161,12 +185,14 @@ def _named(against: str | None) -> tuple[str, ...]:
 def _block(loaded: LoadedModel, drafts: str, candidates: int | None) -> Block:
     """Return SPACE's block; for a model without masks, candidates alone."""
     from space_cli.bench.measure import check_candidates
+    from space_cli.bench.methods import METHODS
     from space_cli.core.block import Block
 
     if loaded.candidates:
-        k = check_candidates(loaded, candidates)
+        check_candidates(loaded, candidates, [METHODS["space"]])
+        k = candidates or loaded.candidates
         return Block.chain(k, k)
-    if drafts == "model":
+    if drafts != "mixed":
         raise UsageProblem(f"{loaded.name} was not trained for SPACE, so it has no drafts", hint="use --drafts mixed")
     k = _UNTRAINED_CANDIDATES if candidates is None else candidates
     if not 1 <= k <= _MOST_CANDIDATES:
@@ -193,7 +219,7 @@ def _record(loaded: LoadedModel, comparison: Comparison, settings: Settings, *, 
     from space_cli.verify.record import Verification
 
     return Verification(
-        environment=environment(device=loaded.device, dtype=loaded.dtype, threads=torch.get_num_threads()),
+        environment=environment(loaded, threads=torch.get_num_threads()),
         settings={
             "model": loaded.name,
             "source": loaded.source,

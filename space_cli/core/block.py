@@ -125,6 +125,10 @@ class Block:
         return tuple(offsets)
 
     @cached_property
+    def _offset_ids(self) -> torch.Tensor:
+        return torch.tensor([self.offsets], dtype=torch.int64)
+
+    @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
         """Candidate slots that follow each token slot."""
         children: list[list[int]] = [[] for _ in range(self.num_tokens)]
@@ -163,7 +167,7 @@ class Block:
 
     def position_ids(self, prefix_length: int) -> torch.Tensor:
         """Return (1, Q) int64 positions for a head at position `prefix_length`, the number of settled tokens."""
-        return torch.tensor([self.offsets], dtype=torch.int64) + prefix_length
+        return self._offset_ids + prefix_length
 
     def attention_mask(self, prefix_length: int) -> torch.Tensor:
         """Return the (1, 1, Q, L + Q) bool mask, True = may attend; every slot sees the whole prefix."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,8 +13,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 @dataclass(slots=True)
 class Extent:
-    """How much of their buffers all layers of a cache show: the used part, rounded up to a multiple."""
+    """What all layers of a cache share: the slots there is room for, and how many they show.
 
+    Attributes:
+        capacity: slots a buffer must have, made longer when next written to.
+        multiple: the used part is shown rounded up to it.
+    """
+
+    capacity: int = 0
     multiple: int = 1
 
     def of(self, used: int) -> int:
@@ -32,17 +39,16 @@ class PreallocatedLayer(CacheLayerMixin):
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self, max_length: int, extent: Extent) -> None:
+    def __init__(self, extent: Extent) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.max_length = max_length
         self.extent = extent
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate (B, H, max_length, D) buffers of the states' dtype and device."""
+        """Allocate (B, H, capacity, D) buffers of the states' dtype and device."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros((*key_states.shape[:2], self.max_length, key_states.shape[3]))
-        self.values = value_states.new_zeros((*value_states.shape[:2], self.max_length, value_states.shape[3]))
+        self.keys = key_states.new_zeros((*key_states.shape[:2], self.extent.capacity, key_states.shape[3]))
+        self.values = value_states.new_zeros((*value_states.shape[:2], self.extent.capacity, value_states.shape[3]))
         self.is_initialized = True
 
     def update(
@@ -52,19 +58,20 @@ class PreallocatedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self.length, self.length + key_states.shape[2]
-        if self.extent.of(end) > self.keys.shape[2]:
-            self._grow()
+        self.make_room(end)
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         self.length = end
         shown = self.extent.of(end)
         return self.keys[:, :, :shown], self.values[:, :, :shown]
 
-    def _grow(self) -> None:
-        """Copy what is held into buffers of the length that is now allowed."""
+    def make_room(self, end: int) -> None:
+        """Copy what is held into longer buffers where `end` slots would not fit."""
+        if self.extent.of(end) <= self.keys.shape[2]:
+            return
         for name in ("keys", "values"):
             held = getattr(self, name)
-            longer = held.new_zeros((*held.shape[:2], self.max_length, held.shape[3]))
+            longer = held.new_zeros((*held.shape[:2], self.extent.capacity, held.shape[3]))
             longer[:, :, : self.length] = held[:, :, : self.length]
             setattr(self, name, longer)
 
@@ -78,7 +85,7 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Return the length of the buffer."""
-        return self.max_length
+        return self.extent.capacity
 
 
 class KVCache:
@@ -92,29 +99,22 @@ class KVCache:
     def __init__(self) -> None:
         self.extent = Extent()
         self.token_ids: list[int] = []
-        self._max_length = 0
         # transformers calls it once per layer of the model
-        self.past_key_values = Cache(layer_class_to_replicate=cast(Any, self._new_layer))
-
-    def _new_layer(self) -> PreallocatedLayer:
-        return PreallocatedLayer(self._max_length, self.extent)
+        self.past_key_values = Cache(layer_class_to_replicate=cast(Any, partial(PreallocatedLayer, self.extent)))
 
     def reserve(self, max_length: int) -> None:
         """Make room for so many tokens at once, the slots of a block included; what is held stays."""
-        if max_length > self._max_length:
-            self._max_length = max_length
-            for layer in self._layers():
-                layer.max_length = max_length
+        self.extent.capacity = max(max_length, self.extent.capacity)
 
     @property
     def length(self) -> int:
         """L, tokens in the cache."""
-        return max((layer.length for layer in self._layers()), default=0)
+        return max((layer.length for layer in self.layers), default=0)
 
     def rollback(self, length: int) -> None:
         """Forget everything behind the first `length` tokens."""
         del self.token_ids[length:]
-        for layer in self._layers():
+        for layer in self.layers:
             layer.length = length
 
     def keep(self, start: int, slots: Sequence[int]) -> None:
@@ -123,11 +123,20 @@ class KVCache:
         Slots that already stand in a row, as the accepted candidates of a chain do, cost nothing.
         """
         if list(slots) != list(range(len(slots))):
-            for layer in self._layers():
+            for layer in self.layers:
                 for states in (layer.keys, layer.values):
                     source = torch.tensor(slots, device=states.device) + start
                     states[:, :, start : start + len(slots)] = states[:, :, source]
         self.rollback(start + len(slots))
 
-    def _layers(self) -> list[PreallocatedLayer]:
+    def layer(self, index: int) -> PreallocatedLayer:
+        """Return a layer, made where the model has not asked for it yet."""
+        layers = self.past_key_values.layers
+        while len(layers) <= index:
+            layers.append(PreallocatedLayer(self.extent))
+        return cast(PreallocatedLayer, layers[index])
+
+    @property
+    def layers(self) -> list[PreallocatedLayer]:
+        """The layers, once something was computed."""
         return [layer for layer in self.past_key_values.layers if isinstance(layer, PreallocatedLayer)]

@@ -9,7 +9,7 @@ Source: SPACE paper (arXiv 2402.11809), section 3.3 and algorithm 1.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -17,13 +17,12 @@ from transformers import PreTrainedModel
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser, Rows
-from space_cli.core.engine import EagerEngine, Numerics, context_length
+from space_cli.core.compiled import Program
+from space_cli.core.drafting import ChainDrafts, Drafts
+from space_cli.core.engine import Numerics, context_length, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
 from space_cli.errors import UsageProblem
-
-Drafter = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
-"""Replaces drafts: gets all tokens so far (prompt included) and the candidate of each slot, returns those to use."""
 
 
 def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -43,9 +42,9 @@ def decode(
     *,
     stop: StopRule,
     chooser: Chooser,
-    block: Block = AR_BLOCK,
     mask_token_ids: Sequence[int] = (),
-    drafter: Drafter | None = None,
+    drafts: Drafts | None = None,
+    program: Program | None = None,
     numerics: Numerics | None = None,
     cache: KVCache | None = None,
 ) -> Iterator[Step]:
@@ -56,9 +55,10 @@ def decode(
         prompt_ids: at least one token id.
         stop: when it ends.
         chooser: how tokens are chosen, drafts included.
-        block: the shape of every step; the default is plain AR decoding.
         mask_token_ids: one shared id, or one per mask of a group.
-        drafter: puts other drafts in place of the model's own; whatever it returns, the output stays the same.
+        drafts: proposes a block and candidates for each step; None is plain AR decoding. Whatever it proposes, the
+            output stays the same.
+        program: the model, compiled; None runs it as it is.
         numerics: how calls are shaped; None is the model's default.
         cache: of earlier generations with this model; only what is new of the prompt is computed, and what is settled
             when the generation ends, or is left, stays in it.
@@ -72,27 +72,31 @@ def decode(
         raise ValueError("the prompt is empty: there is no head to start from")
     check_context(model, len(prompt_ids), stop.max_new_tokens)
     tokens = list(prompt_ids)
-    mask_ids = block.mask_token_ids(mask_token_ids) if block.masks else []
+    drafts = ChainDrafts(AR_BLOCK) if drafts is None else drafts
     max_length = len(prompt_ids) + stop.max_new_tokens
-    engine = EagerEngine(model, block, max_length=max_length, numerics=numerics, cache=cache)
+    engine = engine_for(
+        model, program, max_length=max_length, max_slots=drafts.max_slots, numerics=numerics, cache=cache
+    )
     state = stop.begin()
     # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head comes with the first step
     computed = engine.prefill(tokens[:-1])
-    candidates = _draft(block, drafter, tokens, guesses=[])
+    proposal = drafts.first(tokens)
     try:
         while True:
-            rows = chooser.rows(engine.run([tokens[-1], *candidates, *mask_ids]))
+            block, candidates = proposal.block, proposal.candidates
+            mask_ids = block.mask_token_ids(mask_token_ids) if block.anchors else []
+            rows = chooser.rows(engine.run(block, [tokens[-1], *candidates, *mask_ids]))
             path, emitted = _verify(rows, block, candidates, tokens)
             engine.settle(path)
             count, reason = state.push_all(emitted)
             tokens += emitted[:count]
-            proposed, candidates = candidates, []
             if reason is None:
-                candidates = _draft(block, drafter, tokens, guesses=_guess(rows, block, path[-1], tokens))
+                proposal = drafts.following(rows, proposal, path, tokens)
             yield Step(
                 tokens=tuple(emitted[:count]),
                 accepted=min(len(path) - 1, count),
-                candidates=tuple(proposed),
+                candidates=tuple(candidates),
+                rejected=tuple(candidates[child - 1] for child in block.children[path[-1]]),
                 slots=block.num_slots,
                 seconds=time.perf_counter() - started,
                 finish_reason=reason,
@@ -120,18 +124,3 @@ def _verify(rows: Rows, block: Block, candidates: Sequence[int], tokens: Sequenc
         if following is None:
             return path, emitted
         path.append(following)
-
-
-def _guess(rows: Rows, block: Block, anchor: int, tokens: Sequence[int]) -> list[int]:
-    """Return what the mask group behind the last accepted slot guesses to follow `tokens`."""
-    history = list(tokens)
-    for row in block.group(anchor):
-        history.append(rows.token(row, history))
-    return history[len(tokens) :]
-
-
-def _draft(block: Block, drafter: Drafter | None, tokens: Sequence[int], *, guesses: Sequence[int]) -> list[int]:
-    """Return the candidates of the next step: guesses by depth; a slot without one holds a token like any other."""
-    depths = block.offsets[1 : block.num_tokens]
-    candidates = [guesses[depth - 1] if depth <= len(guesses) else tokens[-1] for depth in depths]
-    return candidates if drafter is None else list(drafter(tokens, candidates))

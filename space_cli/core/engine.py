@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, cast
+from itertools import takewhile
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from space_cli.core.attention import KEY_TILE, can_be_invariant, invariant_attention_of
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
+from space_cli.core.compiled import MOST_SLOTS, Program
 
 Numerics = Literal["plain", "invariant"]
 """plain: the model's own attention over the used part of the cache. invariant: calls of one inner shape whatever the
@@ -41,12 +43,12 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 
 class EagerEngine:
-    """Runs one block shape through an unpatched transformers model, with masks and positions made once.
+    """Runs blocks through an unpatched transformers model, whatever their shapes.
 
     Args:
         model: a causal LM that takes a 4-D attention mask and position ids.
-        block: the shape of every step.
         max_length: prompt and new tokens together.
+        max_slots: Q of the largest block.
         numerics: None is the model's default.
         cache: of an earlier generation with the same model, to go on from; None starts with an empty one.
     """
@@ -54,35 +56,19 @@ class EagerEngine:
     def __init__(
         self,
         model: PreTrainedModel,
-        block: Block,
         *,
         max_length: int,
+        max_slots: int,
         numerics: Numerics | None = None,
         cache: KVCache | None = None,
     ) -> None:
         self.model = model
-        self.block = block
         self._tile = KEY_TILE if (numerics or default_numerics(model)) == "invariant" else 1
         self.cache = KVCache() if cache is None else cache
-        self.cache.reserve(-(-(max_length + block.num_slots) // self._tile) * self._tile)
+        self.cache.reserve(-(-(max_length + max_slots) // self._tile) * self._tile)
         # slots beyond the context hold nothing that can still be emitted, and learned positions have no row for them
-        last = (context_length(model.config) or max_length + block.num_slots) - 1
-        positions = torch.arange(max_length)[:, None] + block.position_ids(0)
-        self._position_ids = positions.clamp_(max=last)[:, None].to(model.device)
-        self._max_length = max_length
+        self._last_position = (context_length(model.config) or max_length + max_slots) - 1
         self._slot_ids: Sequence[int] = ()
-        # one query that sees all keys needs no mask, and transformers then takes its faster grouped-query path
-        self._mask = self._additive_mask() if block.num_slots > 1 or self._tile > 1 else None
-
-    def _additive_mask(self) -> torch.Tensor:
-        """Return the mask of the longest prefix; a shorter prefix is a slice of it, since all prefix columns are equal.
-
-        Behind the block stand hidden columns, one tile less one. Additive and of the model's dtype: eager attention
-        takes no other, and SDPA on CPU would turn a boolean mask into this one again in every layer.
-        """
-        visible = nn.functional.pad(self.block.attention_mask(self._max_length), (0, self._tile - 1))
-        additive = torch.zeros(visible.shape, dtype=self.model.dtype)
-        return additive.masked_fill_(~visible, torch.finfo(self.model.dtype).min).to(self.model.device)
 
     @property
     def length(self) -> int:
@@ -95,52 +81,95 @@ class EagerEngine:
         What an earlier generation left of them is kept. No logits are computed.
         """
         held = self.cache.token_ids
-        start = next((n for n, pair in enumerate(zip(held, token_ids, strict=False)) if pair[0] != pair[1]), None)
-        start = min(len(held), len(token_ids)) if start is None else start
+        start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, token_ids, strict=False)))
         self.cache.rollback(start)
-        self.cache.extent.multiple = 1
         if start < len(token_ids):
-            positions = torch.arange(start, len(token_ids), device=self.model.device)[None]
-            with self._attention():
-                self.model.base_model(
-                    input_ids=torch.tensor([list(token_ids[start:])], device=self.model.device),
-                    position_ids=positions,
-                    past_key_values=self.cache.past_key_values,
-                    use_cache=True,
-                )
+            self._extend(token_ids[start:])
             held += token_ids[start:]
         return len(token_ids) - start
 
-    def run(self, slot_ids: Sequence[int]) -> torch.Tensor:
-        """Run the block behind the settled prefix; return (Q, V) logits. The cache then holds all slots.
+    def _extend(self, token_ids: Sequence[int]) -> None:
+        """Compute tokens behind what the cache holds."""
+        start = self.length
+        self.cache.extent.multiple = 1
+        with self._attention():
+            self.model.base_model(
+                input_ids=torch.tensor([list(token_ids)], device=self.model.device),
+                position_ids=torch.arange(start, start + len(token_ids), device=self.model.device)[None],
+                past_key_values=self.cache.past_key_values,
+                use_cache=True,
+            )
+
+    def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
+        """Run a block behind the settled prefix; return (Q, V) logits. The cache then holds all slots.
 
         Args:
+            block: its shape.
             slot_ids: the token id in each slot, Q of them.
         """
-        length = self.length
         self._slot_ids = slot_ids
+        input_ids = torch.tensor([slot_ids], device=self.model.device)
+        position_ids = block.position_ids(self.length).clamp_(max=self._last_position).to(self.model.device)
+        return self._logits(block, input_ids, position_ids)
+
+    def _logits(self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         self.cache.extent.multiple = self._tile
-        first = self._max_length - length
-        shown = self.cache.extent.of(length + self.block.num_slots)
-        mask = None if self._mask is None else self._mask[..., first : first + shown]
         with self._attention():
             logits: torch.Tensor = self.model(
-                input_ids=torch.tensor([slot_ids], device=self.model.device),
-                attention_mask=mask,
-                position_ids=self._position_ids[length],
+                input_ids=input_ids,
+                attention_mask=self._mask(block),
+                position_ids=position_ids,
                 past_key_values=self.cache.past_key_values,
                 use_cache=True,
             ).logits
         return logits[0]
+
+    def _mask(self, block: Block) -> torch.Tensor | None:
+        """Return the (1, 1, Q, N) mask of a block behind the prefix, the unused end of the cache hidden.
+
+        Additive and of the model's dtype: eager attention takes no other, and SDPA on CPU would turn a boolean mask
+        into this one again in every layer.
+        """
+        if block.num_slots == 1 and self._tile == 1:
+            # one query that sees all keys needs none, and transformers then takes its faster grouped-query path
+            return None
+        length, shown = self.length, self.cache.extent.of(self.length + block.num_slots)
+        shape, dtype, device = (1, 1, block.num_slots, shown), self.model.dtype, self.model.device
+        mask = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
+        mask[..., :length] = 0
+        mask[..., length : length + block.num_slots].masked_fill_(torch.from_numpy(block.visibility).to(device), 0)
+        return mask
 
     def _attention(self) -> AbstractContextManager[None]:
         return invariant_attention_of(self.model) if self._tile > 1 else nullcontext()
 
     def settle(self, slots: Sequence[int]) -> None:
         """End a step: of the block's slots only `slots` (head and accepted candidates) join the settled prefix."""
-        self.cache.keep(self.length - self.block.num_slots, slots)
+        self.cache.keep(self.length - len(self._slot_ids), slots)
         self.cache.token_ids += [self._slot_ids[slot] for slot in slots]
 
     def abandon(self) -> None:
         """Forget the slots of a block that was not settled."""
         self.cache.rollback(len(self.cache.token_ids))
+
+
+class CompiledEngine(EagerEngine):
+    """Runs blocks, and the prompt in blocks of its own, through a compiled program of the model."""
+
+    def __init__(self, model: PreTrainedModel, program: Program, **arguments: Any) -> None:
+        super().__init__(model, **arguments)
+        self._program = program
+
+    def _extend(self, token_ids: Sequence[int]) -> None:
+        for start in range(0, len(token_ids), MOST_SLOTS):
+            some = token_ids[start : start + MOST_SLOTS]
+            self.run(Block.chain(len(some) - 1, 0), some)
+
+    def _logits(self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        self.cache.extent.multiple = 1
+        return self._program.run(block, input_ids, position_ids, self.cache)
+
+
+def engine_for(model: PreTrainedModel, program: Program | None, **arguments: Any) -> EagerEngine:
+    """Return the engine that runs a model, compiled or as it is; arguments as of `EagerEngine`."""
+    return EagerEngine(model, **arguments) if program is None else CompiledEngine(model, program, **arguments)

@@ -22,6 +22,7 @@ class Step:
         tokens: the token ids that came out, in order; cut where the generation ended.
         accepted: how many of them were candidates accepted in this step.
         candidates: what had been proposed, in slot order; empty for AR.
+        rejected: those of them that stood where the first token behind the accepted ones now stands.
         slots: rows of the model call.
         seconds: wall time, with the prefill in the first step.
         finish_reason: why the generation ended with this step, or None.
@@ -31,6 +32,7 @@ class Step:
     tokens: tuple[int, ...]
     accepted: int
     candidates: tuple[int, ...]
+    rejected: tuple[int, ...]
     slots: int
     seconds: float
     finish_reason: FinishReason | None = None

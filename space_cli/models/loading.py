@@ -19,6 +19,10 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from space_cli.core.block import Block
+from space_cli.core.compiled import Program
+from space_cli.core.costs import ASSUMED_COSTS, StepCosts
+from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafts
 from space_cli.core.engine import context_length, embedding_rows
 from space_cli.errors import UsageProblem
 from space_cli.models import support
@@ -39,6 +43,7 @@ class LoadedModel:
         mask_token_ids: one shared id or one per mask; empty for a model never trained for SPACE.
         candidates: k to decode with by default; 0 for a model never trained for SPACE.
         masks_per_group: m of the training, the largest k that makes sense.
+        program: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
     """
 
     name: str
@@ -54,6 +59,14 @@ class LoadedModel:
     candidates: int
     masks_per_group: int
     prompt_template: str | None
+    program: Program | None = None
+    costs: StepCosts = ASSUMED_COSTS
+
+    def drafts(self, candidates: int | None = None) -> Drafts:
+        """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best."""
+        if candidates is not None:
+            return ChainDrafts(Block.chain(candidates, candidates))
+        return AdaptiveDrafts(self.costs, self.masks_per_group)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text` with the special tokens the tokenizer puts in front."""

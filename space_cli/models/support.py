@@ -52,14 +52,13 @@ def check_block(model: PreTrainedModel, name: str) -> None:
     if (context_length(model.config) or length) < length:
         raise _refusal(name, "its attention window is shorter than a block")
     try:
-        one_by_one = EagerEngine(model, AR_BLOCK, max_length=length)
-        one_by_one.prefill(prefix)
-        expected = torch.cat([one_by_one.run([token]) for token in tokens]).float()
-        block = EagerEngine(model, _PROBE_BLOCK, max_length=length)
-        block.prefill(prefix)
+        engine = EagerEngine(model, max_length=length, max_slots=_PROBE_BLOCK.num_slots)
+        engine.prefill(prefix)
+        expected = torch.cat([engine.run(AR_BLOCK, [token]) for token in tokens]).float()
+        engine.abandon()
         head, *candidates = tokens
         masks = prefix[: _PROBE_BLOCK.num_slots - _PROBE_BLOCK.num_tokens]
-        found = block.run([head, prefix[0], *candidates, *masks])[_PROBE_PATH].float()
+        found = engine.run(_PROBE_BLOCK, [head, prefix[0], *candidates, *masks])[_PROBE_PATH].float()
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else ""
         raise _refusal(name, f"a block cannot be run on it ({type(error).__name__}: {reason})") from error

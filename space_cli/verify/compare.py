@@ -13,16 +13,16 @@ import torch
 from space_cli.bench.measure import Planned, View
 from space_cli.bench.methods import METHODS, Task, run_decode
 from space_cli.core.attention import invariant_attention_of
-from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser
-from space_cli.core.decoder import Drafter
+from space_cli.core.block import Block
+from space_cli.core.choose import Chooser, Rows
+from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafter, Proposal
 from space_cli.core.engine import embedding_rows
 from space_cli.core.stream import Generation, Step
 from space_cli.models.loading import LoadedModel
 from space_cli.verify.divergence import Anatomist
 from space_cli.verify.record import Answer, Divergence
 
-Drafts = Literal["model", "mixed"]
+DraftsName = Literal["adaptive", "model", "mixed"]
 _CONTEXT_TOKENS = 24
 _DRAFTS_PER_ANSWER = 4
 
@@ -32,8 +32,9 @@ class Comparison:
     """What is compared, and how.
 
     Attributes:
-        block: of SPACE.
-        drafts: the model's own, or a blend of right and wrong tokens that gives every acceptance length.
+        block: of SPACE, but for adaptive drafts, which draw their own.
+        drafts: those of everyday use; the model's own in the paper's chain; or a blend of right and wrong tokens that
+            gives every acceptance length.
         against: of `record.AGAINST`; sampled, hf is left to `distribution`.
         base: an adapter's base model, loaded without the adapter; given where `against` has it.
         same_shape: AR runs blocks of the same shape too, all of its drafts wrong.
@@ -42,7 +43,7 @@ class Comparison:
     """
 
     block: Block
-    drafts: Drafts
+    drafts: DraftsName
     against: tuple[str, ...]
     base: LoadedModel | None = None
     same_shape: bool = False
@@ -79,7 +80,7 @@ class _Case:
             answers["hf"] = self._watched("hf", self._run_hf).tokens
         if self._comparison.base is not None:
             untouched = replace(self._task, loaded=self._comparison.base)
-            answers["base"] = self._watched("base", lambda on_step: run_decode(untouched, AR_BLOCK, on_step)).tokens
+            answers["base"] = self._watched("base", lambda on_step: run_decode(untouched, None, on_step)).tokens
         divergences = [
             self._parting(name, tokens, space.tokens) for name, tokens in answers.items() if tokens != space.tokens
         ]
@@ -122,12 +123,17 @@ class _Case:
 
         Wrong drafts change no output, only speed; they are found here or nowhere.
         """
-        block, loaded = self._comparison.block, self._task.loaded
+        loaded = self._task.loaded
         checked, wrong = 0, []
         ids = loaded.mask_token_ids
-        masks = [ids[0]] * block.masks if len(ids) == 1 else list(ids[: block.masks])
-        last = len(space.steps) - 1 if masks else 0
+        # with a penalty, adaptive drafts leave the guesses before a guess out of its history
+        skipped = self._comparison.drafts == "adaptive" and self._task.sampling.repetition_penalty != 1.0
+        last = len(space.steps) - 1 if ids and not skipped else 0
         for index in sorted({last * part // _DRAFTS_PER_ANSWER for part in range(_DRAFTS_PER_ANSWER)} if last else ()):
+            count = len(guesses[index + 1])
+            if not count:
+                continue
+            masks = [ids[0]] * count if len(ids) == 1 else list(ids[:count])
             # the masks stood behind the last accepted slot and did not see the correction, which is the new head
             done = [token for step in space.steps[: index + 1] for token in step.tokens]
             input_ids = [*self._task.prompt_ids, *done[:-1], *masks]
@@ -135,7 +141,7 @@ class _Case:
             rows = self._chooser.rows(loaded.model(input_ids=call, use_cache=False).logits[0, -len(masks) :])
             history = [*self._task.prompt_ids, *done]
             checked += 1
-            for mask, got in enumerate(guesses[index + 1][: len(masks)]):
+            for mask, got in enumerate(guesses[index + 1]):
                 expected = rows.token(mask, history)
                 if expected != got:
                     seen = input_ids[: len(input_ids) - len(masks) + mask + 1]
@@ -183,10 +189,10 @@ class _Case:
 def run_ar(task: Task, comparison: Comparison, on_step: Callable[[Step], None]) -> Generation:
     """Answer as AR: a row at a time, or in blocks of SPACE's shape whose drafts are all wrong."""
     if not comparison.same_shape:
-        return run_decode(task, AR_BLOCK, on_step)
+        return run_decode(task, None, on_step)
     # no answer holds a mask token, so none of these is accepted; were one right, the output would be the same
     wrong = [next(iter(task.loaded.mask_token_ids), 0)] * comparison.block.num_candidates
-    return run_decode(task, comparison.block, on_step, drafter=lambda *_: wrong)
+    return run_decode(task, ChainDrafts(comparison.block, lambda *_: wrong), on_step)
 
 
 def run_space(
@@ -205,14 +211,34 @@ def run_space(
         on_step: sees each step.
         guesses: gets the candidates that the model itself drafted for each step.
     """
+    if comparison.drafts == "adaptive":
+        return run_decode(task, _Watched(task.loaded, [] if guesses is None else guesses), on_step)
     mixed = mixed_drafter([*task.prompt_ids, *expected], embedding_rows(task.loaded.model), comparison.turns)
 
     def drafter(tokens: Sequence[int], candidates: Sequence[int]) -> Sequence[int]:
         if guesses is not None:
-            guesses.append(candidates)
+            guesses.append(candidates[: comparison.block.masks])
         return mixed(tokens, candidates) if comparison.drafts == "mixed" else candidates
 
-    return run_decode(task, comparison.block, on_step, drafter=drafter)
+    return run_decode(task, ChainDrafts(comparison.block, drafter), on_step)
+
+
+class _Watched(AdaptiveDrafts):
+    """Adaptive drafts that note what the masks guessed for each step."""
+
+    def __init__(self, loaded: LoadedModel, guesses: list[Sequence[int]]) -> None:
+        super().__init__(loaded.costs, loaded.masks_per_group)
+        self._noted = guesses
+
+    def first(self, tokens: Sequence[int]) -> Proposal:
+        return self._note(super().first(tokens))
+
+    def following(self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int]) -> Proposal:
+        return self._note(super().following(rows, done, path, tokens))
+
+    def _note(self, proposal: Proposal) -> Proposal:
+        self._noted.append(self.guessed)
+        return proposal
 
 
 def samplers(comparison: Comparison) -> dict[str, Callable[[Task], list[int]]]:

@@ -6,7 +6,7 @@ import torch
 
 from space_cli.bench.methods import Task
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.engine import EagerEngine
+from space_cli.core.engine import engine_for
 from space_cli.verify.record import Kernels
 
 _PREFIX, _FOLLOWING = 64, 24
@@ -30,21 +30,24 @@ def check_kernels(task: Task, block: Block, *, same_shape: bool) -> Kernels:
     # whole blocks only, so that every row stands for a token of the text
     following = following[: len(following) // block.num_tokens * block.num_tokens]
 
-    def engine(shape: Block) -> EagerEngine:
-        made = EagerEngine(loaded.model, shape, max_length=length, numerics=task.numerics)
-        made.prefill(prefix)
-        return made
-
-    single, blocks = engine(block if same_shape else AR_BLOCK), engine(block)
+    engine = engine_for(
+        loaded.model,
+        loaded.program,
+        max_length=length,
+        max_slots=block.num_slots,
+        numerics=task.numerics,
+    )
     alone, together = [], []
+    engine.prefill(prefix)
     for token in following:
         wrong = [token] * block.num_candidates
-        alone.append(single.run([token, *wrong, *masks] if same_shape else [token])[0])
-        single.settle([0])
+        alone.append(engine.run(block, [token, *wrong, *masks])[0] if same_shape else engine.run(AR_BLOCK, [token])[0])
+        engine.settle([0])
+    engine.prefill(prefix)
     for start in range(0, len(following), block.num_tokens):
-        rows = blocks.run([*following[start : start + block.num_tokens], *masks])[: block.num_tokens]
+        rows = engine.run(block, [*following[start : start + block.num_tokens], *masks])[: block.num_tokens]
         together += list(rows)
-        blocks.settle(range(block.num_tokens))
+        engine.settle(range(block.num_tokens))
     differences = [(one - other).abs().max().item() for one, other in zip(alone, together, strict=True)]
     return Kernels(
         positions=len(differences),

@@ -136,19 +136,21 @@ class Verification(Record):
     distributions: list[Distribution] = Field(default_factory=list)
     answers: list[Answer] = Field(default_factory=list)
 
-    def conclude(self, *, candidates: int, strict: bool) -> None:
+    def conclude(self, *, candidates: int | None, strict: bool) -> None:
         """Sum up what has been found so far.
 
         Args:
-            candidates: k, the longest acceptance.
+            candidates: k, the longest acceptance; None where it differs from step to step.
             strict: a tie counts as a failure too.
         """
         accepted = Counter(length for answer in self.answers for length in answer.accepted_by_step)
         self.prompts = len({(answer.suite, answer.prompt) for answer in self.answers})
         self.tokens = sum(answer.tokens for answer in self.answers)
         self.identical = sum(all(answer.identical.values()) for answer in self.answers)
-        self.accepted = [accepted[length] for length in range(candidates + 1)]
-        self.never_accepted = [length for length, count in enumerate(self.accepted) if not count]
+        longest = max(accepted, default=0) if candidates is None else candidates
+        self.accepted = [accepted[length] for length in range(longest + 1)]
+        # of blocks that change from step to step no length is owed
+        self.never_accepted = [length for length in range((candidates or -1) + 1) if not accepted[length]]
         self.divergences = [
             found
             for answer in self.answers

@@ -164,7 +164,7 @@ def test_without_ar_there_is_no_speedup():
 
 def test_repetitive_is_told_by_distinct_tokens(loaded):
     def looping(*_):
-        return Generation([Step((5,), 0, (), 1, 0.1)] * 8)
+        return Generation([Step((5,), 0, (), (), 1, 0.1)] * 8)
 
     settings = Settings(8, Sampling())
     found = list(measure(loaded, [SUITE], [Method("loop", "", looping, exact_under_seed=True)], settings, Recorder()))

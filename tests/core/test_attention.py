@@ -126,13 +126,14 @@ def test_invariant_calls_compute_what_plain_ones_do(tiny_models, family, length)
     length = min(length, 200) if family == "gpt2" else length
     for block in (AR_BLOCK, Block.chain(2, 2), Block.tree([0, 0, 1], 1)):
         engines = [
-            EagerEngine(model, block, max_length=length + 8, numerics=numerics) for numerics in ("plain", "invariant")
+            EagerEngine(model, max_length=length + 8, max_slots=block.num_slots, numerics=numerics)
+            for numerics in ("plain", "invariant")
         ]
         with torch.inference_mode():
             for engine in engines:
                 engine.prefill([3 + n % 250 for n in range(length)])
             for _ in range(3):
-                plain, invariant = (engine.run([7] * block.num_slots) for engine in engines)
+                plain, invariant = (engine.run(block, [7] * block.num_slots) for engine in engines)
                 for engine in engines:
                     engine.settle([0])
 

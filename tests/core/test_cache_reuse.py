@@ -11,6 +11,7 @@ from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
+from space_cli.core.drafting import ChainDrafts
 from space_cli.core.stopping import StopRule
 
 SHAPES = {"ar": AR_BLOCK, "space": Block.chain(3, 3)}
@@ -19,7 +20,13 @@ SHAPES = {"ar": AR_BLOCK, "space": Block.chain(3, 3)}
 def answer(model, prompt_ids, shape, *, tokens=12, cache=None):
     stop, mask_ids = StopRule(tokens), MASK_IDS
     return decode(
-        model, prompt_ids, stop=stop, chooser=Chooser(), block=SHAPES[shape], mask_token_ids=mask_ids, cache=cache
+        model,
+        prompt_ids,
+        stop=stop,
+        chooser=Chooser(),
+        drafts=ChainDrafts(SHAPES[shape]),
+        mask_token_ids=mask_ids,
+        cache=cache,
     )
 
 

@@ -9,6 +9,7 @@ from tiny import MASK_IDS, VOCABULARY, tiny_configs
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
+from space_cli.core.drafting import ChainDrafts
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.errors import UsageProblem
@@ -28,9 +29,8 @@ def generate(model, block=AR_BLOCK, *, prompt=PROMPT, stop=None, sampling=SAMPLI
         prompt,
         stop=stop or StopRule(24),
         chooser=Chooser.from_sampling(sampling),
-        block=block,
         mask_token_ids=masks if block.masks <= len(masks) else masks[:1],
-        drafter=drafter,
+        drafts=ChainDrafts(block, drafter),
     )
     return Generation(list(steps))
 
@@ -114,14 +114,14 @@ def test_rollback_leaves_the_cache_as_if_never_drafted(tiny_models):
     from space_cli.core.engine import EagerEngine
 
     model, block = tiny_models["llama"], Block.chain(2, 2)
-    drafted, fresh = (EagerEngine(model, block, max_length=20) for _ in range(2))
+    drafted, fresh = (EagerEngine(model, max_length=20, max_slots=block.num_slots) for _ in range(2))
 
     with torch.inference_mode():
         for engine in (drafted, fresh):
             engine.prefill(PROMPT)
-        drafted.run([5, 6, 7, *[296] * 6])
+        drafted.run(block, [5, 6, 7, *[296] * 6])
         drafted.settle([])
-        after, expected = (engine.run([9, 8, 7, *[296] * 6]) for engine in (drafted, fresh))
+        after, expected = (engine.run(block, [9, 8, 7, *[296] * 6]) for engine in (drafted, fresh))
 
     assert drafted.length == fresh.length
     assert torch.equal(after, expected)
@@ -131,15 +131,15 @@ def test_a_branch_of_a_tree_is_moved_to_the_front_of_the_cache(tiny_models):
     from space_cli.core.engine import EagerEngine
 
     model, block = tiny_models["llama"], Block.tree([0, 0, 2], 0)
-    branched, straight = (EagerEngine(model, block, max_length=20) for _ in range(2))
+    branched, straight = (EagerEngine(model, max_length=20, max_slots=block.num_slots) for _ in range(2))
 
     with torch.inference_mode():
         for engine in (branched, straight):
             engine.prefill(PROMPT)
-        branched.run([5, 99, 6, 7])
+        branched.run(block, [5, 99, 6, 7])
         branched.settle([0, 2, 3])
         straight.prefill([*PROMPT, 5, 6, 7])
-        after, expected = (engine.run([1, 2, 3, 4]) for engine in (branched, straight))
+        after, expected = (engine.run(block, [1, 2, 3, 4]) for engine in (branched, straight))
 
     assert torch.allclose(after, expected, atol=1e-4)
 

@@ -1,0 +1,272 @@
+"""A compiled model: one program for blocks of all shapes, with packed weights and an attention of our own.
+
+A small model's eager step is spent on dispatch, a large one's on matrix products over weights that are not packed for
+them. `torch.export` and AOTInductor answer both: the whole call becomes one C++ library with the weights packed inside,
+for any number of slots. Attention stays outside the program as an operator, `space::attend`, that appends to the cache
+and reads its used part only (`kernels/attend.cpp`); so the program knows neither the cache nor its length, and one
+compilation serves prompts and blocks of every size.
+
+Source: PyTorch's AOTInductor (`torch/_inductor/__init__.py`), its freezing of weights (`_inductor/freezing.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.fx.experimental import _config as symbolic_shapes
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from space_cli.core.attention import has_replaceable_attention
+from space_cli.core.block import Block
+from space_cli.core.cache import KVCache
+from space_cli.errors import RunFailed
+
+MOST_SLOTS = 128
+"""Q of the largest block that a program takes."""
+_ATTENTION = "space_compiled"
+_KERNEL = Path(__file__).parent / "kernels" / "attend.cpp"
+_KERNEL_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_int64
+_KERNEL_ARGUMENTS = [
+    *[_ADDRESS, _SIZE, _SIZE] * 3,
+    *[_ADDRESS] * 3,
+    ctypes.POINTER(ctypes.c_int32),
+    *[_SIZE] * 7,
+    ctypes.c_float,
+]
+_LANES = 16
+# what attention layers ask of their kernel beyond the plain product of softmaxes
+_FOREIGN_ARGUMENTS = ("position_bias", "s_aux", "softcap", "head_mask")
+_INDUCTOR_CONFIGS = {
+    "freezing": True,
+    # one product for queries, keys and values, one for gate and up
+    "cpp.enable_concat_linear": True,
+    # a loop over a few rows is done before a second thread has woken up
+    "cpp.min_chunk_size": 16384,
+}
+
+
+class Program:
+    """A compiled model, loaded.
+
+    Args:
+        package: what `compile_program` wrote.
+        kernel: what `build_kernel` wrote.
+        dtype: of the model.
+    """
+
+    def __init__(self, package: Path, kernel: Path, dtype: torch.dtype) -> None:
+        self._package = torch._inductor.aoti_load_package(str(package))
+        self._kernel = getattr(ctypes.CDLL(str(kernel)), f"space_attend_{_KERNEL_TYPES[dtype]}")
+        self._kernel.argtypes = _KERNEL_ARGUMENTS
+        self._kernel.restype = None
+
+    def run(self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Run a block behind what a cache holds; return (Q, V) logits. The cache then holds all slots.
+
+        Args:
+            block: its shape.
+            input_ids: (1, Q) int64.
+            position_ids: (1, Q) int64.
+            cache: with room for the block.
+        """
+        call = _Call(self._kernel, block, cache)
+        _Call.current = call
+        try:
+            # the program reads its mask's shape alone
+            mask = torch.empty(1, 1, 1, 1).expand(1, 1, block.num_slots, block.num_slots)
+            logits: torch.Tensor = self._package(input_ids, position_ids, mask)
+        finally:
+            _Call.current = None
+        for layer in cache.layers:
+            layer.length += block.num_slots
+        return logits
+
+
+class _Call:
+    """What `space::attend` must know of the running call beyond its arguments."""
+
+    current: _Call | None = None
+
+    def __init__(self, kernel: Any, block: Block, cache: KVCache) -> None:
+        self._kernel, self._cache = kernel, cache
+        self._parents = (ctypes.c_int32 * block.num_slots)(*block.parents)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, index: int, scaling: float
+    ) -> torch.Tensor:
+        layer = self._cache.layer(index)
+        if not layer.is_initialized:
+            layer.lazy_initialization(key, value)
+        layer.make_room(layer.length + key.shape[2])
+        query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
+        _, heads, rows, width = query.shape
+        value_width = value.shape[3]
+        output = query.new_empty(1, rows, heads, value_width)
+        self._kernel(
+            *(query.data_ptr(), *query.stride()[1:3], key.data_ptr(), *key.stride()[1:3]),
+            *(value.data_ptr(), *value.stride()[1:3], layer.keys.data_ptr(), layer.values.data_ptr()),
+            *(output.data_ptr(), self._parents, rows, heads, key.shape[1], width, value_width),
+            *(layer.length, layer.keys.shape[2], scaling),
+        )
+        return output
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Return in a few words why a model cannot be compiled, or None where it may be."""
+    if model.device.type != "cpu":
+        return "it is not on a CPU"
+    if model.dtype not in _KERNEL_TYPES:
+        return f"its dtype is {str(model.dtype).removeprefix('torch.')}"
+    if getattr(model, "is_quantized", False):
+        return "its weights are quantised"
+    if any(module._forward_hooks for module in model.modules()):
+        return "it is an adapter, whose layers tell masks from text as they run"
+    if not has_replaceable_attention(model):
+        return "its attention is its own"
+    return None
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return a hash of everything that a compiled program depends on: weights, config, versions and machine."""
+    digest = hashlib.sha256()
+    told = (model.config.to_json_string(), *machine(), _INDUCTOR_CONFIGS)
+    digest.update(repr(told).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def machine() -> tuple[str, ...]:
+    """Return versions and processor, on which compiled code depends."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return torch.__version__, transformers.__version__, platform.machine(), capability, _processor_flags()
+
+
+def compile_program(model: PreTrainedModel, package: Path) -> None:
+    """Compile a model for blocks of 1 to `MOST_SLOTS` slots; takes from 10 seconds up, and as much disk as its weights.
+
+    Raises:
+        RunFailed: it cannot be exported, or there is no C++ compiler.
+    """
+    config = model.config
+    own, config._attn_implementation = config._attn_implementation, _ATTENTION
+    slots = 8
+    example = (torch.ones(1, slots, dtype=torch.int64), torch.arange(slots)[None], torch.zeros(1, 1, slots, slots))
+    size = torch.export.Dim("slots", min=1, max=MOST_SLOTS)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            # one slot is a size like any other
+            stack.enter_context(symbolic_shapes.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
+            exported = torch.export.export(
+                _Step(model), example, dynamic_shapes=({1: size}, {1: size}, {2: size, 3: size}), strict=False
+            )
+            with NamedTemporaryFile(dir=package.parent, suffix=".pt2", delete=False) as unfinished:
+                pass
+            stack.callback(Path(unfinished.name).unlink, missing_ok=True)
+            torch._inductor.aoti_compile_and_package(
+                exported, package_path=unfinished.name, inductor_configs=_INDUCTOR_CONFIGS
+            )
+            Path(unfinished.name).replace(package)
+    except Exception as error:  # whatever in a foreign model defeats a compiler, the eager engine runs it
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise RunFailed(f"the model could not be compiled: {type(error).__name__}: {first}") from error
+    finally:
+        config._attn_implementation = own
+
+
+def build_kernel(folder: Path) -> Path:
+    """Return the attention kernel's library, compiled into a folder where it is not there yet.
+
+    Raises:
+        RunFailed: there is no C++ compiler, or it fails.
+    """
+    source = _KERNEL.read_bytes()
+    name = hashlib.sha256(source + _processor_flags().encode()).hexdigest()[:16]
+    library = folder / f"attend-{name}.so"
+    if library.exists():
+        return library
+    unfinished = library.with_suffix(f".{os.getpid()}")
+    command = [os.environ.get("CXX", "c++"), "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC"]
+    command += ["-shared", "-std=c++17", "-o", str(unfinished), str(_KERNEL)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise RunFailed(f"no C++ compiler that works: {said.strip().splitlines()[0]}") from error
+    unfinished.replace(library)
+    return library
+
+
+class _Step(nn.Module):
+    """The call that is compiled."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return (Q, V) logits; the mask's shape alone is read."""
+        call = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask, "use_cache": False}
+        logits: torch.Tensor = self.model(**call).logits
+        return logits[0]
+
+
+def _processor_flags() -> str:
+    """Return what instructions the processor has, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("flags")), platform.processor())
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001  # the block says who sees whom
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Stand for a layer's attention while the model is exported."""
+    foreign = [name for name in _FOREIGN_ARGUMENTS if kwargs.get(name) is not None]
+    if foreign:
+        raise NotImplementedError(f"its attention takes {', '.join(foreign)}")
+    if query.shape[3] % _LANES or value.shape[3] % _LANES:
+        raise NotImplementedError(f"the width of its heads is no multiple of {_LANES}")
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    return torch.ops.space.attend(query, key, value, module.layer_idx, scaling), None
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scaling: float) -> torch.Tensor:
+    """Run `space::attend` for the call that is under way."""
+    assert _Call.current is not None
+    return _Call.current.attend(query, key, value, layer, scaling)
+
+
+def _attend_shape(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: float) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+_OPERATORS = torch.library.Library("space", "DEF")  # it lives as long as this name
+_OPERATORS.define("attend(Tensor query, Tensor key, Tensor value, int layer, float scaling) -> Tensor")
+_OPERATORS.impl("attend", _attend, "CPU")
+torch.library.register_fake("space::attend", _attend_shape, lib=_OPERATORS)
+AttentionInterface.register(_ATTENTION, _attention)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)

@@ -1,0 +1,312 @@
+"""What a step proposes: the block, and the candidates in it.
+
+`ChainDrafts` is the paper's: always the same block, a mask group behind every token slot, one guess per position.
+`AdaptiveDrafts` draws every block anew from what is likely and what a slot costs. Candidates come from two sources: the
+most likely tokens of each mask (a tree), and the continuation of the newest n-gram where the context already has one
+(a chain that runs along the tree). A candidate, or a mask group behind it, gets a slot while the tokens it can be
+expected to bring are worth more than the time it takes, at the rate at which tokens come now; where nothing is, the
+step is plain AR. Nothing here can change a token of the output: every candidate is verified.
+
+Sources: SPACE paper (arXiv 2402.11809), section 3.3; token trees as in Medusa (arXiv 2401.10774), section 2.1.2;
+candidates copied from the context as in LLMA (arXiv 2304.04487) and prompt lookup decoding.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate, pairwise, takewhile
+from typing import Protocol
+
+from space_cli.core.block import AR_BLOCK, Block
+from space_cli.core.choose import Rows
+from space_cli.core.costs import MOST_SLOTS, StepCosts
+
+Drafter = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
+"""Replaces drafts: gets all tokens so far (prompt included) and the candidate of each slot, returns those to use."""
+
+# likeliest tokens of a mask that become candidates, and that count as a right guess when a group's worth is learned
+_WIDTH, _COUNTED = 4, 2
+_LOOKUP_TOKENS, _LONGEST_MATCH = 24, 4
+# what is known before the first step: a mask's guess holds in a third of cases, a copied token by how many tokens in
+# front of it were the same too
+_FIRST_VALUE, _FIRST_MATCH = 0.35, {1: 0.2, 2: 0.4, 3: 0.6, 4: 0.7, 6: 0.8, 10: 0.9, 16: 0.98}
+_DECAY, _PRIOR_WEIGHT = 0.97, 4.0
+_MOST_LIKELY = 0.995
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A block and the token in each of its candidate slots."""
+
+    block: Block
+    candidates: Sequence[int]
+
+
+class Drafts(Protocol):
+    """Proposes what the next model call verifies; lives as long as one generation."""
+
+    max_slots: int
+
+    def first(self, tokens: Sequence[int]) -> Proposal:
+        """Propose for the first step, when no mask has guessed yet; the last of `tokens` is the head."""
+
+    def following(self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int]) -> Proposal:
+        """Propose for the step after one whose rows these are.
+
+        Args:
+            rows: of the step that is done.
+            done: what it verified.
+            path: the slots passed, head first.
+            tokens: all so far, the last of which is the new head.
+        """
+
+
+class ChainDrafts:
+    """One block for all steps; each mask group gives one guess per position.
+
+    Args:
+        block: of every step.
+        drafter: puts other candidates in place of the guesses.
+    """
+
+    def __init__(self, block: Block, drafter: Drafter | None = None) -> None:
+        self.max_slots = block.num_slots
+        self._block, self._drafter = block, drafter
+
+    def first(self, tokens: Sequence[int]) -> Proposal:
+        """Propose without guesses."""
+        return self._proposal(tokens, [])
+
+    def following(self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int]) -> Proposal:
+        """Propose what the mask group behind the last accepted slot guesses to follow `tokens`."""
+        history = list(tokens)
+        for row in done.block.group(path[-1]):
+            history.append(rows.token(row, history))
+        return self._proposal(tokens, history[len(tokens) :])
+
+    def _proposal(self, tokens: Sequence[int], guesses: Sequence[int]) -> Proposal:
+        """Put guesses into slots by depth; a slot without one holds a token like any other."""
+        depths = self._block.offsets[1 : self._block.num_tokens]
+        candidates = [guesses[depth - 1] if depth <= len(guesses) else tokens[-1] for depth in depths]
+        return Proposal(self._block, candidates if self._drafter is None else list(self._drafter(tokens, candidates)))
+
+
+class _Average:
+    """How often something held, of late."""
+
+    def __init__(self, prior: float, weight: float = _PRIOR_WEIGHT) -> None:
+        self._prior, self._weight = prior, weight
+        self._hits = self._chances = 0.0
+
+    def add(self, hits: float, chances: float = 1.0) -> None:
+        self._hits = self._hits * _DECAY + hits
+        self._chances = self._chances * _DECAY + chances
+
+    def forget(self) -> None:
+        self._hits *= _DECAY
+        self._chances *= _DECAY
+
+    @property
+    def value(self) -> float:
+        return (self._hits + self._prior * self._weight) / (self._chances + self._weight)
+
+
+@dataclass(slots=True)
+class _Node:
+    """A candidate under consideration.
+
+    Attributes:
+        parent: slot of its parent.
+        share: chance that it is right if its parent is.
+        chance: that it is right, and all above it.
+        match: length of the match that it continues, as in `_FIRST_MATCH`; 0 where a mask guessed it.
+    """
+
+    token: int
+    parent: int
+    depth: int
+    share: float
+    chance: float
+    match: int
+
+
+@dataclass
+class AdaptiveDrafts:
+    """Blocks drawn by expected gain; what has been accepted so far and what a call costs decide.
+
+    Args:
+        costs: of a model call.
+        masks: m, the longest mask group; 0 drafts from the context alone.
+        lookup: whether candidates may be copied from the context.
+
+    Attributes:
+        guessed: the likeliest token of each mask behind the last accepted slot; empty where it had no group.
+    """
+
+    costs: StepCosts
+    masks: int
+    lookup: bool = True
+    max_slots: int = MOST_SLOTS
+    guessed: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._context = _Context()
+        self._calibration = [_Average(1.0) for _ in range(self.masks)]
+        self._values = [_Average(_FIRST_VALUE ** (depth + 1)) for depth in range(self.masks)]
+        self._matches = {length: _Average(prior) for length, prior in _FIRST_MATCH.items()}
+        self._nodes: list[_Node] = []
+        self._copied: list[int] = []
+        self._guesses: list[set[int]] = []
+        # tokens per second at which a step is worth its time
+        self._tokens = _Average(1.2 / self.costs.by_slots[1], weight=4 * self.costs.by_slots[1])
+
+    def first(self, tokens: Sequence[int]) -> Proposal:
+        """Propose from the prompt alone."""
+        return self._proposal(tokens, [])
+
+    def following(self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int]) -> Proposal:
+        """Propose from the mask group behind the last accepted slot, where it had one, and from the context."""
+        self._learn(done, path, tokens)
+        group = done.block.group(path[-1])
+        return self._proposal(tokens, rows.likely(group, tokens, _WIDTH) if group else [])
+
+    def _learn(self, done: Proposal, path: Sequence[int], tokens: Sequence[int]) -> None:
+        """Compare what was expected of the step with what came."""
+        accepted = len(path) - 1
+        self._tokens.add(accepted + 1, self.costs.by_slots[done.block.num_slots])
+        followed = dict(pairwise(path))
+        # chances of children under each slot that was reached
+        for slot in path:
+            children = [self._nodes[child - 1] for child in done.block.children[slot]]
+            right = followed.get(slot)
+            guessed = [node for node in children if not node.match]
+            if guessed and guessed[0].depth <= self.masks:
+                hit = right is not None and not self._nodes[right - 1].match
+                self._calibration[guessed[0].depth - 1].add(hit, sum(node.share for node in guessed))
+            for node in children:
+                if node.match:
+                    token = tokens[len(tokens) - 2 - accepted + node.depth]
+                    self._matches[node.match].add(node.token == token)
+        came = tokens[len(tokens) - 1 - accepted :]
+        copied = _in_common(self._copied, came)
+        hits = sum(1 for _ in takewhile(lambda pair: pair[1] in pair[0], zip(self._guesses, came, strict=False)))
+        for depth, value in enumerate(self._values, start=1):
+            if not self._guesses:
+                value.forget()
+            elif depth <= len(came) or hits < len(came):
+                # what a copied token would have brought too is not the masks' merit
+                value.add(max(0, (hits >= depth) - (copied >= depth)))
+
+    def _proposal(self, tokens: Sequence[int], guesses: Sequence[Sequence[tuple[int, float]]]) -> Proposal:
+        self._guesses = [{token for token, _ in row[:_COUNTED]} for row in guesses]
+        self.guessed = [row[0][0] for row in guesses]
+        self._copied, match = self._context.continuation(tokens) if self.lookup else ([], 0)
+        nodes = self._likely_nodes(guesses, match)
+        count, masks, anchors = self._worth(nodes)
+        self._nodes = nodes[:count]
+        parents = tuple(node.parent for node in self._nodes)
+        return Proposal(_block(parents, masks, anchors), [node.token for node in self._nodes])
+
+    def _likely_nodes(self, guesses: Sequence[Sequence[tuple[int, float]]], match: int) -> list[_Node]:
+        """Return candidates, the likeliest first, each behind its parent."""
+        factors = [average.value for average in self._calibration]
+        shares = [
+            [(token, min(_MOST_LIKELY, share * factor)) for token, share in row]
+            for row, factor in zip(guesses, factors, strict=False)
+        ]
+        # a copied token that was right makes the match longer by one
+        held = {length: min(_MOST_LIKELY, average.value) for length, average in self._matches.items()}
+        nodes: list[_Node] = []
+        queue: list[tuple[float, int, _Node, bool]] = []
+        serial = 0
+
+        def push_children(slot: int, depth: int, chance: float, on_copy: bool) -> None:
+            nonlocal serial
+            below: dict[int, tuple[float, int]] = {}
+            if depth < len(shares):
+                below = {token: (share, 0) for token, share in shares[depth]}
+            copy = self._copied[depth] if on_copy and depth < len(self._copied) else None
+            if copy is not None:
+                length = max(length for length in held if length <= match + depth)
+                if held[length] >= below.get(copy, (0.0, 0))[0]:
+                    below[copy] = (held[length], length)
+            for token, (share, known) in below.items():
+                node = _Node(token, slot, depth + 1, share, chance * share, known)
+                heapq.heappush(queue, (-node.chance, serial, node, token == copy))
+                serial += 1
+
+        push_children(0, 0, 1.0, bool(self._copied))
+        while queue and len(nodes) < MOST_SLOTS - 1:
+            _, _, node, on_copy = heapq.heappop(queue)
+            if node.chance < 0.01:
+                break
+            nodes.append(node)
+            push_children(len(nodes), node.depth, node.chance, on_copy)
+        return nodes
+
+    def _worth(self, nodes: Sequence[_Node]) -> tuple[int, int, tuple[int, ...]]:
+        """Return how many of the nodes to take, m, and behind which slots to put mask groups.
+
+        The best is what brings most tokens beyond those that its time would bring at the rate of late.
+        """
+        rate, seconds = self._tokens.value, self.costs.by_slots
+        gains = list(accumulate((node.chance for node in nodes), initial=1.0))
+        count = max(range(len(gains)), key=lambda taken: gains[taken] - rate * seconds[1 + taken])
+        best, masks, groups = gains[count] - rate * seconds[1 + count], 0, 0
+        # chance that a slot is the last one accepted
+        last = [1.0] + [node.chance for node in nodes[:count]]
+        for node in nodes[:count]:
+            last[node.parent] -= node.chance
+        order = sorted(range(count + 1), key=lambda slot: -last[slot])
+        worth_of_group = 0.0
+        for size, average in enumerate(self._values, start=1):
+            worth_of_group += average.value
+            reached = gains[count]
+            for taken, slot in enumerate(order[: (MOST_SLOTS - 1 - count) // size], start=1):
+                reached += last[slot] * worth_of_group
+                surplus = reached - rate * seconds[1 + count + taken * size]
+                if surplus > best:
+                    best, masks, groups = surplus, size, taken
+        return count, masks, tuple(sorted(order[:groups]))
+
+
+class _Context:
+    """Where n-grams of the text so far stood last."""
+
+    def __init__(self) -> None:
+        self._ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(_LONGEST_MATCH)]
+        self._seen = 0
+
+    def continuation(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """Return the tokens that followed the longest match of the newest ones, and its length."""
+        for end in range(max(1, self._seen), len(tokens)):
+            for length, ends in enumerate(self._ends, start=1):
+                if end >= length:
+                    ends[tuple(tokens[end - length : end])] = end
+        self._seen = len(tokens)
+        for length in range(min(_LONGEST_MATCH, len(tokens)), 0, -1):
+            found = self._ends[length - 1].get(tuple(tokens[-length:]))
+            if found is not None:
+                while length < min(found, max(_FIRST_MATCH)) and tokens[found - length - 1] == tokens[-length - 1]:
+                    length += 1
+                return self._copied_from(tokens, found), length
+        return [], 0
+
+    def _copied_from(self, tokens: Sequence[int], end: int) -> list[int]:
+        """Return what follows `end`; a text that runs into its own end goes on as it did, as loops do."""
+        period = len(tokens) - end
+        return [tokens[end + at % period] for at in range(_LOOKUP_TOKENS)]
+
+
+def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two texts have in common at their beginnings."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+@lru_cache(maxsize=4096)
+def _block(parents: tuple[int, ...], masks: int, anchors: tuple[int, ...]) -> Block:
+    """Return a block; the same shapes come again and again, and their tables with them."""
+    return Block(parents, masks, anchors) if parents or anchors else AR_BLOCK
