@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -178,7 +179,7 @@ def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
         "device": loaded.device,
         "dtype": loaded.dtype,
         "engine": "eager" if loaded.program is None else "compiled",
-        "step_seconds": loaded.costs.seconds,
+        "step_costs": asdict(loaded.costs),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -11,38 +12,37 @@ import torch
 from space_cli.core.block import Block
 from space_cli.core.engine import EagerEngine
 
-MOST_SLOTS = 32
-"""Q of the largest block: none measured pays beyond, and up to here half precision keeps rows independent on CPUs."""
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32)
-_MOST_ROUNDS, _SECONDS = 25, 1.0
+"""Q of the blocks that are run: few, since kernels are prepared for a size when it is first met. None measured pays
+beyond the last, and up to there half precision keeps rows independent on CPUs."""
+MOST_SLOTS = SIZES[-1]
+_MOST_ROUNDS, _IN_A_ROW, _SECONDS = 25, 4, 1.0
 
 
+@dataclass(frozen=True)
 class StepCosts:
-    """Seconds of a model call by its number of slots, between the sizes measured on a straight line.
+    """What steps cost.
 
-    Args:
-        seconds: by number of slots; 1 is there.
+    Attributes:
+        seconds: of a model call, by its number of slots; all of `SIZES` are there.
+        overhead: seconds of a step beside its model call.
     """
 
-    def __init__(self, seconds: Mapping[int, float]) -> None:
-        self.seconds = dict(sorted(seconds.items()))
+    seconds: Mapping[int, float]
+    overhead: float = 0.0
 
     @cached_property
     def by_slots(self) -> list[float]:
-        """Seconds of a call of 0, 1, ..., `MOST_SLOTS` slots; a larger block never costs less."""
-        sizes, costs = list(self.seconds), list(self.seconds.values())
-        table = [0.0]
-        for slots in range(1, MOST_SLOTS + 1):
-            upper = next((at for at, size in enumerate(sizes) if size >= slots), len(sizes) - 1)
-            lower = max(0, upper - 1)
-            run = sizes[upper] - sizes[lower]
-            share = (slots - sizes[lower]) / run if run else 0.0
-            table.append(max(table[-1], costs[lower] + share * (costs[upper] - costs[lower])))
+        """Seconds of a step whose block needs 0, 1, ..., `MOST_SLOTS` slots and is filled up to the next size."""
+        table, at_least = [0.0], 0.0
+        for size in SIZES:
+            at_least = max(at_least, self.seconds[size] + self.overhead)
+            table += [at_least] * (size + 1 - len(table))
         return table
 
 
-ASSUMED_COSTS = StepCosts({1: 1.0, 8: 1.1, 32: 1.5})
-"""Where nothing was measured: a call bound by reading its weights, in units of a call of one slot."""
+ASSUMED_COSTS = StepCosts({size: 1.0 + size / 64 for size in SIZES})
+"""Where nothing was measured: a call bound by reading its weights, in units of about a call of one slot."""
 
 
 @torch.inference_mode()
@@ -61,12 +61,14 @@ def measure_costs(engine: EagerEngine, prefix_length: int) -> StepCosts:
     started = time.perf_counter()
     for turn in range(_MOST_ROUNDS + 1):
         for block in blocks:
-            began = time.perf_counter()
-            # the chosen tokens off the device: a step ends when they are known
-            engine.run(block, [0] * block.num_slots).max(dim=-1).indices.tolist()
-            if turn:  # the first round warms up
-                found[block.num_slots].append(time.perf_counter() - began)
-            engine.abandon()
+            # as in an answer, where calls of one size follow one another: the first after another size takes longer
+            for repeat in range(_IN_A_ROW):
+                began = time.perf_counter()
+                # the chosen tokens off the device: a step ends when they are known
+                engine.run(block, [0] * block.num_slots).max(dim=-1).indices.tolist()
+                if turn and repeat:  # the first round warms up
+                    found[block.num_slots].append(time.perf_counter() - began)
+                engine.abandon()
         if turn and time.perf_counter() - started > _SECONDS:
             break
     return StepCosts({size: _lower_quartile(seconds) for size, seconds in found.items()})

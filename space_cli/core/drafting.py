@@ -22,7 +22,7 @@ from typing import Protocol
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Rows
-from space_cli.core.costs import MOST_SLOTS, StepCosts
+from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts
 
 Drafter = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
 """Replaces drafts: gets all tokens so far (prompt included) and the candidate of each slot, returns those to use."""
@@ -206,7 +206,10 @@ class AdaptiveDrafts:
         self._copied, match = self._context.continuation(tokens) if self.lookup else ([], 0)
         nodes = self._likely_nodes(guesses, match)
         count, masks, anchors = self._worth(nodes)
-        self._nodes = nodes[:count]
+        # the slots up to the next size cost nothing
+        room = _size_of(1 + count + masks * len(anchors)) - masks * len(anchors) - 1
+        idle = [_Node(tokens[-1], 0, 1, 0.0, 0.0, 0)] * (room - len(nodes))
+        self._nodes = nodes[:room] + idle
         parents = tuple(node.parent for node in self._nodes)
         return Proposal(_block(parents, masks, anchors), [node.token for node in self._nodes])
 
@@ -304,6 +307,11 @@ class _Context:
 def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
     """Return how many tokens two texts have in common at their beginnings."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _size_of(slots: int) -> int:
+    """Return Q of the block that is run for so many slots."""
+    return next(size for size in SIZES if size >= slots)
 
 
 @lru_cache(maxsize=4096)

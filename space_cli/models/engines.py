@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +16,13 @@ import torch
 from platformdirs import user_cache_path
 
 from space_cli.core.block import AR_BLOCK, Block
+from space_cli.core.choose import Chooser
 from space_cli.core.compiled import Program, build_kernel, compile_program, fingerprint, machine, why_not
-from space_cli.core.costs import MOST_SLOTS, StepCosts, measure_costs
+from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
+from space_cli.core.decoder import decode
+from space_cli.core.drafting import AdaptiveDrafts
 from space_cli.core.engine import EagerEngine, engine_for
+from space_cli.core.stopping import StopRule
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.files import write_whole
 from space_cli.models.loading import LoadedModel
@@ -29,7 +34,7 @@ already, or where so many tokens are to come that compiling pays."""
 _TOKENS_WORTH_COMPILING = 4000
 # weights that a compilation holds at once: the model's own, the packed ones, and the library with them inside
 _COPIES_IN_MEMORY, _COPIES_ON_DISK = 4, 3
-_PREFIX_LENGTH = 256
+_PREFIX_LENGTH, _OVERHEAD_TOKENS = 256, 48
 
 
 def prepare(
@@ -60,8 +65,25 @@ def prepare(
         limit = loaded.context_length or _PREFIX_LENGTH + MOST_SLOTS
         length = max(1, min(_PREFIX_LENGTH, limit - MOST_SLOTS))
         costs = measure_costs(engine_for(loaded.model, loaded.program, max_length=length, max_slots=MOST_SLOTS), length)
+        costs = replace(costs, overhead=_overhead(loaded, costs))
         _write_costs(costs, file)
     return replace(loaded, costs=costs)
+
+
+def _overhead(loaded: LoadedModel, costs: StepCosts) -> float:
+    """Return the seconds that a step takes beside its model call, from a short generation."""
+    steps = decode(
+        loaded.model,
+        [index % 7 for index in range(4)],
+        stop=StopRule(_OVERHEAD_TOKENS),
+        chooser=Chooser(),
+        drafts=AdaptiveDrafts(costs, loaded.masks_per_group),
+        mask_token_ids=loaded.mask_token_ids,
+        program=loaded.program,
+    )
+    # the first step has the prompt in it
+    beside = [step.seconds - costs.seconds[step.slots] for step in list(steps)[1:]]
+    return max(0.0, statistics.median(beside)) if beside else 0.0
 
 
 def _program(loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: Callable[[], None]) -> Program | None:
@@ -149,15 +171,16 @@ def _speed_key(loaded: LoadedModel) -> str:
 
 def _read_costs(file: Path) -> StepCosts | None:
     try:
-        return StepCosts({int(slots): float(seconds) for slots, seconds in json.loads(file.read_bytes()).items()})
-    except (OSError, ValueError, AttributeError):  # not there, or not ours
+        told = json.loads(file.read_bytes())
+        return StepCosts({size: float(told["seconds"][str(size)]) for size in SIZES}, float(told["overhead"]))
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours
         return None
 
 
 def _write_costs(costs: StepCosts, file: Path) -> None:
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(file, json.dumps(costs.seconds))
+        write_whole(file, json.dumps(asdict(costs)))
     except OSError:  # measured again the next time
         return
 
