@@ -16,6 +16,7 @@ import hashlib
 import os
 import platform
 import subprocess
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -69,9 +70,7 @@ class Program:
 
     def __init__(self, package: Path, kernel: Path, dtype: torch.dtype) -> None:
         self._package = torch._inductor.aoti_load_package(str(package))
-        self._kernel = getattr(ctypes.CDLL(str(kernel)), f"space_attend_{_KERNEL_TYPES[dtype]}")
-        self._kernel.argtypes = _KERNEL_ARGUMENTS
-        self._kernel.restype = None
+        self._kernel = load_kernel(kernel, dtype)
 
     def run(self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Run a block behind what a cache holds; return (Q, V) logits. The cache then holds all slots.
@@ -170,6 +169,7 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            stack.enter_context(warnings.catch_warnings(action="ignore"))  # torch warns of its own parts
             # one slot is a size like any other
             stack.enter_context(symbolic_shapes.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
             exported = torch.export.export(
@@ -179,7 +179,7 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
                 pass
             stack.callback(Path(unfinished.name).unlink, missing_ok=True)
             torch._inductor.aoti_compile_and_package(
-                exported, package_path=unfinished.name, inductor_configs=_INDUCTOR_CONFIGS
+                exported, package_path=unfinished.name, inductor_configs=dict(_INDUCTOR_CONFIGS)
             )
             Path(unfinished.name).replace(package)
     except Exception as error:  # whatever in a foreign model defeats a compiler, the eager engine runs it
@@ -210,6 +210,13 @@ def build_kernel(folder: Path) -> Path:
         raise RunFailed(f"no C++ compiler that works: {said.strip().splitlines()[0]}") from error
     unfinished.replace(library)
     return library
+
+
+def load_kernel(library: Path, dtype: torch.dtype) -> Any:
+    """Return the kernel for states of a dtype, as a C function."""
+    kernel = getattr(ctypes.CDLL(str(library)), f"space_attend_{_KERNEL_TYPES[dtype]}")
+    kernel.argtypes, kernel.restype = _KERNEL_ARGUMENTS, None
+    return kernel
 
 
 class _Step(nn.Module):

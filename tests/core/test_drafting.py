@@ -1,0 +1,140 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import MASK_IDS
+
+from space_cli.core.block import Block
+from space_cli.core.choose import Chooser, Sampling
+from space_cli.core.costs import ASSUMED_COSTS, MOST_SLOTS, SIZES, StepCosts
+from space_cli.core.decoder import decode
+from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Proposal, _Context
+from space_cli.core.stopping import StopRule
+from space_cli.core.stream import Generation
+
+PROMPT = [17, 3, 250, 44, 17, 3, 250, 91, 8]
+SAMPLINGS = [Sampling(), Sampling(0.8, seed=3), Sampling(1.1, top_k=40, repetition_penalty=1.2, seed=11)]
+FREE = StepCosts(dict.fromkeys(SIZES, 1.0))
+RUINOUS = StepCosts({size: 1.0 if size == 1 else 1000.0 for size in SIZES})
+
+
+def generate(model, drafts, *, sampling=SAMPLINGS[0], tokens=24):
+    steps = decode(
+        model,
+        PROMPT,
+        stop=StopRule(tokens),
+        chooser=Chooser.from_sampling(sampling),
+        mask_token_ids=MASK_IDS,
+        drafts=drafts,
+    )
+    return Generation(list(steps))
+
+
+@st.composite
+def costs(draw):
+    seconds = draw(st.lists(st.floats(0.01, 10), min_size=len(SIZES), max_size=len(SIZES)))
+    return StepCosts(dict(zip(SIZES, seconds, strict=True)), overhead=draw(st.floats(0, 1)))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@settings(max_examples=15)
+@given(costs=costs(), masks=st.integers(0, len(MASK_IDS)), lookup=st.booleans())
+def test_whatever_a_step_costs_the_output_is_that_of_ar(tiny_models, family, sampling, costs, masks, lookup):
+    model = tiny_models[family]
+    expected = generate(model, None, sampling=sampling).tokens
+
+    found = generate(model, AdaptiveDrafts(costs, masks, lookup), sampling=sampling)
+
+    assert found.tokens == expected
+    assert {step.slots for step in found.steps} <= set(SIZES)
+
+
+def test_where_no_block_pays_the_steps_are_those_of_ar(tiny_models):
+    found = generate(tiny_models["llama"], AdaptiveDrafts(RUINOUS, len(MASK_IDS)))
+
+    assert [step.slots for step in found.steps] == [1] * 24
+
+
+def test_where_slots_are_free_blocks_are_large(tiny_models):
+    found = generate(tiny_models["llama"], AdaptiveDrafts(FREE, len(MASK_IDS)))
+
+    assert max(step.slots for step in found.steps) > 8
+
+
+def test_a_text_that_repeats_itself_comes_in_ever_longer_steps():
+    text = [5, 9, 2, 7, 11, 3] * 40
+    drafts, done, lengths = AdaptiveDrafts(ASSUMED_COSTS, 0), 12, []
+    proposal = drafts.first(text[:done])
+
+    while done < 200:
+        block, right = proposal.block, [0]
+        while following := [s for s in block.children[right[-1]] if proposal.candidates[s - 1] == text[done]]:
+            right.append(following[0])
+            done += 1
+        done += 1
+        lengths.append(len(right))
+        proposal = drafts.following(None, proposal, right, text[:done])
+
+    assert max(lengths) > 20
+
+
+def test_text_without_repeats_is_left_to_ar_and_the_first_repeat_is_not_missed():
+    drafts, tokens = AdaptiveDrafts(ASSUMED_COSTS, 0), list(range(50))
+    proposal = drafts.first(tokens)
+    for token in range(50, 80):
+        assert proposal.block.num_slots == 1
+        tokens.append(token)
+        proposal = drafts.following(None, proposal, [0], tokens)
+    for token in (3, 4, 5, 6):
+        tokens.append(token)
+        proposal = drafts.following(None, proposal, [0], tokens)
+
+    assert list(proposal.candidates[:3]) == [7, 8, 9]
+
+
+@given(tokens=st.lists(st.integers(0, 3), min_size=2, max_size=40))
+def test_a_copy_continues_the_newest_place_with_the_longest_match(tokens):
+    context = _Context()
+    for end in range(1, len(tokens)):  # as it grows in an answer
+        context.continuation(tokens[:end])
+
+    found, match = context.continuation(tokens)
+
+    def matches(end):
+        length = 0
+        while length < end and tokens[end - 1 - length] == tokens[-1 - length]:
+            length += 1
+        return length
+
+    # brute force: up to four tokens decide the place, the newest first; beyond, the length alone is told
+    places = [(min(matches(end), 4), end) for end in range(1, len(tokens)) if matches(end)]
+    if not places:
+        assert (found, match) == ([], 0)
+        return
+    _, end = max(places)
+    assert match == min(matches(end), 16)
+    assert found[: len(tokens) - end] == tokens[end : end + len(found)]
+
+
+@given(costs=costs())
+def test_costs_never_fall_with_the_size(costs):
+    table = costs.by_slots
+
+    assert len(table) == MOST_SLOTS + 1
+    assert table == sorted(table)
+    assert all(table[size] >= costs.seconds[size] for size in SIZES)
+
+
+def test_a_chain_puts_one_guess_per_position_and_asks_a_drafter(tiny_models):
+    seen = []
+
+    def drafter(_, candidates):
+        seen.append(list(candidates))
+        return candidates
+
+    drafts = ChainDrafts(Block.chain(3, 3), drafter)
+    found = generate(tiny_models["llama"], drafts)
+
+    assert isinstance(drafts.first(PROMPT), Proposal)
+    assert len(seen) == len(found.steps) + 1
+    assert all(len(candidates) == 3 for candidates in seen)
