@@ -12,7 +12,7 @@ from space_cli.bench.suites import Suite
 from space_cli.core.choose import Sampling
 from space_cli.core.engine import Numerics
 from space_cli.core.stopping import StopRule, cut_at_stop
-from space_cli.core.stream import Generation, Step, is_repetitive
+from space_cli.core.stream import Generation, Parts, Step, is_repetitive
 from space_cli.errors import UsageProblem
 from space_cli.models.loading import LoadedModel
 
@@ -144,12 +144,17 @@ def _sample(method: Method, planned: Planned, generation: Generation) -> Sample:
         steps=len(generation.steps),
         seconds=generation.seconds,
         first_step_seconds=generation.steps[0].seconds,
+        parts=_summed([step.parts for step in generation.steps if step.parts is not None]),
         token_ids=tokens,
         text=cut_at_stop(text, task.stop.stop_strings),
         tokens_by_step=[len(step.tokens) for step in generation.steps],
         finish_reason=generation.finish_reason,
         repetitive=is_repetitive(tokens),
     )
+
+
+def _summed(parts: Sequence[Parts]) -> dict[str, float] | None:
+    return {name: sum(getattr(part, name) for part in parts) for name in Parts._fields} if parts else None
 
 
 def _compared(samples: list[Sample], methods: Sequence[Method], sampling: Sampling, view: View) -> Iterator[Sample]:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 import space_cli
+from space_cli.bench.profile import Profile
 from space_cli.errors import RunFailed
 from space_cli.files import write_whole
 from space_cli.models.loading import LoadedModel
@@ -28,6 +29,7 @@ class Sample(BaseModel):
     Attributes:
         seconds: wall time of the answer, prefill included.
         first_step_seconds: wall time to the end of the first step, prefill included.
+        parts: seconds of all steps by what they were spent on (see `core.stream.Parts`); None for foreign methods.
         tokens_by_step: tokens that came out of each model call.
         repetitive: tokens over distinct tokens above 3.5.
         identical: token for token AR's answer; None where that is not defined.
@@ -41,6 +43,7 @@ class Sample(BaseModel):
     steps: int
     seconds: float
     first_step_seconds: float
+    parts: dict[str, float] | None = None
     token_ids: list[int]
     text: str
     tokens_by_step: list[int]
@@ -104,7 +107,9 @@ class Record(JsonRecord):
 
 
 class Report(Record):
-    """A benchmark."""
+    """A benchmark; `profile` is there where it was asked for."""
+
+    profile: Profile | None = None
 
     results: list[Result] = Field(default_factory=list)
     samples: list[Sample] = Field(default_factory=list)

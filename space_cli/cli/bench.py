@@ -24,6 +24,12 @@ _Methods = Annotated[
         "--methods", help="Comma-separated: ar, space, hf, hf-lookup. Default: ar,space,hf (sampled: ar,space)."
     ),
 ]
+_Profile = Annotated[
+    bool,
+    typer.Option(
+        "--profile", help="Also tell where a step's time goes, and what a call costs by block and context length."
+    ),
+]
 _List = Annotated[bool, typer.Option("--list", help="List suites and methods, and leave.")]
 
 
@@ -48,6 +54,7 @@ def bench(
     revision: options.Revision = None,
     json: options.Json = None,
     quiet: options.Quiet = False,
+    with_profile: _Profile = False,
     show_list: _List = False,
 ) -> int:
     """Measure methods side by side: tokens per second, tokens per step, and whether the answers are identical."""
@@ -63,6 +70,7 @@ def bench(
 
     from space_cli.bench.measure import Settings, check_candidates, measure
     from space_cli.bench.methods import choose_methods, methods_named
+    from space_cli.bench.profile import profile
     from space_cli.bench.report import results
     from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
@@ -89,6 +97,9 @@ def bench(
         with view:
             for sample in measure(loaded, suites, chosen, settings, view):
                 report.samples.append(sample)
+        if with_profile:
+            view.note("timing model calls")
+            report.profile = profile(loaded)
         report.complete = True
     except KeyboardInterrupt:
         return 130

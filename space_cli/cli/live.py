@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from space_cli.models.loading import LoadedModel
 
 _SECONDS_PER_FRAME = 0.125
+_LONGEST_SHOWN = 8
 _TEXT_LINES = 9
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -223,13 +224,16 @@ def tally_of(generations: Iterable[Generation]) -> Tally:
 
 
 def histogram(accepted: Counter[int]) -> str:
-    """Return one bar per number of tokens of a step, and the shares."""
+    """Return one bar per number of tokens of a step, and the shares; long steps share the last."""
     if not accepted:
         return ""
-    total = accepted.total()
-    shares = [accepted[count] / total for count in range(1, max(accepted) + 1)]
+    longest = min(max(accepted), _LONGEST_SHOWN)
+    counts = [accepted[count] for count in range(1, longest + 1)]
+    counts[-1] += sum(count for length, count in accepted.items() if length > longest)
+    shares = [count / accepted.total() for count in counts]
     bars = "".join(_BARS[max(1 if share else 0, round(share * (len(_BARS) - 1)))] for share in shares)
-    return f"{bars}  " + " ".join(f"{share:.0%}" for share in shares)
+    more = "+" if max(accepted) > longest else ""
+    return f"{bars}  " + " ".join(f"{share:.0%}" for share in shares) + more
 
 
 def _clock(seconds: float) -> str:

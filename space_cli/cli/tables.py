@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,12 @@ from rich.text import Text
 
 from space_cli.cli.console import err, out, plain
 from space_cli.cli.live import histogram
+from space_cli.core.stream import Parts
 from space_cli.verify.record import LEAST_P_VALUE
 
 if TYPE_CHECKING:
-    from space_cli.bench.report import JsonRecord, Record, Report, Result
+    from space_cli.bench.profile import Profile
+    from space_cli.bench.report import JsonRecord, Record, Report, Result, Sample
     from space_cli.verify.record import Divergence, Row, Verification
 
 _PLACES_SHOWN = 8
@@ -48,6 +51,9 @@ def show_bench(report: Report, done: str, *, to_stderr: bool) -> None:
         console.print(f"Interrupted after {done}.")
     for part in _tables(report.results):
         console.print(part)
+    if report.profile is not None:
+        for part in (*_split(report.samples), *_costs(report.profile)):
+            console.print(part)
     console.print()
     console.print(_closing(report), soft_wrap=True)
     if report.environment["dtype"] != "float32" and any(result.identical is False for result in report.results):
@@ -68,6 +74,58 @@ def _tables(results: list[Result]) -> Iterator[Text | Table]:
         suite, outputs = group
         yield plain(f"\n{suite}, {outputs} outputs", style="bold")
         yield _table([result for result in results if (result.suite, result.outputs) == group])
+
+
+def _split(samples: list[Sample]) -> Iterator[Text | Table]:
+    """Yield where the time of a step goes, by method."""
+    table = _figures(
+        "method", "ms/step", "prompt", "model", "choosing", "cache", "drafting", "other", "beside the model"
+    )
+    for method in dict.fromkeys(sample.method for sample in samples if sample.parts is not None):
+        own = [sample for sample in samples if sample.method == method and sample.parts is not None]
+        steps = sum(sample.steps for sample in own)
+        parts = {name: sum(each.parts[name] for each in own if each.parts) / steps for name in Parts._fields}
+        whole = sum(sample.seconds for sample in own) / steps
+        # a first step is a step like the others, and the prompt besides
+        later = [(each.seconds - each.first_step_seconds) / (each.steps - 1) for each in own if each.steps > 1]
+        prompt = (
+            sum(sample.first_step_seconds for sample in own) / steps
+            - statistics.median(later or [0]) * len(own) / steps
+        )
+        beside = whole - prompt - parts["model"]
+        shown = (whole, prompt, *parts.values(), beside - sum(parts.values()) + parts["model"])
+        share = f"{beside / (whole - prompt):.0%}"
+        table.add_row(plain(method), *(f"{seconds * 1e3:.3f}" for seconds in shown), share)
+    yield plain("\nA step, in milliseconds", style="bold")
+    yield table
+
+
+def _costs(profile: Profile) -> Iterator[Text | Table]:
+    """Yield what a model call costs by slots and by the length of its prefix."""
+    lengths = list(profile.seconds)
+    table = _figures("slots", *(f"behind {length}" for length in lengths), "over 1 slot", "GB/s", "of roofline", "")
+    first = profile.seconds[lengths[0]]
+    most = max(first.values())
+    for slots, seconds in first.items():
+        row = [f"{profile.seconds[length][slots] * 1e3:.2f}" for length in lengths]
+        rate, roofline = profile.weight_bytes / seconds / 1e9, profile.roofline_seconds / seconds
+        bar = "█" * max(1, round(24 * seconds / most))
+        table.add_row(str(slots), *row, f"{seconds / first[1]:.2f}", f"{rate:.1f}", f"{roofline:.0%}", bar)
+    yield plain("\nA model call, in milliseconds", style="bold")
+    yield table
+    yield plain(
+        f"{profile.weight_bytes / 1e6:.1f} MB of weights at {profile.bytes_per_second / 1e9:.1f} GB/s, as memory is"
+        f" read here: {profile.roofline_seconds * 1e3:.2f} ms at best; weights that fit a cache can be read faster",
+        style="dim",
+    )
+
+
+def _figures(first: str, *others: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right" if name else "left")
+    return table
 
 
 def _table(results: list[Result]) -> Table:

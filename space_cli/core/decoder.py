@@ -21,7 +21,7 @@ from space_cli.core.compiled import Program
 from space_cli.core.drafting import ChainDrafts, Drafts
 from space_cli.core.engine import Numerics, context_length, engine_for
 from space_cli.core.stopping import StopRule
-from space_cli.core.stream import Step
+from space_cli.core.stream import Parts, Step
 from space_cli.errors import UsageProblem
 
 
@@ -85,13 +85,20 @@ def decode(
         while True:
             block, candidates = proposal.block, proposal.candidates
             mask_ids = block.mask_token_ids(mask_token_ids) if block.anchors else []
-            rows = chooser.rows(engine.run(block, [tokens[-1], *candidates, *mask_ids]))
+            began = time.perf_counter()
+            logits = engine.run(block, [tokens[-1], *candidates, *mask_ids])
+            ran = time.perf_counter()
+            rows = chooser.rows(logits)
             path, emitted = _verify(rows, block, candidates, tokens)
+            chose = time.perf_counter()
             engine.settle(path)
+            settled = time.perf_counter()
             count, reason = state.push_all(emitted)
             tokens += emitted[:count]
+            pushed = time.perf_counter()
             if reason is None:
                 proposal = drafts.following(rows, proposal, path, tokens)
+            drafted = time.perf_counter()
             yield Step(
                 tokens=tuple(emitted[:count]),
                 accepted=min(len(path) - 1, count),
@@ -101,6 +108,7 @@ def decode(
                 seconds=time.perf_counter() - started,
                 finish_reason=reason,
                 prefilled=computed,
+                parts=Parts(ran - began, chose - ran, settled - chose, drafted - pushed),
             )
             if reason is not None:
                 return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["eos", "stop_string", "length"]
 
@@ -12,6 +12,18 @@ FinishReason = Literal["eos", "stop_string", "length"]
 def is_repetitive(tokens: Sequence[int]) -> bool:
     """Return whether an output loops: tokens over distinct tokens above 3.5, as in the published evaluation."""
     return len(tokens) > 3.5 * len(set(tokens))
+
+
+class Parts(NamedTuple):
+    """Seconds of a step by what they were spent on; prefill and the stop rule are in none of them.
+
+    On a GPU the model's part is only the launching; choosing waits for the tokens.
+    """
+
+    model: float
+    choosing: float
+    cache: float
+    drafting: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +39,7 @@ class Step:
         seconds: wall time, with the prefill in the first step.
         finish_reason: why the generation ended with this step, or None.
         prefilled: tokens of the prompt that our decoder computed before this step; a cache may have held the others.
+        parts: of the seconds; None where it was not our decoder's step.
     """
 
     tokens: tuple[int, ...]
@@ -37,6 +50,7 @@ class Step:
     seconds: float
     finish_reason: FinishReason | None = None
     prefilled: int = 0
+    parts: Parts | None = None
 
 
 @dataclass(slots=True)

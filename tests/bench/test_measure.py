@@ -173,12 +173,12 @@ def test_repetitive_is_told_by_distinct_tokens(loaded):
     assert found[0].identical is None
 
 
-def test_a_checkout_without_git_has_no_commit(tmp_path, monkeypatch):
+def test_a_checkout_without_git_has_no_commit(loaded, tmp_path, monkeypatch):
     (tmp_path / ".git").mkdir()
     monkeypatch.setattr(space_cli, "__file__", str(tmp_path / "space_cli" / "__init__.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    assert environment(device="cpu", dtype="float32", threads=1)["commit"] is None
+    assert environment(loaded, threads=1)["commit"] is None
 
 
 def test_report_is_written_whole_or_not_at_all(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ def test_json_holds_the_contract(run_space, tiny_model_dir, prompts_file, tmp_pa
         record["environment"]
     )
     assert record["settings"]["sampling"]["seed"] == 3
-    assert record["settings"]["candidates"] == 3
+    assert record["settings"]["candidates"] is None
     row = next(row for row in record["results"] if row["method"] == "space")
     fields = {"suite", "prompts", "tokens", "steps", "seconds", "tokens_per_second", "tokens_per_step", "speedup"}
     assert fields <= set(row)
@@ -170,3 +171,46 @@ def test_a_terminal_shows_the_run_live(clean_env, tiny_model_dir, prompts_file):
     assert "/2 prompts" in text
     assert "speedup" in text
     assert text.rstrip().splitlines()[-1].find("Traceback") == -1
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler, which the compiled engine needs")
+def test_a_compiled_model_gives_the_same_answers_and_is_compiled_once(run_space, tmp_path):
+    command = ("bench", "--engine", "compiled", "--limit", "2", "--max-new-tokens", "24", "--dtype", "float32")
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    first = run_space(*command, "--methods", "ar,space,space-chain,space-lookup,hf", "--json", "run.json", **cache)
+    again = run_space(*command, "--methods", "ar,space", **cache)
+
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
+    assert record["environment"]["engine"] == "compiled"
+    assert all(result["identical"] for result in record["results"])
+    assert "compiling" in first.stderr
+    assert "compiling" not in again.stderr
+
+
+def test_profile_tells_where_time_goes(run_space, tmp_path):
+    done = run_space("bench", "--limit", "1", "--max-new-tokens", "8", "--profile", "--json", "run.json")
+
+    record = json.loads((tmp_path / "run.json").read_text())
+    profile, samples = record["profile"], record["samples"]
+    assert done.returncode == 0, done.stderr
+    assert [
+        heading for heading in ("A step, in milliseconds", "A model call, in milliseconds") if heading in done.stdout
+    ]
+    # nano: 5.9 M parameters of two bytes, embeddings tied
+    assert 11e6 < profile["weight_bytes"] < 13e6
+    assert list(profile["seconds"]) == ["256", "512", "992"]
+    assert all(list(seconds) == list(profile["seconds"]["256"]) for seconds in profile["seconds"].values())
+    assert all(sum(sample["parts"].values()) < sample["seconds"] for sample in samples if sample["method"] != "hf")
+    assert all(sample["parts"] is None for sample in samples if sample["method"] == "hf")
+
+
+@pytest.mark.parametrize("command", ["bench", "verify-lossless"])
+def test_an_engine_that_cannot_be_had_is_one_line(run_space, command):
+    done = run_space(command, "--limit", "1", "--engine", "compiled", "--dtype", "float16")
+
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == (
+        "space: --engine compiled: nano: its dtype is float16; use --engine eager"
+    )

@@ -1,5 +1,6 @@
 import io
 import re
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,7 @@ def show(monkeypatch):
             view.started("suite", task, "space")
             for start in range(0, len(text), 2):
                 piece = tuple(map(ord, text[start : start + 2]))
-                view.stepped("space", Step(piece, len(piece) - 1, (), 4, 0.01))
+                view.stepped("space", Step(piece, len(piece) - 1, (), (), 4, 0.01))
         return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", file.getvalue())
 
     return run
@@ -55,3 +56,8 @@ def test_model_text_and_task_names_reach_the_terminal_visible_and_harmless(show)
 
 def test_steps_are_counted_by_the_tokens_they_brought(show):
     assert "0% 100%" in show("abcd")
+
+
+def test_long_steps_share_the_last_bar():
+    assert live.histogram(Counter({1: 2, 3: 1, 8: 3, 20: 4})) == "▂ ▁    ▆  20% 0% 10% 0% 0% 0% 0% 70%+"
+    assert live.histogram(Counter({1: 1, 2: 1})).endswith("50% 50%")

@@ -5,6 +5,7 @@ from itertools import count
 
 import numpy as np
 import pytest
+import torch
 
 from space_cli.cli.app import run
 from space_cli.core import cache, choose, decoder, engine
@@ -113,7 +114,7 @@ def noise_keyed_by_step(monkeypatch):
 
 def greedy_instead_of_sampled(monkeypatch):
     """The noise is forgotten, in AR and SPACE alike."""
-    monkeypatch.setattr(choose._Noise, "at", lambda *_: 0.0)
+    monkeypatch.setattr(choose._Noise, "at", lambda _, __, size, ___: torch.zeros(size))
 
 
 def masks_in_wrong_order(monkeypatch):
