@@ -114,6 +114,24 @@ class _Average:
         return (self._hits + self._prior * self._weight) / (self._chances + self._weight)
 
 
+class Experience:
+    """How often guesses of a model have been right of late; may serve one generation after another.
+
+    Args:
+        masks: m, the longest mask group.
+
+    Attributes:
+        calibration: by depth, right guesses over those expected from the masks' own probabilities.
+        values: by depth, how often a mask group brought an accepted token there that a copy would not have brought.
+        matches: how often a copied token was right, by the length of the match in front of it.
+    """
+
+    def __init__(self, masks: int) -> None:
+        self.calibration = [_Average(1.0) for _ in range(masks)]
+        self.values = [_Average(_FIRST_VALUE ** (depth + 1)) for depth in range(masks)]
+        self.matches = {length: _Average(prior) for length, prior in _FIRST_MATCH.items()}
+
+
 @dataclass(slots=True)
 class _Node:
     """A candidate under consideration.
@@ -141,6 +159,7 @@ class AdaptiveDrafts:
         costs: of a model call.
         masks: m, the longest mask group; 0 drafts from the context alone.
         lookup: whether candidates may be copied from the context.
+        experience: of generations before, which this one goes on from and adds to; None begins anew.
 
     Attributes:
         guessed: the likeliest token of each mask behind the last accepted slot; empty where it had no group.
@@ -149,14 +168,13 @@ class AdaptiveDrafts:
     costs: StepCosts
     masks: int
     lookup: bool = True
+    experience: Experience | None = None
     max_slots: int = MOST_SLOTS
     guessed: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._context = _Context()
-        self._calibration = [_Average(1.0) for _ in range(self.masks)]
-        self._values = [_Average(_FIRST_VALUE ** (depth + 1)) for depth in range(self.masks)]
-        self._matches = {length: _Average(prior) for length, prior in _FIRST_MATCH.items()}
+        self._known = self.experience or Experience(self.masks)
         self._nodes: list[_Node] = []
         self._copied: list[int] = []
         self._guesses: list[set[int]] = []
@@ -185,15 +203,15 @@ class AdaptiveDrafts:
             guessed = [node for node in children if not node.match]
             if guessed and guessed[0].depth <= self.masks:
                 hit = right is not None and not self._nodes[right - 1].match
-                self._calibration[guessed[0].depth - 1].add(hit, sum(node.share for node in guessed))
+                self._known.calibration[guessed[0].depth - 1].add(hit, sum(node.share for node in guessed))
             for node in children:
                 if node.match:
                     token = tokens[len(tokens) - 2 - accepted + node.depth]
-                    self._matches[node.match].add(node.token == token)
+                    self._known.matches[node.match].add(node.token == token)
         came = tokens[len(tokens) - 1 - accepted :]
         copied = _in_common(self._copied, came)
         hits = sum(1 for _ in takewhile(lambda pair: pair[1] in pair[0], zip(self._guesses, came, strict=False)))
-        for depth, value in enumerate(self._values, start=1):
+        for depth, value in enumerate(self._known.values, start=1):
             if not self._guesses:
                 value.forget()
             elif depth <= len(came) or hits < len(came):
@@ -215,13 +233,13 @@ class AdaptiveDrafts:
 
     def _likely_nodes(self, guesses: Sequence[Sequence[tuple[int, float]]], match: int) -> list[_Node]:
         """Return candidates, the likeliest first, each behind its parent."""
-        factors = [average.value for average in self._calibration]
+        factors = [average.value for average in self._known.calibration]
         shares = [
             [(token, min(_MOST_LIKELY, share * factor)) for token, share in row]
             for row, factor in zip(guesses, factors, strict=False)
         ]
         # a copied token that was right makes the match longer by one
-        held = {length: min(_MOST_LIKELY, average.value) for length, average in self._matches.items()}
+        held = {length: min(_MOST_LIKELY, average.value) for length, average in self._known.matches.items()}
         nodes: list[_Node] = []
         queue: list[tuple[float, int, _Node, bool]] = []
         serial = 0
@@ -265,7 +283,7 @@ class AdaptiveDrafts:
             last[node.parent] -= node.chance
         order = sorted(range(count + 1), key=lambda slot: -last[slot])
         worth_of_group = 0.0
-        for size, average in enumerate(self._values, start=1):
+        for size, average in enumerate(self._known.values, start=1):
             worth_of_group += average.value
             reached = gains[count]
             for taken, slot in enumerate(order[: (MOST_SLOTS - 1 - count) // size], start=1):

@@ -20,7 +20,7 @@ from space_cli.core.choose import Chooser
 from space_cli.core.compiled import Program, build_kernel, compile_program, fingerprint, machine, why_not
 from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import AdaptiveDrafts
+from space_cli.core.drafting import AdaptiveDrafts, Experience
 from space_cli.core.engine import EagerEngine, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.errors import RunFailed, UsageProblem
@@ -67,7 +67,7 @@ def prepare(
         costs = measure_costs(engine_for(loaded.model, loaded.program, max_length=length, max_slots=MOST_SLOTS), length)
         costs = replace(costs, overhead=_overhead(loaded, costs))
         _write_costs(costs, file)
-    return replace(loaded, costs=costs)
+    return replace(loaded, costs=costs, experience=Experience(loaded.masks_per_group))
 
 
 def _overhead(loaded: LoadedModel, costs: StepCosts) -> float:

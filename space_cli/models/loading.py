@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file
 from space_cli.core.block import Block
 from space_cli.core.compiled import Program
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
-from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafts
+from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafts, Experience
 from space_cli.core.engine import context_length, embedding_rows
 from space_cli.errors import UsageProblem
 from space_cli.models import support
@@ -44,6 +44,7 @@ class LoadedModel:
         candidates: k to decode with by default; 0 for a model never trained for SPACE.
         masks_per_group: m of the training, the largest k that makes sense.
         program: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
+        experience: of its drafts, from answer to answer; None begins anew with each.
     """
 
     name: str
@@ -61,12 +62,13 @@ class LoadedModel:
     prompt_template: str | None
     program: Program | None = None
     costs: StepCosts = ASSUMED_COSTS
+    experience: Experience | None = None
 
     def drafts(self, candidates: int | None = None) -> Drafts:
         """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best."""
         if candidates is not None:
             return ChainDrafts(Block.chain(candidates, candidates))
-        return AdaptiveDrafts(self.costs, self.masks_per_group)
+        return AdaptiveDrafts(self.costs, self.masks_per_group, experience=self.experience)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text` with the special tokens the tokenizer puts in front."""

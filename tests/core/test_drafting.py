@@ -1,13 +1,14 @@
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import MASK_IDS
 
-from space_cli.core.block import Block
+from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.costs import ASSUMED_COSTS, MOST_SLOTS, SIZES, StepCosts
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Proposal, _Context
+from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Experience, Proposal, _Context
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 
@@ -61,12 +62,10 @@ def test_where_slots_are_free_blocks_are_large(tiny_models):
     assert max(step.slots for step in found.steps) > 8
 
 
-def test_a_text_that_repeats_itself_comes_in_ever_longer_steps():
-    text = [5, 9, 2, 7, 11, 3] * 40
-    drafts, done, lengths = AdaptiveDrafts(ASSUMED_COSTS, 0), 12, []
-    proposal = drafts.first(text[:done])
-
-    while done < 200:
+def steps_over(text, drafts, *, done):
+    """Return how many tokens each step brings where `text` is what the model says."""
+    lengths, proposal = [], drafts.first(text[:done])
+    while done < len(text) - MOST_SLOTS:
         block, right = proposal.block, [0]
         while following := [s for s in block.children[right[-1]] if proposal.candidates[s - 1] == text[done]]:
             right.append(following[0])
@@ -74,8 +73,27 @@ def test_a_text_that_repeats_itself_comes_in_ever_longer_steps():
         done += 1
         lengths.append(len(right))
         proposal = drafts.following(None, proposal, right, text[:done])
+    return lengths
+
+
+def test_a_text_that_repeats_itself_comes_in_ever_longer_steps():
+    lengths = steps_over([5, 9, 2, 7, 11, 3] * 40, AdaptiveDrafts(ASSUMED_COSTS, 0), done=12)
 
     assert max(lengths) > 20
+
+
+def test_experience_of_one_answer_serves_the_next():
+    # a text of few words at random: copies seem likely and hardly ever hold
+    text = torch.randint(0, 14, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    costs, experience = StepCosts({size: 1 + size / 10 for size in SIZES}), Experience(0)
+    proposed = []
+    for drafts in (AdaptiveDrafts(costs, 0, experience=experience) for _ in range(2)):
+        drafts.first(text[:20])
+        blocks = [drafts.following(None, Proposal(AR_BLOCK, []), [0], text[:done]).block for done in range(21, 60)]
+        proposed.append(sum(block.num_slots for block in blocks))
+        steps_over(text, drafts, done=60)
+
+    assert proposed[1] < proposed[0]
 
 
 def test_text_without_repeats_is_left_to_ar_and_the_first_repeat_is_not_missed():
