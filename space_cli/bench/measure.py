@@ -48,15 +48,29 @@ class View(Protocol):
 
 
 def measure(
-    loaded: LoadedModel, suites: Sequence[Suite], methods: Sequence[Method], settings: Settings, view: View
+    loaded: LoadedModel,
+    suites: Sequence[Suite],
+    methods: Sequence[Method],
+    settings: Settings,
+    view: View,
+    *,
+    draft: LoadedModel | None = None,
 ) -> Iterator[Sample]:
     """Yield one sample per prompt and method; all of a prompt before the next prompt, so that drift hits all alike.
+
+    Args:
+        loaded: the model.
+        suites: with the prompts.
+        methods: as `choose_methods` gave them.
+        settings: of all answers.
+        view: sees the run.
+        draft: the smaller model of methods that draft with one.
 
     Raises:
         UsageProblem: candidates out of range, or a prompt that does not fit the context; before anything has run.
     """
     check_candidates(loaded, settings.candidates, methods)
-    planned = plan(loaded, suites, settings)
+    planned = plan(loaded, suites, settings, draft=draft)
     for method in methods:
         task = planned[0].task
         few = min(_WARM_UP_TOKENS, settings.max_new_tokens)
@@ -77,14 +91,16 @@ class Planned:
     task: Task
 
 
-def plan(loaded: LoadedModel, suites: Sequence[Suite], settings: Settings) -> list[Planned]:
+def plan(
+    loaded: LoadedModel, suites: Sequence[Suite], settings: Settings, *, draft: LoadedModel | None = None
+) -> list[Planned]:
     """Return the tasks of all prompts, in order.
 
     Raises:
         UsageProblem: a prompt that is empty or does not fit the context; before anything has run.
     """
     planned = [
-        Planned(suite.name, prompt.task_id, _task(loaded, suite, prompt.text, settings))
+        Planned(suite.name, prompt.task_id, _task(loaded, suite, prompt.text, settings, draft))
         for suite in suites
         for prompt in suite.prompts
     ]
@@ -108,10 +124,10 @@ def check_candidates(loaded: LoadedModel, candidates: int | None, methods: Seque
         )
 
 
-def _task(loaded: LoadedModel, suite: Suite, text: str, settings: Settings) -> Task:
+def _task(loaded: LoadedModel, suite: Suite, text: str, settings: Settings, draft: LoadedModel | None) -> Task:
     stop = StopRule(settings.max_new_tokens, loaded.eos_token_ids, suite.stop_strings, loaded.decode)
     prompt = loaded.prompt_template.replace("{}", text) if loaded.prompt_template else text
-    return Task(loaded, loaded.encode(prompt), stop, settings.sampling, settings.candidates, settings.numerics)
+    return Task(loaded, loaded.encode(prompt), stop, settings.sampling, settings.candidates, settings.numerics, draft)
 
 
 def _check_fits(loaded: LoadedModel, name: str, task: Task) -> None:

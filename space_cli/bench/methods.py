@@ -1,4 +1,4 @@
-"""Methods that answer a prompt: our AR baseline and SPACE, and what transformers offers for the same model."""
+"""Methods that answer a prompt: our AR baseline and SPACE, and what others offer for the same model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from space_cli.bench import llama_cpp
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AdaptiveDrafts, Drafts
-from space_cli.core.engine import Numerics
+from space_cli.core.engine import Numerics, embedding_rows
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
@@ -28,7 +29,12 @@ LOOKUP_TOKENS = 10
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One prompt for one method; `candidates` is k of the paper's chain, None for blocks drawn anew each step."""
+    """One prompt for one method.
+
+    Attributes:
+        candidates: k of the paper's chain, None for blocks drawn anew each step.
+        draft: a smaller model of the same vocabulary, for methods that draft with one.
+    """
 
     loaded: LoadedModel
     prompt_ids: Sequence[int]
@@ -36,6 +42,7 @@ class Task:
     sampling: Sampling
     candidates: int | None
     numerics: Numerics | None = None
+    draft: LoadedModel | None = None
 
 
 def _ar(task: Task, on_step: OnStep) -> Generation:
@@ -80,6 +87,24 @@ def _hf_lookup(task: Task, on_step: OnStep) -> Generation:
     return _generate(task, on_step, prompt_lookup_num_tokens=LOOKUP_TOKENS)
 
 
+def _hf_assisted(task: Task, on_step: OnStep) -> Generation:
+    assert task.draft is not None
+    return _generate(task, on_step, assistant_model=task.draft.model)
+
+
+def _llama_cpp(task: Task, on_step: OnStep) -> Generation:
+    generation, state = Generation(), task.stop.begin()
+    tokens = llama_cpp.greedy(task.loaded.model, task.prompt_ids, max_new_tokens=task.stop.max_new_tokens)
+    while generation.finish_reason is None:
+        started = time.perf_counter()
+        token = next(tokens)
+        reason = state.push(token)
+        step = Step((token,), 0, (), (), slots=1, seconds=time.perf_counter() - started, finish_reason=reason)
+        generation.steps.append(step)
+        on_step(step)
+    return generation
+
+
 def _generate(task: Task, on_step: OnStep, **options: Any) -> Generation:
     """Run transformers' `generate` with its default cache; our stop rule ends it, so that all answers end alike."""
     if task.sampling.temperature:
@@ -98,7 +123,12 @@ def next_token_probabilities(task: Task, prompt_ids: Sequence[int]) -> torch.Ten
 
 
 def _call_generate(
-    task: Task, prompt_ids: Sequence[int], *, stopping_criteria: StoppingCriteriaList | None = None, **options: Any
+    task: Task,
+    prompt_ids: Sequence[int],
+    *,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    assistant_model: PreTrainedModel | None = None,
+    **options: Any,
 ) -> Any:
     sampling, loaded = task.sampling, task.loaded
     if sampling.temperature:
@@ -112,12 +142,13 @@ def _call_generate(
         **options,
     )
     input_ids = torch.tensor([list(prompt_ids)], device=loaded.model.device)
-    with _no_defaults_of_its_own(loaded.model):
+    with _no_defaults_of_its_own(loaded.model), _no_defaults_of_its_own(assistant_model or loaded.model):
         return loaded.model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
             stopping_criteria=stopping_criteria,
+            assistant_model=assistant_model,
         )
 
 
@@ -168,6 +199,7 @@ class Method:
     Attributes:
         exact_under_seed: sampled output is token-identical to AR's under the same seed.
         needs_training: the model must have been trained for SPACE.
+        check: raises UsageProblem where it cannot run this model under this sampling, with this draft model or none.
     """
 
     name: str
@@ -175,6 +207,27 @@ class Method:
     run: Callable[[Task, OnStep], Generation]
     exact_under_seed: bool
     needs_training: bool = False
+    check: Callable[[LoadedModel, Sampling, LoadedModel | None], None] | None = None
+
+
+def _check_draft(loaded: LoadedModel, _sampling: Sampling, draft: LoadedModel | None) -> None:
+    if draft is None:
+        raise UsageProblem("method 'hf-assisted' drafts with a smaller model", hint="name one with --draft-model")
+    # generate takes another number of rows for another tokenizer
+    if _vocabulary(loaded) != _vocabulary(draft) or embedding_rows(loaded.model) != embedding_rows(draft.model):
+        raise UsageProblem(
+            f"--draft-model {draft.name}: its vocabulary is not that of {loaded.name}",
+            hint="give a smaller model of the same family",
+        )
+
+
+def _vocabulary(loaded: LoadedModel) -> set[tuple[str, int]]:
+    """Return the tokens with their ids; those of masks, which no text has, were added by training."""
+    return {(token, id_) for token, id_ in loaded.tokenizer.get_vocab().items() if id_ not in loaded.mask_token_ids}
+
+
+def _check_llama_cpp(loaded: LoadedModel, sampling: Sampling, _draft: LoadedModel | None) -> None:
+    llama_cpp.check(loaded, sampling)
 
 
 METHODS = {
@@ -188,15 +241,31 @@ METHODS = {
         Method("space-lookup", "candidates copied from the context, no masks", _space_lookup, exact_under_seed=True),
         Method("hf", "transformers' generate", _hf, exact_under_seed=False),
         Method("hf-lookup", "generate with prompt lookup", _hf_lookup, exact_under_seed=False),
+        Method(
+            "hf-assisted",
+            "generate with the draft model of --draft-model",
+            _hf_assisted,
+            exact_under_seed=False,
+            check=_check_draft,
+        ),
+        Method(
+            "llama-cpp",
+            "llama.cpp, greedy, from the same weights (pip install llama-cpp-python gguf)",
+            _llama_cpp,
+            exact_under_seed=False,
+            check=_check_llama_cpp,
+        ),
     )
 }
 
 
-def choose_methods(names: Sequence[str], loaded: LoadedModel) -> list[Method]:
+def choose_methods(
+    names: Sequence[str], loaded: LoadedModel, *, sampling: Sampling, draft: LoadedModel | None = None
+) -> list[Method]:
     """Return the methods named, each once.
 
     Raises:
-        UsageProblem: an unknown method, or one that this model cannot run.
+        UsageProblem: an unknown method, or one that cannot run this model under this sampling.
     """
     methods = methods_named(names)
     for method in methods:
@@ -205,6 +274,8 @@ def choose_methods(names: Sequence[str], loaded: LoadedModel) -> list[Method]:
                 f"{loaded.name} was not trained for SPACE, so method {method.name!r} cannot run on it",
                 hint="choose another model, or give mask_token_ids and candidates in a models file",
             )
+        if method.check is not None:
+            method.check(loaded, sampling, draft)
     return methods
 
 

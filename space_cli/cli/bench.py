@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from space_cli.cli import options
+from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
     from space_cli.bench.measure import Settings
@@ -21,7 +22,9 @@ EPILOG = (
 _Methods = Annotated[
     str | None,
     typer.Option(
-        "--methods", help="Comma-separated: ar, space, hf, hf-lookup. Default: ar,space,hf (sampled: ar,space)."
+        "--methods",
+        help="Comma-separated: ar, space, space-chain, space-lookup, hf, hf-lookup, hf-assisted, llama-cpp (--list says"
+        " what they are). Default: ar,space,hf (sampled: ar,space).",
     ),
 ]
 _Profile = Annotated[
@@ -29,6 +32,10 @@ _Profile = Annotated[
     typer.Option(
         "--profile", help="Also tell where a step's time goes, and what a call costs by block and context length."
     ),
+]
+_DraftModel = Annotated[
+    str | None,
+    typer.Option("--draft-model", help="The smaller model that hf-assisted drafts with: alias, folder, or Hub id."),
 ]
 _List = Annotated[bool, typer.Option("--list", help="List suites and methods, and leave.")]
 
@@ -38,6 +45,7 @@ def bench(
     suite: options.Suite = None,
     limit: options.Limit = None,
     methods: _Methods = None,
+    draft_model: _DraftModel = None,
     candidates: options.Candidates = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
@@ -69,7 +77,7 @@ def bench(
     quiet_libraries()
 
     from space_cli.bench.measure import Settings, check_candidates, measure
-    from space_cli.bench.methods import choose_methods, methods_named
+    from space_cli.bench.methods import choose_methods
     from space_cli.bench.profile import profile
     from space_cli.bench.report import results
     from space_cli.cli.live import run_view
@@ -77,25 +85,28 @@ def bench(
     from space_cli.models.engines import prepare
     from space_cli.models.loading import load_model
 
-    default = "ar,space" if temperature else "ar,space,hf"
-    names = [method.name for method in methods_named([name.strip() for name in (methods or default).split(",")])]
+    names = _named(methods or ("ar,space" if temperature else "ar,space,hf"), draft_model)
     view = run_view(quiet=quiet)
     view.loading(model)
     loaded = load_model(
         model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
     )
-    chosen = choose_methods(names, loaded)
+    draft = None
+    if draft_model is not None:
+        view.loading(draft_model)
+        draft = load_model(draft_model, models_file=models_file, dtype=loaded.dtype, device=loaded.device)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    chosen = choose_methods(names, loaded, sampling=sampling, draft=draft)
     check_candidates(loaded, candidates, chosen)
     prompts = sum(len(each.prompts) for each in suites)
-    to_come = prompts * max_new_tokens * sum(not name.startswith("hf") for name in names)
+    to_come = prompts * max_new_tokens * sum(not name.startswith(("hf", "llama")) for name in names)
     loaded = prepare(loaded, engine=engine, tokens=to_come, fresh_costs=True, on_compile=view.compiling)
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     settings = Settings(max_new_tokens, sampling, candidates)
-    report = _report(loaded, settings)
+    report = _report(loaded, draft, settings)
     view.begin(loaded, names, prompts)
     try:
         with view:
-            for sample in measure(loaded, suites, chosen, settings, view):
+            for sample in measure(loaded, suites, chosen, settings, view, draft=draft):
                 report.samples.append(sample)
         if with_profile:
             view.note("timing model calls")
@@ -111,23 +122,32 @@ def bench(
     return 0
 
 
+def _named(methods: str, draft_model: str | None) -> list[str]:
+    from space_cli.bench.methods import methods_named
+
+    names = [method.name for method in methods_named([name.strip() for name in methods.split(",")])]
+    if draft_model is not None and "hf-assisted" not in names:
+        raise UsageProblem("--draft-model: none of the methods drafts with it", hint="add hf-assisted to --methods")
+    return names
+
+
 def _list() -> int:
     from space_cli.bench.suites import SUITES
 
     typer.echo("Suites")
     for name, description in SUITES.items():
-        typer.echo(f"  {name:<10} {description}")
-    typer.echo('  FILE       JSON Lines, each line an object with "prompt" and, if you like, "task_id"')
+        typer.echo(f"  {name:<12} {description}")
+    typer.echo('  FILE         JSON Lines, each line an object with "prompt" and, if you like, "task_id"')
 
     from space_cli.bench.methods import METHODS
 
     typer.echo("Methods")
     for method in METHODS.values():
-        typer.echo(f"  {method.name:<10} {method.description}")
+        typer.echo(f"  {method.name:<12} {method.description}")
     return 0
 
 
-def _report(loaded: LoadedModel, settings: Settings) -> Report:
+def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) -> Report:
     """Return the record of a run that has not begun."""
     from dataclasses import asdict
 
@@ -137,7 +157,12 @@ def _report(loaded: LoadedModel, settings: Settings) -> Report:
 
     return Report(
         environment=environment(loaded, threads=torch.get_num_threads()),
-        settings={"model": loaded.name, "source": loaded.source, **asdict(settings)},
+        settings={
+            "model": loaded.name,
+            "source": loaded.source,
+            "draft_model": draft.name if draft is not None else None,
+            **asdict(settings),
+        },
     )
 
 

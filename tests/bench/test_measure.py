@@ -36,8 +36,9 @@ def loaded(tiny_model_dir):
 
 
 def run(loaded, names, *, suites=(SUITE,), sampling=None, tokens=20, view=None):
-    settings = Settings(tokens, sampling or Sampling())
-    return list(measure(loaded, suites, choose_methods(names, loaded), settings, view or Recorder()))
+    sampling = sampling or Sampling()
+    methods = choose_methods(names, loaded, sampling=sampling)
+    return list(measure(loaded, suites, methods, Settings(tokens, sampling), view or Recorder()))
 
 
 def test_all_methods_give_the_same_greedy_answers(loaded):
@@ -96,7 +97,7 @@ def test_a_prompt_that_does_not_fit_is_told_before_anything_runs(loaded):
 
 
 def test_candidates_keep_to_what_was_trained(loaded):
-    methods = choose_methods(["space"], loaded)
+    methods = choose_methods(["space"], loaded, sampling=Sampling())
 
     for candidates in (0, 4):
         with pytest.raises(UsageProblem, match=f"--candidates {candidates}: .* was trained for 1 to 3"):
@@ -105,11 +106,11 @@ def test_candidates_keep_to_what_was_trained(loaded):
 
 def test_unknown_methods_and_untrained_models_are_told(loaded):
     with pytest.raises(UsageProblem, match="no method named 'beam'"):
-        choose_methods(["ar", "beam"], loaded)
+        choose_methods(["ar", "beam"], loaded, sampling=Sampling())
     with pytest.raises(UsageProblem, match="did you mean hf-lookup"):
         methods_named(["hf-lokup"])
     with pytest.raises(UsageProblem, match="was not trained for SPACE"):
-        choose_methods(["space"], replace(loaded, candidates=0))
+        choose_methods(["space"], replace(loaded, candidates=0), sampling=Sampling())
 
 
 def test_a_method_that_answers_differently_is_found(loaded, monkeypatch):

@@ -1,0 +1,190 @@
+"""llama.cpp as a peer: the model written as a GGUF file, and decoded greedily from it.
+
+Tokens are known by their ids alone, so the file has no vocabulary. `llama_cpp` and `gguf` are no dependencies of ours:
+they are imported by name, late, so that mypy finds the same with and without them.
+
+Source: llama.cpp's `convert_hf_to_gguf.py` (`LlamaModel`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import torch
+from platformdirs import user_cache_path
+from transformers import PreTrainedModel
+
+from space_cli.core.choose import Sampling
+from space_cli.core.compiled import fingerprint, why_not
+from space_cli.errors import RunFailed, UsageProblem
+from space_cli.models.loading import LoadedModel
+
+_FILE_FORM = 1
+"""Of the files written; another number for another content, as they outlive this program."""
+_LEAST_CONTEXT = 1024
+# scaled by a factor of each frequency, which a file can hold
+_ROPE_TYPES = ("default", "linear", "llama3")
+_OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_IN_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_running: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Any]] = weakref.WeakKeyDictionary()
+
+
+def check(loaded: LoadedModel, sampling: Sampling) -> None:
+    """Refuse what llama.cpp cannot be compared on.
+
+    Raises:
+        UsageProblem: its packages are not installed, another architecture than Llama's, or not greedy.
+    """
+    if find_spec("llama_cpp") is None or find_spec("gguf") is None:
+        raise UsageProblem("method 'llama-cpp' needs two more packages", hint="pip install llama-cpp-python gguf")
+    if sampling.temperature or sampling.repetition_penalty != 1:
+        raise UsageProblem(
+            "method 'llama-cpp' is greedy, without penalties", hint="leave out --temperature and --repetition-penalty"
+        )
+    reason = _why_not(loaded.model)
+    if reason is not None:
+        raise UsageProblem(f"method 'llama-cpp' cannot run {loaded.name}: {reason}", hint="leave it out of --methods")
+
+
+def _why_not(model: PreTrainedModel) -> str | None:
+    """Return in a few words why a model cannot be converted, or None where it can."""
+    if type(model).__name__ != "LlamaForCausalLM":
+        return f"it is a {type(model).__name__}, and LlamaForCausalLM alone can be converted"
+    if model.config.hidden_act != "silu":
+        return f"its activation is {model.config.hidden_act}"
+    if model.config.rope_parameters["rope_type"] not in _ROPE_TYPES:
+        return f"its rotary positions are scaled by {model.config.rope_parameters['rope_type']}"
+    return why_not(model)
+
+
+def greedy(model: PreTrainedModel, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Iterator[int]:
+    """Return the tokens that llama.cpp generates, without end; loading and converting the model is done on return.
+
+    Raises:
+        RunFailed: the file cannot be written.
+    """
+    llama = _runner(model, len(prompt_ids) + max_new_tokens)
+    # else it would keep what the prompt has in common with the one before
+    llama.reset()
+    tokens: Iterator[int] = llama.generate(list(prompt_ids), temp=0.0)
+    return tokens
+
+
+def _runner(model: PreTrainedModel, length: int) -> Any:
+    """Return llama.cpp with a model in it and room for `length` tokens, kept until the model goes or needs more."""
+    room, llama = _running.get(model, (0, None))
+    if room < length:
+        room = max(_LEAST_CONTEXT, 1 << (length - 1).bit_length())
+        package = import_module("llama_cpp")
+        # its defaults, a float16 cache and flash attention, are fastest, but round to half precision: logits of float32
+        # weights are off by 2 % of their spread with them, by 0.001 % without
+        half = model.dtype != torch.float32
+        cache_type = None if half else package.GGML_TYPE_F32
+        llama = package.Llama(
+            str(_file(model)),
+            n_ctx=room,
+            n_threads=torch.get_num_threads(),
+            n_threads_batch=torch.get_num_threads(),
+            flash_attn=half,
+            type_k=cache_type,
+            type_v=cache_type,
+            verbose=False,
+        )
+        # when Python tears its modules down, it would be too late
+        weakref.finalize(model, llama.close)
+        next(llama.generate([0], temp=0.0))
+        _running[model] = room, llama
+    return llama
+
+
+def _file(model: PreTrainedModel) -> Path:
+    """Return the GGUF file of a model, written where it is not there yet."""
+    file = user_cache_path("space") / "gguf" / f"{fingerprint(model)}-{_FILE_FORM}.gguf"
+    if file.exists():
+        return file
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=file.parent, suffix=".unfinished", delete=False) as stream:
+            unfinished = Path(stream.name)
+        try:
+            convert(model, unfinished)
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFailed(f"{file}: could not be written: {error.strerror or error}") from error
+    return file
+
+
+def convert(model: PreTrainedModel, file: Path) -> None:
+    """Write a Llama as a GGUF file without vocabulary; matrices in the model's dtype, vectors in float32."""
+    gguf = import_module("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    for name, tensor in _tensors(model):
+        if tensor.ndim == 1 or tensor.dtype == torch.float32:
+            writer.add_tensor(name, tensor.float().contiguous().numpy())
+        else:
+            raw = tensor.contiguous().view(torch.uint8).numpy()
+            writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights under llama.cpp's names, in its order of rotary dimensions."""
+    config = model.config
+    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        if module == "lm_head" and config.tie_word_embeddings:
+            continue  # llama.cpp takes token_embd where there is no output
+        if module in _OUTSIDE:
+            yield f"{_OUTSIDE[module]}.{kind}", tensor
+        else:
+            _, _, layer, part = module.split(".", 3)
+            placed = _interleaved(tensor, heads[part]) if part in heads else tensor
+            yield f"blk.{layer}.{_IN_LAYER[part]}.{kind}", placed
+    if config.rope_parameters["rope_type"] != "default":
+        scaled = model.model.rotary_emb.inv_freq.float()
+        exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
+        yield "rope_freqs.weight", config.rope_parameters["rope_theta"] ** -exponents / scaled
+
+
+def _interleaved(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Reorder the rows of each head for llama.cpp, which rotates neighbours where transformers rotates halves."""
+    halves = tensor.reshape(num_heads, 2, -1, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
