@@ -19,7 +19,7 @@ import subprocess
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -162,6 +162,8 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
     Raises:
         RunFailed: it cannot be exported, or there is no C++ compiler.
     """
+    from torch._inductor.utils import fresh_cache  # takes a second to import
+
     config = model.config
     own, config._attn_implementation = config._attn_implementation, _ATTENTION
     slots = 8
@@ -176,13 +178,15 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
             exported = torch.export.export(
                 _Step(model), example, dynamic_shapes=({1: size}, {1: size}, {2: size, 3: size}), strict=False
             )
-            with NamedTemporaryFile(dir=package.parent, suffix=".pt2", delete=False) as unfinished:
-                pass
-            stack.callback(Path(unfinished.name).unlink, missing_ok=True)
-            torch._inductor.aoti_compile_and_package(
-                exported, package_path=unfinished.name, inductor_configs=dict(_INDUCTOR_CONFIGS)
+            # what the compiler leaves behind has the weights in it
+            scratch = stack.enter_context(TemporaryDirectory(dir=package.parent))
+            stack.enter_context(fresh_cache(dir=scratch))
+            unfinished = torch._inductor.aoti_compile_and_package(
+                exported,
+                package_path=str(Path(scratch, "program.pt2")),
+                inductor_configs=dict(_INDUCTOR_CONFIGS),
             )
-            Path(unfinished.name).replace(package)
+            Path(unfinished).replace(package)
     except Exception as error:  # whatever in a foreign model defeats a compiler, the eager engine runs it
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise RunFailed(f"the model could not be compiled: {type(error).__name__}: {first}") from error
