@@ -138,7 +138,7 @@ class Repl:
         except SpaceError:
             session.chat.undo()
             raise
-        stopped = False
+        stopped, broke = False, ""
         try:
             with view_of(session, console) as view:
                 for step in session.steps(asked):
@@ -146,11 +146,15 @@ class Repl:
                     view.step(step)
         except KeyboardInterrupt:
             stopped = True
+        except (MemoryError, RuntimeError) as error:  # out of memory, most likely; the conversation goes on
+            broke = f"the answer broke off: {(str(error) or type(error).__name__).splitlines()[0]}"
         session.conclude(asked, generation)
         if generation.steps:
-            self._after(console, generation, stopped=stopped)
-        else:
+            self._after(console, generation, stopped=stopped or bool(broke))
+        elif not broke:
             self._say("stopped before the first token; the request is taken back")
+        if broke:
+            self._say(broke, style="red")
 
     def _after(self, console: Console, generation: Generation, *, stopped: bool) -> None:
         """Say what the answer cost, and keep the conversation."""
@@ -289,7 +293,7 @@ class Repl:
         self._console().print(plain(text, style=style), soft_wrap=True)
 
     def _prompt(self) -> FormattedText:
-        return FormattedText([("bold", "> ")])
+        return FormattedText([("" if self._console().no_color else "bold", "> ")])
 
     def _toolbar(self) -> FormattedText:
         session = self._session

@@ -19,8 +19,8 @@ def chat(clean_env, tiny_model_dir, tmp_path):
     """Start `space chat` in a terminal; whatever still runs at the end is killed."""
     begun = []
 
-    def start(*arguments, columns=80, rows=24, model=tiny_model_dir, **env):
-        command = [sys.executable, "-m", "space_cli", "chat", "--model", model, "--dtype", "float32", *arguments]
+    def start(*arguments, columns=80, rows=24, model=tiny_model_dir, program=("-m", "space_cli"), **env):
+        command = [sys.executable, *program, "chat", "--model", model, "--dtype", "float32", *arguments]
         environment = {name: value for name, value in clean_env.items() if name != "COLUMNS"}
         environment |= {"XDG_STATE_HOME": str(tmp_path / "state")} | env
         terminal = Terminal([str(each) for each in command], env=environment, cwd=tmp_path, columns=columns, rows=rows)
@@ -113,6 +113,32 @@ def test_ctrl_c_stops_the_answer_and_what_was_said_stays(chat):
     assert terminal.finish() == 0
     assert told(stopped)[0] < 900
     assert "tokens in" in after
+
+
+BREAKING = """
+import space_cli.cli.session as session
+from space_cli.cli.app import main
+decode, calls = session.decode, []
+
+def breaking(*arguments, **options):
+    calls.append(1)
+    for number, step in enumerate(decode(*arguments, **options)):
+        if len(calls) == 1 and number == 2:
+            raise RuntimeError("not enough memory\\nat some place")
+        yield step
+
+session.decode = breaking
+main()
+"""
+
+
+def test_an_answer_that_breaks_off_does_not_end_the_chat(chat):
+    terminal = chat("--max-new-tokens", "12", program=("-c", BREAKING))
+
+    screen = say(terminal, "first")
+    assert "the answer broke off: not enough memory" in screen
+    assert "stopped; what was said stays" in screen
+    assert told(say(terminal, "second"))[0] == 12
 
 
 def test_settings_modes_and_mistakes(chat):
