@@ -213,17 +213,15 @@ class Method:
 def _check_draft(loaded: LoadedModel, _sampling: Sampling, draft: LoadedModel | None) -> None:
     if draft is None:
         raise UsageProblem("method 'hf-assisted' drafts with a smaller model", hint="name one with --draft-model")
+    # of masks, which no text has, either may know none
+    masks = {*loaded.mask_token_ids, *draft.mask_token_ids}
+    differing = {id_ for _, id_ in loaded.tokenizer.get_vocab().items() ^ draft.tokenizer.get_vocab().items()}
     # generate takes another number of rows for another tokenizer
-    if _vocabulary(loaded) != _vocabulary(draft) or embedding_rows(loaded.model) != embedding_rows(draft.model):
+    if differing - masks or embedding_rows(loaded.model) != embedding_rows(draft.model):
         raise UsageProblem(
             f"--draft-model {draft.name}: its vocabulary is not that of {loaded.name}",
             hint="give a smaller model of the same family",
         )
-
-
-def _vocabulary(loaded: LoadedModel) -> set[tuple[str, int]]:
-    """Return the tokens with their ids; those of masks, which no text has, were added by training."""
-    return {(token, id_) for token, id_ in loaded.tokenizer.get_vocab().items() if id_ not in loaded.mask_token_ids}
 
 
 def _check_llama_cpp(loaded: LoadedModel, sampling: Sampling, _draft: LoadedModel | None) -> None:

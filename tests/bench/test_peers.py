@@ -108,12 +108,14 @@ def test_a_draft_model_must_be_there_and_know_the_same_tokens(loaded):
 
 def test_a_draft_model_has_as_many_rows_but_needs_no_masks(loaded, draft):
     padded = llama(draft, vocab_size=320)
-    untrained = replace(draft, tokenizer=copy.deepcopy(draft.tokenizer), mask_token_ids=())
-    untrained.tokenizer.get_vocab = lambda: {
+    untrained = replace(draft, mask_token_ids=())
+    without = replace(untrained, tokenizer=copy.deepcopy(draft.tokenizer))
+    without.tokenizer.get_vocab = lambda: {
         token: id_ for token, id_ in loaded.tokenizer.get_vocab().items() if id_ not in loaded.mask_token_ids
     }
 
     assert choose_methods(["hf-assisted"], loaded, sampling=Sampling(), draft=untrained)
+    assert choose_methods(["hf-assisted"], loaded, sampling=Sampling(), draft=without)
     with pytest.raises(UsageProblem, match="its vocabulary is not that of"):
         choose_methods(["hf-assisted"], loaded, sampling=Sampling(), draft=padded)
 
