@@ -29,7 +29,7 @@ Drafter = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
 
 # likeliest tokens of a mask that become candidates, and that count as a right guess when a group's worth is learned
 _WIDTH, _COUNTED = 4, 2
-_LOOKUP_TOKENS, _LONGEST_MATCH = 24, 4
+_LOOKUP_TOKENS, _LONGEST_MATCH = MOST_SLOTS - 1, 4
 # what is known before the first step: a mask's guess holds in a third of cases, a copied token by how many tokens in
 # front of it were the same too
 _FIRST_VALUE, _FIRST_MATCH = 0.35, {1: 0.2, 2: 0.4, 3: 0.6, 4: 0.7, 6: 0.8, 10: 0.9, 16: 0.98}
