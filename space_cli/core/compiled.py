@@ -1,12 +1,13 @@
 """A compiled model: one program for blocks of all shapes, with packed weights and an attention of our own.
 
 A small model's eager step is spent on dispatch, a large one's on matrix products over weights that are not packed for
-them. `torch.export` and AOTInductor answer both: the whole call becomes one C++ library with the weights packed inside,
-for any number of slots. Attention stays outside the program as an operator, `space::attend`, that appends to the cache
-and reads its used part only (`kernels/attend.cpp`); so the program knows neither the cache nor its length, and one
-compilation serves prompts and blocks of every size.
+them. `torch.export` and AOTInductor answer the first: the whole call becomes one C++ library, for any number of slots.
+Two operators of our own answer the second. `space::linear` multiplies by packed weights (`kernels/linear.cpp`).
+`space::attend` appends to the cache and reads its used part only (`kernels/attend.cpp`); so the program knows neither
+the cache nor its length, and one compilation serves prompts and blocks of every size. Both give a row the same bits
+whatever rows stand beside it.
 
-Source: PyTorch's AOTInductor (`torch/_inductor/__init__.py`), its freezing of weights (`_inductor/freezing.py`).
+Source: PyTorch's AOTInductor (`torch/_inductor/__init__.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import os
 import platform
 import subprocess
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -37,7 +39,7 @@ from space_cli.errors import RunFailed
 MOST_SLOTS = 128
 """Q of the largest block that a program takes."""
 _ATTENTION = "space_compiled"
-_KERNEL = Path(__file__).parent / "kernels" / "attend.cpp"
+_KERNELS = [Path(__file__).parent / "kernels" / name for name in ("attend.cpp", "linear.cpp")]
 _KERNEL_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _KERNEL_ARGUMENTS = [
@@ -48,12 +50,13 @@ _KERNEL_ARGUMENTS = [
     ctypes.c_float,
 ]
 _LANES = 16
+# inputs that stand together in a tile of weights
+_DEPTH = {torch.float32: 1, torch.bfloat16: 2}
+_loaded: dict[str, ctypes.CDLL] = {}
 # what attention layers ask of their kernel beyond the plain product of softmaxes
 _FOREIGN_ARGUMENTS = ("position_bias", "s_aux", "softcap", "head_mask")
 _INDUCTOR_CONFIGS = {
     "freezing": True,
-    # one product for queries, keys and values, one for gate and up
-    "cpp.enable_concat_linear": True,
     # a loop over a few rows is done before a second thread has woken up
     "cpp.min_chunk_size": 16384,
 }
@@ -64,14 +67,14 @@ class Program:
 
     Args:
         package: what `compile_program` wrote.
-        kernel: what `build_kernel` wrote.
+        kernel: what `build_kernels` wrote.
         dtype: of the model.
     """
 
     def __init__(self, package: Path, kernel: Path, dtype: torch.dtype) -> None:
+        self._kernel = load_kernel(kernel, dtype)
         # `torch._inductor.aoti_load_package` wraps this in a second of imports and a walk over each call's arguments
         self._package = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
-        self._kernel = load_kernel(kernel, dtype)
 
     def run(self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Run a block behind what a cache holds; return (Q, V) logits. The cache then holds all slots.
@@ -141,9 +144,8 @@ def why_not(model: PreTrainedModel) -> str | None:
 
 def fingerprint(model: PreTrainedModel) -> str:
     """Return a hash of everything that a compiled program depends on: weights, config, versions and machine."""
-    digest = hashlib.sha256()
-    told = (model.config.to_json_string(), *machine(), _INDUCTOR_CONFIGS)
-    digest.update(repr(told).encode())
+    told = (model.config.to_json_string(), _toolchain(), _INDUCTOR_CONFIGS)
+    digest = hashlib.sha256(repr(told).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
@@ -172,6 +174,7 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            stack.enter_context(_packed_linears(model))
             stack.enter_context(warnings.catch_warnings(action="ignore"))  # torch warns of its own parts
             # one slot is a size like any other
             stack.enter_context(symbolic_shapes.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
@@ -194,20 +197,20 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
         config._attn_implementation = own
 
 
-def build_kernel(folder: Path) -> Path:
-    """Return the attention kernel's library, compiled into a folder where it is not there yet.
+def build_kernels(folder: Path) -> Path:
+    """Return the library of our kernels, compiled into a folder where it is not there yet.
 
     Raises:
         RunFailed: there is no C++ compiler, or it fails.
     """
-    source = _KERNEL.read_bytes()
-    name = hashlib.sha256(source + _processor_flags().encode()).hexdigest()[:16]
-    library = folder / f"attend-{name}.so"
+    library = folder / f"kernels-{_toolchain()[:16]}.so"
     if library.exists():
         return library
     unfinished = library.with_suffix(f".{os.getpid()}")
+    torch_folder = Path(torch.__file__).parent
     command = [os.environ.get("CXX", "c++"), "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC"]
-    command += ["-shared", "-std=c++17", "-o", str(unfinished), str(_KERNEL)]
+    command += ["-shared", "-std=c++20", f"-I{torch_folder / 'include'}", "-o", str(unfinished), *map(str, _KERNELS)]
+    command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -218,10 +221,65 @@ def build_kernel(folder: Path) -> Path:
 
 
 def load_kernel(library: Path, dtype: torch.dtype) -> Any:
-    """Return the kernel for states of a dtype, as a C function."""
-    kernel = getattr(ctypes.CDLL(str(library)), f"space_attend_{_KERNEL_TYPES[dtype]}")
+    """Return the attention kernel for states of a dtype, as a C function; the library registers the linear one."""
+    # an operator can be registered once in a process, and all libraries of one version are alike
+    if "kernels" not in _loaded:
+        _loaded["kernels"] = ctypes.CDLL(str(library))
+    kernel = getattr(_loaded["kernels"], f"space_attend_{_KERNEL_TYPES[dtype]}")
     kernel.argtypes, kernel.restype = _KERNEL_ARGUMENTS, None
     return kernel
+
+
+class _PackedLinear(nn.Module):
+    """A linear layer with its weights in the tiles of `kernels/linear.cpp`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.outputs = linear.out_features
+        depth = _DEPTH[linear.weight.dtype]
+        tiles = linear.weight.detach().view(-1, _LANES, linear.in_features // depth, depth)
+        self.register_buffer("packed", tiles.transpose(1, 2).contiguous())
+        bias: torch.Tensor | None = linear.bias
+        self.register_buffer("bias", bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # as nn.Linear names it
+        """Return (..., outputs)."""
+        output: torch.Tensor = torch.ops.space.linear(input, self.packed, self.bias, self.outputs)
+        return output
+
+
+def _fills_tiles(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer, and no kind of its own, whose sizes fill whole tiles."""
+    if not isinstance(module, nn.Linear) or module.__class__.__name__ != "Linear":
+        return False
+    depth = _DEPTH.get(module.weight.dtype)
+    return depth is not None and not module.out_features % _LANES and not module.in_features % depth
+
+
+@contextmanager
+def _packed_linears(model: nn.Module) -> Iterator[None]:
+    """Put packed layers in place of a model's linear ones for a while."""
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if _fills_tiles(child)
+    ]
+    for parent, name, child in found:
+        setattr(parent, name, _PackedLinear(cast(nn.Linear, child)))
+    try:
+        yield
+    finally:
+        for parent, name, child in found:
+            setattr(parent, name, child)
+
+
+def _toolchain() -> str:
+    """Return a hash of versions, machine and kernel sources."""
+    digest = hashlib.sha256(repr(machine()).encode())
+    for source in _KERNELS:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
 
 
 class _Step(nn.Module):
@@ -276,9 +334,15 @@ def _attend_shape(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, 
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
+def _linear_shape(input: torch.Tensor, _: torch.Tensor, __: torch.Tensor | None, outputs: int) -> torch.Tensor:  # noqa: A002
+    return input.new_empty(*input.shape[:-1], outputs)
+
+
 _OPERATORS = torch.library.Library("space", "DEF")  # it lives as long as this name
 _OPERATORS.define("attend(Tensor query, Tensor key, Tensor value, int layer, float scaling) -> Tensor")
+_OPERATORS.define("linear(Tensor input, Tensor packed, Tensor? bias, int outputs) -> Tensor")
 _OPERATORS.impl("attend", _attend, "CPU")
 torch.library.register_fake("space::attend", _attend_shape, lib=_OPERATORS)
+torch.library.register_fake("space::linear", _linear_shape, lib=_OPERATORS)
 AttentionInterface.register(_ATTENTION, _attention)
 AttentionMaskInterface.register(_ATTENTION, sdpa_mask)

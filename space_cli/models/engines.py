@@ -17,7 +17,7 @@ from platformdirs import user_cache_path
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser
-from space_cli.core.compiled import Program, build_kernel, compile_program, fingerprint, machine, why_not
+from space_cli.core.compiled import Program, build_kernels, compile_program, fingerprint, machine, why_not
 from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AdaptiveDrafts, Experience
@@ -136,7 +136,7 @@ def _checked(loaded: LoadedModel, package: Path) -> Program:
     """
     model = loaded.model
     try:
-        program = Program(package, build_kernel(package.parent), model.dtype)
+        program = Program(package, build_kernels(package.parent), model.dtype)
         prefix, tokens = [1, 2, 3], [2, 3, 1, 2]
         logits = []
         for run_by in (None, program):

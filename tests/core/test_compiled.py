@@ -29,7 +29,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
-    return compiled.build_kernel(tmp_path_factory.mktemp("kernel"))
+    return compiled.build_kernels(tmp_path_factory.mktemp("kernel"))
 
 
 @pytest.fixture(scope="module", params=DTYPES, ids=["float32", "bfloat16"])
@@ -148,6 +148,35 @@ def test_a_row_has_the_same_bits_alone_and_in_a_block(kernel, dtype, call, slot)
     assert torch.equal(alone[0], in_block[slot])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, 40),
+    width=st.integers(1, 150),
+    tiles=st.integers(1, 30),
+    row=st.integers(0, 39),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_packed_weights_multiply_as_torch_does_and_each_row_as_if_alone(
+    kernel, dtype, rows, width, tiles, row, has_bias, seed
+):
+    compiled.load_kernel(kernel, dtype)
+    torch.manual_seed(seed)
+    linear = torch.nn.Linear(2 * width, 16 * tiles, bias=has_bias).to(dtype)
+    packed, states = compiled._PackedLinear(linear), torch.randn(1, rows, 2 * width).to(dtype)
+
+    with torch.inference_mode():
+        found = packed(states)
+        alone = packed(states[:, row % rows : row % rows + 1])
+
+    bias = None if linear.bias is None else linear.bias.double()
+    expected = torch.nn.functional.linear(states.double(), linear.weight.double(), bias)
+    assert found.shape == (1, rows, 16 * tiles)
+    assert torch.allclose(found.double(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2)
+    assert torch.equal(alone[:, 0], found[:, row % rows])
+
+
 @settings(max_examples=12)
 @given(block=blocks(), length=st.integers(1, 300))
 def test_a_program_computes_what_the_model_computes(pair, block, length):
@@ -253,4 +282,4 @@ def test_without_a_compiler_the_kernel_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
 
     with pytest.raises(RunFailed, match=r"no C\+\+ compiler that works"):
-        compiled.build_kernel(tmp_path)
+        compiled.build_kernels(tmp_path)

@@ -1,0 +1,157 @@
+// Linear layers over packed weights, for the few rows of a step.
+//
+// A row's result is one chain of sums over its inputs, in order, whatever rows stand beside it: a token evaluated alone
+// and the same token evaluated in a block get the same bits, in any dtype. Weights lie in tiles of 16 outputs, so that a
+// step reads them once, in order, and is done when memory is.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int kTile = 16;
+typedef float Floats __attribute__((vector_size(kTile * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(kTile * sizeof(uint32_t))));
+typedef uint16_t Halves __attribute__((vector_size(kTile * sizeof(uint16_t))));
+
+struct Float32 {
+    typedef float Value;
+    static constexpr int kDepth = 1;  // inputs of one entry of a tile
+    typedef Floats Entry;
+    static Entry entry(const Value* from) {
+        Entry values;
+        std::memcpy(&values, from, sizeof values);
+        return values;
+    }
+    static Floats add(Floats total, Entry weights, const Value* input) { return total + weights * input[0]; }
+    static void store(Value* to, Floats values) { std::memcpy(to, &values, sizeof values); }
+    static float widened(Value value) { return value; }
+};
+
+struct Bfloat16 {
+    typedef uint16_t Value;
+    static constexpr int kDepth = 2;
+    typedef Words Entry;
+    static Entry entry(const Value* from) {
+        Entry values;
+        std::memcpy(&values, from, sizeof values);
+        return values;
+    }
+    static Floats add(Floats total, Entry weights, const Value* input) {
+        uint32_t pair;
+        std::memcpy(&pair, input, sizeof pair);
+#ifdef __AVX512BF16__
+        return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)(__m512i)weights, (__m512bh)_mm512_set1_epi32(pair));
+#else
+        const Words first = weights << 16, second = weights & 0xffff0000u;
+        total += (Floats)first * widened(input[0]);
+        return total + (Floats)second * widened(input[1]);
+#endif
+    }
+    static void store(Value* to, Floats values) {
+        Words words = (Words)values;
+        words += 0x7fff + ((words >> 16) & 1);  // to nearest, ties to even
+        Halves halves = __builtin_convertvector(words >> 16, Halves);
+        std::memcpy(to, &halves, sizeof halves);
+    }
+    static float widened(Value value) {
+        const uint32_t word = uint32_t(value) << 16;
+        float wide;
+        std::memcpy(&wide, &word, sizeof wide);
+        return wide;
+    }
+};
+
+// `kTiles` tiles of outputs for `kRows` rows
+template <typename Type, int kTiles, int kRows>
+void multiply(const typename Type::Value* input, const typename Type::Value* packed, const typename Type::Value* bias,
+              typename Type::Value* output, int64_t width, int64_t outputs) {
+    Floats totals[kTiles][kRows] = {};
+    for (int64_t at = 0; at < width; at += Type::kDepth)
+        for (int tile = 0; tile < kTiles; ++tile) {
+            const typename Type::Entry weights = Type::entry(packed + (tile * width + at) * kTile);
+            for (int row = 0; row < kRows; ++row)
+                totals[tile][row] = Type::add(totals[tile][row], weights, input + row * width + at);
+        }
+    for (int tile = 0; tile < kTiles; ++tile) {
+        Floats shift{};
+        if (bias)
+            for (int lane = 0; lane < kTile; ++lane) shift[lane] = Type::widened(bias[tile * kTile + lane]);
+        for (int row = 0; row < kRows; ++row)
+            Type::store(output + row * outputs + tile * kTile, totals[tile][row] + shift);
+    }
+}
+
+template <typename Type, int kTiles>
+void multiply_rows(const typename Type::Value* input, const typename Type::Value* packed,
+                   const typename Type::Value* bias, typename Type::Value* output, int64_t rows, int64_t width,
+                   int64_t outputs) {
+    int64_t row = 0;
+    const auto run = [&](auto count) {
+        multiply<Type, kTiles, decltype(count)::value>(input + row * width, packed, bias, output + row * outputs, width,
+                                                       outputs);
+        row += decltype(count)::value;
+    };
+    while (rows - row >= 6) run(std::integral_constant<int, 6>());
+    if (rows - row >= 4) run(std::integral_constant<int, 4>());
+    if (rows - row >= 2) run(std::integral_constant<int, 2>());
+    if (rows - row >= 1) run(std::integral_constant<int, 1>());
+}
+
+template <typename Type>
+void linear_of(const Tensor& input, const Tensor& packed, const typename Type::Value* bias, Tensor& output,
+               int64_t rows, int64_t width, int64_t outputs) {
+    const auto* from = static_cast<const typename Type::Value*>(input.data_ptr());
+    const auto* weights = static_cast<const typename Type::Value*>(packed.data_ptr());
+    auto* to = static_cast<typename Type::Value*>(output.data_ptr());
+    constexpr int kTogether = 4;
+    const int64_t tiles = outputs / kTile, groups = (tiles + kTogether - 1) / kTogether;
+    // waking a second thread costs some microseconds
+    const bool pays = width * outputs * (rows + 3) > 400000;
+#pragma omp parallel for schedule(static) if (pays)
+    for (int64_t group = 0; group < groups; ++group) {
+        int64_t tile = group * kTogether;
+        const auto run = [&](auto count) {
+            constexpr int kTiles = decltype(count)::value;
+            multiply_rows<Type, kTiles>(from, weights + tile * width * kTile, bias ? bias + tile * kTile : nullptr,
+                                        to + tile * kTile, rows, width, outputs);
+            tile += kTiles;
+        };
+        if (tiles - tile >= kTogether) {
+            run(std::integral_constant<int, kTogether>());
+        } else {
+            while (tile < tiles) run(std::integral_constant<int, 1>());
+        }
+    }
+}
+
+Tensor linear(const Tensor& given, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
+    const Tensor input = given.is_contiguous() ? given : torch::stable::contiguous(given);
+    const int64_t width = input.size(input.dim() - 1), rows = input.numel() / width;
+    std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
+    shape.back() = outputs;
+    Tensor output = torch::stable::new_empty(input, shape);
+    const void* shift = bias ? bias->data_ptr() : nullptr;
+    if (input.element_size() == 2)
+        linear_of<Bfloat16>(input, packed, static_cast<const uint16_t*>(shift), output, rows, width, outputs);
+    else
+        linear_of<Float32>(input, packed, static_cast<const float*>(shift), output, rows, width, outputs);
+    return output;
+}
+
+}  // namespace
+
+// input (..., width), packed (outputs / 16, width / depth, 16, depth), bias (outputs); its schema stands in compiled.py
+STABLE_TORCH_LIBRARY_IMPL(space, CPU, library) { library.impl("linear", TORCH_BOX(&linear)); }
