@@ -16,7 +16,7 @@ SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 """Q of the blocks that are run: few, since kernels are prepared for a size when it is first met. None measured pays
 beyond the last, and up to there half precision keeps rows independent on CPUs."""
 MOST_SLOTS = SIZES[-1]
-_MOST_ROUNDS, _IN_A_ROW, _SECONDS = 25, 4, 1.0
+_ROUNDS, _MOST_CALLS, _WARM_UP, _SECONDS = 2, 30, 6, 0.1
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,12 @@ class StepCosts:
     Attributes:
         seconds: of a model call, by its number of slots; all of `SIZES` are there.
         overhead: seconds of a step beside its model call.
+        plain: seconds of a step of plain AR decoding, all in all.
     """
 
     seconds: Mapping[int, float]
     overhead: float = 0.0
+    plain: float = 1.0
 
     @cached_property
     def by_slots(self) -> list[float]:
@@ -47,30 +49,30 @@ ASSUMED_COSTS = StepCosts({size: 1.0 + size / 64 for size in SIZES})
 
 @torch.inference_mode()
 def measure_costs(engine: EagerEngine, prefix_length: int) -> StepCosts:
-    """Time model calls of each size behind a prefix, the sizes in turn, for a second or so.
+    """Time model calls of each size behind a prefix, one size after the other; a second or so for a small model.
 
-    Other work on the machine only ever adds time: the lower quartile of a size's calls is taken.
+    A size is called many times in a row, as in an answer: after calls of another size, larger ones above all, a call
+    takes longer. Other work on the machine only ever adds time: the lower quartile is taken.
 
     Args:
         engine: with room for the prefix and a block; its cache is overwritten.
         prefix_length: tokens in front of the block.
     """
     engine.prefill([index % 7 for index in range(prefix_length)])
-    blocks = [Block.chain(size - 1, 0) for size in SIZES]
     found: dict[int, list[float]] = {size: [] for size in SIZES}
-    started = time.perf_counter()
-    for turn in range(_MOST_ROUNDS + 1):
-        for block in blocks:
-            # as in an answer, where calls of one size follow one another: the first after another size takes longer
-            for repeat in range(_IN_A_ROW):
+    for _ in range(_ROUNDS):
+        for size in SIZES:
+            block, started = Block.chain(size - 1, 0), time.perf_counter()
+            for call in range(_MOST_CALLS):
                 began = time.perf_counter()
                 # the chosen tokens off the device: a step ends when they are known
-                engine.run(block, [0] * block.num_slots).max(dim=-1).indices.tolist()
-                if turn and repeat:  # the first round warms up
-                    found[block.num_slots].append(time.perf_counter() - began)
+                engine.run(block, [0] * size).max(dim=-1).indices.tolist()
+                ended = time.perf_counter()
                 engine.abandon()
-        if turn and time.perf_counter() - started > _SECONDS:
-            break
+                if call >= _WARM_UP or ended - began > _SECONDS:
+                    found[size].append(ended - began)
+                if found[size] and ended - started > _SECONDS:
+                    break
     return StepCosts({size: _lower_quartile(seconds) for size, seconds in found.items()})
 
 

@@ -97,7 +97,7 @@ def decode(
             tokens += emitted[:count]
             pushed = time.perf_counter()
             if reason is None:
-                proposal = drafts.following(rows, proposal, path, tokens)
+                proposal = drafts.following(rows, proposal, path, tokens, settled - began)
             drafted = time.perf_counter()
             yield Step(
                 tokens=tuple(emitted[:count]),

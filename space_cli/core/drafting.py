@@ -14,6 +14,7 @@ candidates copied from the context as in LLMA (arXiv 2304.04487) and prompt look
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -35,6 +36,9 @@ _LOOKUP_TOKENS, _LONGEST_MATCH = MOST_SLOTS - 1, 4
 _FIRST_VALUE, _FIRST_MATCH = 0.35, {1: 0.2, 2: 0.4, 3: 0.6, 4: 0.7, 6: 0.8, 10: 0.9, 16: 0.98}
 _DECAY, _PRIOR_WEIGHT = 0.97, 4.0
 _MOST_LIKELY = 0.995
+_LONGEST_HICCUP = 3.0
+# steps of plain AR where drafting has brought less than that of late, twice as many each time in a row
+_FIRST_REST, _LONGEST_REST, _SHARE = 8, 64, 0.15
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Drafts(Protocol):
     def first(self, tokens: Sequence[int]) -> Proposal:
         """Propose for the first step, when no mask has guessed yet; the last of `tokens` is the head."""
 
-    def following(self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int]) -> Proposal:
+    def following(
+        self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int], seconds: float
+    ) -> Proposal:
         """Propose for the step after one whose rows these are.
 
         Args:
@@ -61,7 +67,11 @@ class Drafts(Protocol):
             done: what it verified.
             path: the slots passed, head first.
             tokens: all so far, the last of which is the new head.
+            seconds: that the step took.
         """
+
+
+_REST = Proposal(AR_BLOCK, ())
 
 
 class ChainDrafts:
@@ -80,7 +90,9 @@ class ChainDrafts:
         """Propose without guesses."""
         return self._proposal(tokens, [])
 
-    def following(self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int]) -> Proposal:
+    def following(
+        self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int], seconds: float
+    ) -> Proposal:
         """Propose what the mask group behind the last accepted slot guesses to follow `tokens`."""
         history = list(tokens)
         for row in done.block.group(path[-1]):
@@ -109,9 +121,12 @@ class _Average:
         self._hits *= _DECAY
         self._chances *= _DECAY
 
+    def towards(self, prior: float) -> float:
+        return (self._hits + prior * self._weight) / (self._chances + self._weight)
+
     @property
     def value(self) -> float:
-        return (self._hits + self._prior * self._weight) / (self._chances + self._weight)
+        return self.towards(self._prior)
 
 
 class Experience:
@@ -124,12 +139,17 @@ class Experience:
         calibration: by depth, right guesses over those expected from the masks' own probabilities.
         values: by depth, how often a mask group brought an accepted token there that a copy would not have brought.
         matches: how often a copied token was right, by the length of the match in front of it.
+        pace: seconds of a step over those measured beforehand; paces are the same by number of slots.
+        rate: tokens per second of late, while drafting; None before the first step.
     """
 
     def __init__(self, masks: int) -> None:
         self.calibration = [_Average(1.0) for _ in range(masks)]
         self.values = [_Average(_FIRST_VALUE ** (depth + 1)) for depth in range(masks)]
         self.matches = {length: _Average(prior) for length, prior in _FIRST_MATCH.items()}
+        self.rate: float | None = None
+        self.pace = _Average(1.0)
+        self.paces = {size: _Average(1.0) for size in SIZES}
 
 
 @dataclass(slots=True)
@@ -155,6 +175,9 @@ class _Node:
 class AdaptiveDrafts:
     """Blocks drawn by expected gain; what has been accepted so far and what a call costs decide.
 
+    Where drafting has brought fewer tokens per second of late than plain AR does, it rests for some steps, which then
+    cost what steps of plain AR cost; a long match in the context ends the rest.
+
     Args:
         costs: of a model call.
         masks: m, the longest mask group; 0 drafts from the context alone.
@@ -177,6 +200,9 @@ class AdaptiveDrafts:
         self._known = self.experience or Experience(self.masks)
         self._nodes: list[_Node] = []
         self._copied: list[int] = []
+        self._spent = 0.0
+        # steps of plain AR still to come, and how many the next rest takes
+        self._resting, self._rest = 0, _FIRST_REST
         self._guesses: list[set[int]] = []
         # tokens per second at which a step is worth its time
         self._tokens = _Average(1.2 / self.costs.by_slots[1], weight=4 * self.costs.by_slots[1])
@@ -185,16 +211,21 @@ class AdaptiveDrafts:
         """Propose from the prompt alone."""
         return self._proposal(tokens, [])
 
-    def following(self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int]) -> Proposal:
+    def following(
+        self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int], seconds: float
+    ) -> Proposal:
         """Propose from the mask group behind the last accepted slot, where it had one, and from the context."""
+        if self._resting:
+            self._resting -= 1
+            return self._proposal(tokens, [])
         self._learn(done, path, tokens)
+        self._time(done.block.num_slots, len(path), seconds + self._spent)
         group = done.block.group(path[-1])
         return self._proposal(tokens, rows.likely(group, tokens, _WIDTH) if group else [])
 
     def _learn(self, done: Proposal, path: Sequence[int], tokens: Sequence[int]) -> None:
         """Compare what was expected of the step with what came."""
         accepted = len(path) - 1
-        self._tokens.add(accepted + 1, self.costs.by_slots[done.block.num_slots])
         followed = dict(pairwise(path))
         # chances of children under each slot that was reached
         for slot in path:
@@ -218,10 +249,33 @@ class AdaptiveDrafts:
                 # what a copied token would have brought too is not the masks' merit
                 value.add(max(0, (hits >= depth) - (copied >= depth)))
 
+    def _time(self, slots: int, tokens: int, seconds: float) -> None:
+        """Take in what a step really cost: in an answer calls of a size can be faster or slower than when measured."""
+        # a hiccup of the machine is no property of a block
+        seconds = min(seconds, _LONGEST_HICCUP * self._seconds(slots))
+        for pace in (self._known.pace, self._known.paces[slots]):
+            pace.add(seconds / self.costs.by_slots[slots])
+        self._tokens.add(tokens, seconds)
+        known = self._known
+        known.rate = tokens / seconds if known.rate is None else known.rate + (tokens / seconds - known.rate) * _SHARE
+        if known.rate * self.costs.plain >= 1:
+            self._rest = _FIRST_REST
+        else:
+            self._resting, self._rest = self._rest, min(2 * self._rest, _LONGEST_REST)
+
+    def _seconds(self, slots: int) -> float:
+        """Return the seconds to expect of a step of such a size."""
+        return self.costs.by_slots[slots] * self._known.paces[slots].towards(self._known.pace.value)
+
     def _proposal(self, tokens: Sequence[int], guesses: Sequence[Sequence[tuple[int, float]]]) -> Proposal:
+        began = time.perf_counter()
         self._guesses = [{token for token, _ in row[:_COUNTED]} for row in guesses]
         self.guessed = [row[0][0] for row in guesses]
         self._copied, match = self._context.continuation(tokens) if self.lookup else ([], 0)
+        if self._resting and match < _LONGEST_MATCH:
+            self._nodes = []
+            return _REST
+        self._resting = 0
         nodes = self._likely_nodes(guesses, match)
         count, masks, anchors = self._worth(nodes)
         # the slots up to the next size cost nothing
@@ -229,7 +283,9 @@ class AdaptiveDrafts:
         idle = [_Node(tokens[-1], 0, 1, 0.0, 0.0, 0)] * (room - len(nodes))
         self._nodes = nodes[:room] + idle
         parents = tuple(node.parent for node in self._nodes)
-        return Proposal(_block(parents, masks, anchors), [node.token for node in self._nodes])
+        proposal = Proposal(_block(parents, masks, anchors), [node.token for node in self._nodes])
+        self._spent = time.perf_counter() - began
+        return proposal
 
     def _likely_nodes(self, guesses: Sequence[Sequence[tuple[int, float]]], match: int) -> list[_Node]:
         """Return candidates, the likeliest first, each behind its parent."""
@@ -273,7 +329,9 @@ class AdaptiveDrafts:
 
         The best is what brings most tokens beyond those that its time would bring at the rate of late.
         """
-        rate, seconds = self._tokens.value, self.costs.by_slots
+        rate, seconds = self._tokens.value, [0.0]
+        for size in SIZES:
+            seconds += [max(seconds[-1], self._seconds(size))] * (size + 1 - len(seconds))
         gains = list(accumulate((node.chance for node in nodes), initial=1.0))
         count = max(range(len(gains)), key=lambda taken: gains[taken] - rate * seconds[1 + taken])
         best, masks, groups = gains[count] - rate * seconds[1 + count], 0, 0

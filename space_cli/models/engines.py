@@ -20,9 +20,10 @@ from space_cli.core.choose import Chooser
 from space_cli.core.compiled import Program, build_kernels, compile_program, fingerprint, machine, why_not
 from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import AdaptiveDrafts, Experience
+from space_cli.core.drafting import AdaptiveDrafts, Drafts, Experience
 from space_cli.core.engine import EagerEngine, engine_for
 from space_cli.core.stopping import StopRule
+from space_cli.core.stream import Step
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.files import write_whole
 from space_cli.models.loading import LoadedModel
@@ -34,7 +35,7 @@ already, or where so many tokens are to come that compiling pays."""
 _TOKENS_WORTH_COMPILING = 4000
 # weights that a compilation holds at once: the model's own, the packed ones, and the library with them inside
 _COPIES_IN_MEMORY, _COPIES_ON_DISK = 4, 3
-_PREFIX_LENGTH, _OVERHEAD_TOKENS = 256, 48
+_PREFIX_LENGTH, _PROBE_LENGTH, _PROBE_TOKENS = 256, 4, 48
 
 
 def prepare(
@@ -65,25 +66,25 @@ def prepare(
         limit = loaded.context_length or _PREFIX_LENGTH + MOST_SLOTS
         length = max(1, min(_PREFIX_LENGTH, limit - MOST_SLOTS))
         costs = measure_costs(engine_for(loaded.model, loaded.program, max_length=length, max_slots=MOST_SLOTS), length)
-        costs = replace(costs, overhead=_overhead(loaded, costs))
+        drafting, plain = (_steps(loaded, drafts) for drafts in (AdaptiveDrafts(costs, loaded.masks_per_group), None))
+        beside = statistics.median(step.seconds - costs.seconds[step.slots] for step in drafting)
+        costs = replace(costs, overhead=max(0.0, beside), plain=statistics.median(step.seconds for step in plain))
         _write_costs(costs, file)
     return replace(loaded, costs=costs, experience=Experience(loaded.masks_per_group))
 
 
-def _overhead(loaded: LoadedModel, costs: StepCosts) -> float:
-    """Return the seconds that a step takes beside its model call, from a short generation."""
+def _steps(loaded: LoadedModel, drafts: Drafts | None) -> list[Step]:
+    """Return the steps of a short generation, without the first, which has the prompt in it."""
     steps = decode(
         loaded.model,
-        [index % 7 for index in range(4)],
-        stop=StopRule(_OVERHEAD_TOKENS),
+        [index % 7 for index in range(_PROBE_LENGTH)],
+        stop=StopRule(_PROBE_TOKENS),
         chooser=Chooser(),
-        drafts=AdaptiveDrafts(costs, loaded.masks_per_group),
+        drafts=drafts,
         mask_token_ids=loaded.mask_token_ids,
         program=loaded.program,
     )
-    # the first step has the prompt in it
-    beside = [step.seconds - costs.seconds[step.slots] for step in list(steps)[1:]]
-    return max(0.0, statistics.median(beside)) if beside else 0.0
+    return list(steps)[1:]
 
 
 def _program(loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: Callable[[], None]) -> Program | None:
@@ -172,7 +173,8 @@ def _speed_key(loaded: LoadedModel) -> str:
 def _read_costs(file: Path) -> StepCosts | None:
     try:
         told = json.loads(file.read_bytes())
-        return StepCosts({size: float(told["seconds"][str(size)]) for size in SIZES}, float(told["overhead"]))
+        seconds = {size: float(told["seconds"][str(size)]) for size in SIZES}
+        return StepCosts(seconds, float(told["overhead"]), float(told["plain"]))
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours
         return None
 

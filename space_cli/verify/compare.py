@@ -15,6 +15,7 @@ from space_cli.bench.methods import METHODS, Task, run_decode
 from space_cli.core.attention import invariant_attention_of
 from space_cli.core.block import Block
 from space_cli.core.choose import Chooser, Rows
+from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafter, Proposal
 from space_cli.core.engine import embedding_rows
 from space_cli.core.stream import Generation, Step
@@ -227,14 +228,17 @@ class _Watched(AdaptiveDrafts):
     """Adaptive drafts that note what the masks guessed for each step."""
 
     def __init__(self, loaded: LoadedModel, guesses: list[Sequence[int]]) -> None:
-        super().__init__(loaded.costs, loaded.masks_per_group)
+        # blocks as large as they get anywhere: where drafting does not pay on this machine, it is still to be checked
+        super().__init__(ASSUMED_COSTS, loaded.masks_per_group)
         self._noted = guesses
 
     def first(self, tokens: Sequence[int]) -> Proposal:
         return self._note(super().first(tokens))
 
-    def following(self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int]) -> Proposal:
-        return self._note(super().following(rows, done, path, tokens))
+    def following(
+        self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int], seconds: float
+    ) -> Proposal:
+        return self._note(super().following(rows, done, path, tokens, seconds))
 
     def _note(self, proposal: Proposal) -> Proposal:
         self._noted.append(self.guessed)

@@ -72,7 +72,8 @@ def steps_over(text, drafts, *, done):
             done += 1
         done += 1
         lengths.append(len(right))
-        proposal = drafts.following(None, proposal, right, text[:done])
+        cost = drafts.costs.by_slots[block.num_slots]
+        proposal = drafts.following(None, proposal, right, text[:done], cost)
     return lengths
 
 
@@ -85,11 +86,14 @@ def test_a_text_that_repeats_itself_comes_in_ever_longer_steps():
 def test_experience_of_one_answer_serves_the_next():
     # a text of few words at random: copies seem likely and hardly ever hold
     text = torch.randint(0, 14, (300,), generator=torch.Generator().manual_seed(0)).tolist()
-    costs, experience = StepCosts({size: 1 + size / 10 for size in SIZES}), Experience(0)
+    costs, experience = StepCosts({size: 1 + size / 10 for size in SIZES}, plain=1e9), Experience(0)
     proposed = []
     for drafts in (AdaptiveDrafts(costs, 0, experience=experience) for _ in range(2)):
         drafts.first(text[:20])
-        blocks = [drafts.following(None, Proposal(AR_BLOCK, []), [0], text[:done]).block for done in range(21, 60)]
+        blocks = [
+            drafts.following(None, Proposal(AR_BLOCK, []), [0], text[:done], costs.by_slots[1]).block
+            for done in range(21, 60)
+        ]
         proposed.append(sum(block.num_slots for block in blocks))
         steps_over(text, drafts, done=60)
 
@@ -102,12 +106,26 @@ def test_text_without_repeats_is_left_to_ar_and_the_first_repeat_is_not_missed()
     for token in range(50, 80):
         assert proposal.block.num_slots == 1
         tokens.append(token)
-        proposal = drafts.following(None, proposal, [0], tokens)
+        proposal = drafts.following(None, proposal, [0], tokens, ASSUMED_COSTS.by_slots[1])
     for token in (3, 4, 5, 6):
         tokens.append(token)
-        proposal = drafts.following(None, proposal, [0], tokens)
+        proposal = drafts.following(None, proposal, [0], tokens, ASSUMED_COSTS.by_slots[1])
 
     assert list(proposal.candidates[:3]) == [7, 8, 9]
+
+
+def test_where_drafting_is_slower_than_plain_ar_it_rests_and_a_long_match_wakes_it():
+    # steps take ten times as long as plain AR's; nothing repeats, until the text begins again
+    costs, start = StepCosts(FREE.seconds, plain=0.1), list(range(100))
+    drafts, tokens = AdaptiveDrafts(costs, 0), start[:50]
+    proposal, slots = drafts.first(tokens), []
+    for token in [*start[50:], *start[10:20]]:
+        tokens.append(token)
+        proposal = drafts.following(None, proposal, [0], tokens, 1.0)
+        slots.append(proposal.block.num_slots)
+
+    assert slots[:50].count(1) > 40
+    assert list(proposal.candidates[:3]) == [20, 21, 22]
 
 
 @given(tokens=st.lists(st.integers(0, 3), min_size=2, max_size=40))

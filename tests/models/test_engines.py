@@ -123,7 +123,9 @@ def test_costs_are_measured_once_and_kept():
     assert anew.costs != first.costs
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"seconds": {"1": 2}}', b'{"seconds": 3, "overhead": 0}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"seconds": {"1": 2}}', b'{"seconds": 3, "overhead": 0, "plain": 1}']
+)
 def test_damaged_costs_are_measured_again(filled, content):
     file = filled("costs")
     file.write_bytes(content)
