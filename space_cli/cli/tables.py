@@ -169,6 +169,7 @@ def how(record: Record) -> list[str]:
         str(settings["model"]),
         where["dtype"],
         where["device"],
+        where["engine"],
         f"{where['threads']} threads",
         mode,
         f"{settings['max_new_tokens']} new tokens",
@@ -216,7 +217,10 @@ def _comparisons(rows: list[Row]) -> Table:
 def verification_settings(record: Verification) -> list[str]:
     """Return how a verification was made, in a few words each."""
     settings = record.settings
-    own = [f"k = {settings['candidates']}", f"drafts: {settings['drafts']}", f"numerics: {settings['numerics']}"]
+    k = [f"k = {settings['candidates']}"] if settings["candidates"] else []
+    # what numerics names are ways to run the model as it is
+    numerics = [f"numerics: {settings['numerics']}"] if record.environment["engine"] == "eager" else []
+    own = [*k, f"drafts: {settings['drafts']}", *numerics]
     return [*how(record), *own, *([f"{settings['seeds']} seeds"] if settings["seeds"] > 1 else [])]
 
 
