@@ -24,6 +24,7 @@ from typing import Protocol
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Rows
 from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts
+from space_cli.core.stream import in_common
 
 Drafter = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
 """Replaces drafts: gets all tokens so far (prompt included) and the candidate of each slot, returns those to use."""
@@ -240,7 +241,7 @@ class AdaptiveDrafts:
                     token = tokens[len(tokens) - 2 - accepted + node.depth]
                     self._known.matches[node.match].add(node.token == token)
         came = tokens[len(tokens) - 1 - accepted :]
-        copied = _in_common(self._copied, came)
+        copied = in_common(self._copied, came)
         hits = sum(1 for _ in takewhile(lambda pair: pair[1] in pair[0], zip(self._guesses, came, strict=False)))
         for depth, value in enumerate(self._known.values, start=1):
             if not self._guesses:
@@ -378,11 +379,6 @@ class _Context:
         """Return what follows `end`; a text that runs into its own end goes on as it did, as loops do."""
         period = len(tokens) - end
         return [tokens[end + at % period] for at in range(_LOOKUP_TOKENS)]
-
-
-def _in_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two texts have in common at their beginnings."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _size_of(slots: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import takewhile
 from typing import Any, Literal, cast
 
 import torch
@@ -15,6 +14,7 @@ from space_cli.core.attention import KEY_TILE, can_be_invariant, invariant_atten
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
 from space_cli.core.compiled import MOST_SLOTS, Program
+from space_cli.core.stream import in_common
 
 Numerics = Literal["plain", "invariant"]
 """plain: the model's own attention over the used part of the cache. invariant: calls of one inner shape whatever the
@@ -81,7 +81,7 @@ class EagerEngine:
         What an earlier generation left of them is kept. No logits are computed.
         """
         held = self.cache.token_ids
-        start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, token_ids, strict=False)))
+        start = in_common(held, token_ids)
         self.cache.rollback(start)
         if start < len(token_ids):
             self._extend(token_ids[start:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["eos", "stop_string", "length"]
@@ -12,6 +13,11 @@ FinishReason = Literal["eos", "stop_string", "length"]
 def is_repetitive(tokens: Sequence[int]) -> bool:
     """Return whether an output loops: tokens over distinct tokens above 3.5, as in the published evaluation."""
     return len(tokens) > 3.5 * len(set(tokens))
+
+
+def in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two texts have in common at their beginnings."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 class Parts(NamedTuple):

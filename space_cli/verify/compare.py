@@ -18,7 +18,7 @@ from space_cli.core.choose import Chooser, Rows
 from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafter, Proposal
 from space_cli.core.engine import embedding_rows
-from space_cli.core.stream import Generation, Step
+from space_cli.core.stream import Generation, Step, in_common
 from space_cli.models.loading import LoadedModel
 from space_cli.verify.divergence import Anatomist
 from space_cli.verify.record import Answer, Divergence
@@ -112,8 +112,7 @@ class _Case:
 
     def _parting(self, against: str, expected: list[int], got: list[int]) -> Divergence:
         """Examine the first place where two answers differ."""
-        parted = (index for index, (one, other) in enumerate(zip(expected, got, strict=False)) if one != other)
-        position = next(parted, min(len(expected), len(got)))
+        position = in_common(expected, got)
         history = [*self._task.prompt_ids, *got[:position]]
         one, other = (answer[position] if position < len(answer) else None for answer in (expected, got))
         return self._examined(against, position, history, history, one, other)
