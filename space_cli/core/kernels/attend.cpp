@@ -12,13 +12,9 @@
 #include <cstring>
 #include <vector>
 
-namespace {
+#include "lanes.h"
 
-constexpr int kLanes = 16;
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
-typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+namespace {
 
 struct Bfloat16 {
     uint16_t bits;
@@ -39,15 +35,9 @@ Floats load(const Bfloat16* from) {
     return values;
 }
 
-void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
+void store(float* to, Floats values) { store_float32(to, values); }
 
-void store(Bfloat16* to, Floats values) {
-    Words words;
-    std::memcpy(&words, &values, sizeof words);
-    words += 0x7fff + ((words >> 16) & 1);  // to nearest, ties to even
-    Halves halves = __builtin_convertvector(words >> 16, Halves);
-    std::memcpy(to, &halves, sizeof halves);
-}
+void store(Bfloat16* to, Floats values) { store_bfloat16(to, values); }
 
 #if defined(__clang__)
 #define SPACE_ROTATED(values, by)                                                                                    \

@@ -13,6 +13,8 @@
 #include <optional>
 #include <type_traits>
 #include <vector>
+
+#include "lanes.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -21,10 +23,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int kTile = 16;
-typedef float Floats __attribute__((vector_size(kTile * sizeof(float))));
-typedef uint32_t Words __attribute__((vector_size(kTile * sizeof(uint32_t))));
-typedef uint16_t Halves __attribute__((vector_size(kTile * sizeof(uint16_t))));
+constexpr int kTile = kLanes;
 
 struct Float32 {
     typedef float Value;
@@ -36,7 +35,7 @@ struct Float32 {
         return values;
     }
     static Floats add(Floats total, Entry weights, const Value* input) { return total + weights * input[0]; }
-    static void store(Value* to, Floats values) { std::memcpy(to, &values, sizeof values); }
+    static void store(Value* to, Floats values) { store_float32(to, values); }
     static float widened(Value value) { return value; }
 };
 
@@ -60,12 +59,7 @@ struct Bfloat16 {
         return total + (Floats)second * widened(input[1]);
 #endif
     }
-    static void store(Value* to, Floats values) {
-        Words words = (Words)values;
-        words += 0x7fff + ((words >> 16) & 1);  // to nearest, ties to even
-        Halves halves = __builtin_convertvector(words >> 16, Halves);
-        std::memcpy(to, &halves, sizeof halves);
-    }
+    static void store(Value* to, Floats values) { store_bfloat16(to, values); }
     static float widened(Value value) {
         const uint32_t word = uint32_t(value) << 16;
         float wide;
