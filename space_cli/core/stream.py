@@ -46,6 +46,7 @@ class Step:
         finish_reason: why the generation ended with this step, or None.
         prefilled: tokens of the prompt that our decoder computed before this step; a cache may have held the others.
         parts: of the seconds; None where it was not our decoder's step.
+        depth: how many tokens ahead the candidates reached.
     """
 
     tokens: tuple[int, ...]
@@ -57,6 +58,7 @@ class Step:
     finish_reason: FinishReason | None = None
     prefilled: int = 0
     parts: Parts | None = None
+    depth: int = 0
 
 
 @dataclass(slots=True)

@@ -13,7 +13,9 @@ from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
 from space_cli.models.loading import load_model
 
-SUITE = Suite("small", tuple(Prompt(f"small/{n}", text) for n, text in enumerate(["def add(a", "for x in", "print("])))
+SUITE = Suite(
+    "small", tuple(Prompt(f"small/{n}", (text,)) for n, text in enumerate(["def add(a", "for x in", "print("]))
+)
 
 
 class Recorder:
@@ -88,7 +90,7 @@ def test_methods_take_turns_at_being_first(loaded):
 
 def test_a_prompt_that_does_not_fit_is_told_before_anything_runs(loaded):
     view = Recorder()
-    suite = replace(SUITE, prompts=(*SUITE.prompts, Prompt("small/long", "x " * 300)))
+    suite = replace(SUITE, prompts=(*SUITE.prompts, Prompt("small/long", ("x " * 300,))))
 
     with pytest.raises(UsageProblem, match=r"small small/long: \d+ prompt tokens and 20 new ones exceed"):
         run(loaded, ["ar"], suites=[suite], view=view)

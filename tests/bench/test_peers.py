@@ -18,7 +18,9 @@ from space_cli.core.choose import Sampling
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.models.loading import load_model
 
-SUITE = Suite("small", tuple(Prompt(f"small/{n}", text) for n, text in enumerate(["def add(a", "for x in", "print("])))
+SUITE = Suite(
+    "small", tuple(Prompt(f"small/{n}", (text,)) for n, text in enumerate(["def add(a", "for x in", "print("]))
+)
 
 
 class Unwatched:
@@ -195,7 +197,7 @@ def test_llama_cpp_runs_bfloat16_weights_and_ends_at_stop_strings(tiny_model_dir
 def test_llama_cpp_is_loaded_again_where_an_answer_needs_more_room(loaded, monkeypatch):
     monkeypatch.setattr(llama_cpp, "_LEAST_CONTEXT", 16)
     other = llama(loaded)
-    suite = replace(SUITE, prompts=(*SUITE.prompts, Prompt("small/long", "def add(a, b):\n" * 12)))
+    suite = replace(SUITE, prompts=(*SUITE.prompts, Prompt("small/long", ("def add(a, b):\n" * 12,))))
 
     samples = run(other, ["ar", "llama-cpp"], suite=suite, tokens=10)
 

@@ -22,7 +22,7 @@ def test_any_text_is_read_as_it_was_written(tmp_path_factory, prompts):
     file = tmp_path_factory.mktemp("suite") / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": p}, ensure_ascii=False) + "\n" for p in prompts), "utf-8", newline="")
 
-    assert [prompt.text for prompt in load_suite(str(file)).prompts] == prompts
+    assert [prompt.turns[0] for prompt in load_suite(str(file)).prompts] == prompts
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_taken(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
 
-    assert [prompt.text for prompt in load_suite(str(file)).prompts] == ["a", "b"]
+    assert [prompt.turns[0] for prompt in load_suite(str(file)).prompts] == ["a", "b"]
 
 
 def test_files_of_one_name_in_two_folders_stay_two_suites(tmp_path):
