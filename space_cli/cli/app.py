@@ -56,7 +56,7 @@ def _root(
 
 
 def _register() -> None:
-    from space_cli.cli.bench import EPILOG, bench
+    from space_cli.cli.bench import bench
     from space_cli.cli.chat import EPILOG as CHAT_EPILOG
     from space_cli.cli.chat import chat
     from space_cli.cli.models import models
@@ -66,7 +66,7 @@ def _register() -> None:
     from space_cli.cli.verify import verify_lossless
 
     app.command(epilog=CHAT_EPILOG)(chat)
-    app.command(epilog=EPILOG)(bench)
+    app.add_typer(bench)
     app.command(epilog=VERIFY_EPILOG)(verify_lossless)
     app.command(epilog=TRAIN_EPILOG)(train)
     app.add_typer(models)

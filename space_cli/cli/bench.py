@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,21 +14,26 @@ from space_cli.cli import options
 from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
-    from space_cli.bench.measure import Settings
+    from space_cli.bench.journal import Journal
+    from space_cli.bench.measure import Plan, Settings
+    from space_cli.bench.methods import Method
     from space_cli.bench.report import Report
     from space_cli.cli.live import RunView
     from space_cli.models.loading import LoadedModel
 
 EPILOG = (
     "Example: space bench --limit 10    Example: space bench --suite prompts.jsonl --methods ar,space --json run.json"
+    "    Example: space bench compare before.json after.json"
 )
+
+bench = typer.Typer(name="bench", epilog=EPILOG)
 
 _Methods = Annotated[
     str | None,
     typer.Option(
         "--methods",
-        help="Comma-separated: ar, space, space-chain, space-lookup, hf, hf-lookup, hf-assisted, llama-cpp (--list says"
-        " what they are). Default: ar,space,hf (sampled: ar,space).",
+        help="Comma-separated; --list says what there is; `all` takes every one that can run. Default: ar,space,hf"
+        " (sampled: ar,space).",
     ),
 ]
 _Profile = Annotated[
@@ -37,16 +46,34 @@ _DraftModel = Annotated[
     str | None,
     typer.Option("--draft-model", help="The smaller model that hf-assisted drafts with: alias, folder, or Hub id."),
 ]
+_Sweep = Annotated[
+    str | None,
+    typer.Option(
+        "--sweep",
+        metavar="candidates=1..8",
+        help="Find out which k is fastest here: ar and the paper's block with each of them, in one run.",
+    ),
+]
+_Seeds = Annotated[
+    int, typer.Option("--seeds", min=1, help="Answers to each prompt, under seeds from --seed on; sampled only.")
+]
+_Resume = Annotated[
+    bool, typer.Option("--resume", help="Take up the run that was cut short while it wrote the file of --json.")
+]
 _List = Annotated[bool, typer.Option("--list", help="List suites and methods, and leave.")]
+_Record = Annotated[Path, typer.Argument(help="What `space bench --json` wrote.", show_default=False)]
 
 
-def bench(
+@bench.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
     model: options.Model = "nano",
     suite: options.Suite = None,
     limit: options.Limit = None,
     methods: _Methods = None,
     draft_model: _DraftModel = None,
     candidates: options.Candidates = None,
+    sweep: _Sweep = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -54,6 +81,7 @@ def bench(
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
+    seeds: _Seeds = 1,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     quantization: options.Quantization = "none",
@@ -61,74 +89,169 @@ def bench(
     models_file: options.ModelsFile = None,
     revision: options.Revision = None,
     json: options.Json = None,
+    resume: _Resume = False,
     quiet: options.Quiet = False,
     with_profile: _Profile = False,
     show_list: _List = False,
 ) -> int:
     """Measure methods side by side: tokens per second, tokens per step, and whether the answers are identical."""
-    from space_cli.bench.suites import load_suite
-
+    if context.invoked_subcommand is not None:
+        return 0
     if show_list:
         return _list()
-    suites = [load_suite(name, limit=limit) for name in dict.fromkeys(suite or ["humaneval"])]
+    if seeds > 1 and not temperature:
+        raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
+    _check_left_over(json, resume=resume)
 
     from space_cli.cli.console import quiet_libraries
 
     quiet_libraries()
+    wanted = _wanted(methods, sweep, candidates, draft_model, sampled=temperature > 0)
 
-    from space_cli.bench.measure import Settings, check_candidates, measure
+    from space_cli.bench.suites import load_suite
+
+    suites = [load_suite(name) for name in dict.fromkeys(suite or ["humaneval"])]
+
+    from space_cli.bench.measure import Settings, check_candidates, most_tokens, plan
     from space_cli.bench.methods import choose_methods
-    from space_cli.bench.profile import profile
-    from space_cli.bench.report import results
     from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
     from space_cli.models.engines import prepare
     from space_cli.models.loading import load_model
 
-    names = _named(methods or ("ar,space" if temperature else "ar,space,hf"), draft_model)
     view = run_view(quiet=quiet)
     view.loading(model)
-    loaded = load_model(
-        model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
-    )
-    draft = None
-    if draft_model is not None:
-        view.loading(draft_model)
-        draft = load_model(draft_model, models_file=models_file, dtype=loaded.dtype, device=loaded.device)
+    load = partial(load_model, models_file=models_file, device=device)
+    loaded = load(model, dtype=dtype, quantization=quantization, revision=revision)
+    draft = load(draft_model, dtype=loaded.dtype) if draft_model is not None else None
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    chosen = choose_methods(names, loaded, sampling=sampling, draft=draft)
-    check_candidates(loaded, candidates, chosen)
-    prompts = sum(len(each.prompts) for each in suites)
-    to_come = prompts * max_new_tokens * sum(not name.startswith(("hf", "llama")) for name in names)
-    loaded = prepare(loaded, engine=engine, tokens=to_come, fresh_costs=True, on_compile=view.compiling)
     settings = Settings(max_new_tokens, sampling, candidates)
-    report = _report(loaded, draft, settings)
-    view.begin(loaded, names, prompts)
+    chosen, left_out = choose_methods(wanted, loaded, sampling=sampling, draft=draft)
+    check_candidates(loaded, candidates, chosen)
+    ours = sum(not method.name.startswith(("hf", "llama")) for method in chosen)
+    to_come = ours * seeds * most_tokens(suites, settings, limit=limit)
+    loaded = prepare(loaded, engine=engine, tokens=to_come, fresh_costs=True, on_compile=view.compiling)
+    planned = plan(loaded, suites, settings, limit=limit, draft=draft)
+    report = _report(loaded, settings, draft=draft, methods=[method.name for method in chosen], seeds=seeds)
+    report.settings |= {"sweep": sweep, "left_out": left_out | planned.left_out}
+    for what, why in report.settings["left_out"].items():
+        view.note(f"left out: {what}: {why}")
+    journal = _journal(json, report, planned, resume=resume)
+    view.begin(loaded, report.settings["methods"], planned.turns * seeds)
     try:
-        with view:
-            for sample in measure(loaded, suites, chosen, settings, view, draft=draft):
-                report.samples.append(sample)
-        if with_profile:
-            view.note("timing model calls")
-            report.profile = profile(loaded)
-        report.complete = True
+        _fill(report, planned, chosen, view, journal, with_profile=with_profile)
     except KeyboardInterrupt:
         return 130
     finally:
         # what is done is shown and kept, whatever ended the run
         if report.samples:
-            report.results = results(report.samples, names)
             _hand_out(report, json, view)
+    if journal is not None:
+        journal.finish()
     return 0
 
 
-def _named(methods: str, draft_model: str | None) -> list[str]:
-    from space_cli.bench.methods import methods_named
+@bench.command("compare", epilog="Example: space bench compare before.json after.json")
+def compare(before: _Record, after: _Record) -> int:
+    """Tell what changed between two runs of `space bench --json` on the same prompts, beyond noise."""
+    from space_cli.bench.compare import changes, differing, read_report
+    from space_cli.cli.tables import show_changes
 
-    names = [method.name for method in methods_named([name.strip() for name in methods.split(",")])]
-    if draft_model is not None and "hf-assisted" not in names:
+    reports = read_report(before), read_report(after)
+    found = changes(*reports)
+    if not found:
+        raise UsageProblem(f"{before} and {after} have no prompt and method in common")
+    show_changes(found, differing(*reports))
+    return 0
+
+
+def _wanted(
+    methods: str | None, sweep: str | None, candidates: int | None, draft_model: str | None, *, sampled: bool
+) -> list[Method]:
+    """Return the methods asked for, whether the model can run them or not."""
+    from space_cli.bench.methods import chains, methods_named
+
+    if sweep is not None:
+        if methods is not None or candidates is not None:
+            raise UsageProblem(
+                "--sweep chooses methods and candidates itself", hint="leave --methods, --candidates out"
+            )
+        return chains(_sizes(sweep))
+    wanted = methods_named(
+        [name.strip() for name in (methods or ("ar,space" if sampled else "ar,space,hf")).split(",")]
+    )
+    if draft_model is not None and all(method.name != "hf-assisted" for method in wanted):
         raise UsageProblem("--draft-model: none of the methods drafts with it", hint="add hf-assisted to --methods")
-    return names
+    return wanted
+
+
+def _sizes(sweep: str) -> list[int]:
+    """Read `candidates=1..8` or `candidates=1,2,5`."""
+    name, _, values = sweep.partition("=")
+    if name == "candidates":
+        if match := re.fullmatch(r"(\d{1,3})\.\.(\d{1,3})", values):
+            sizes = list(range(int(match[1]), int(match[2]) + 1))
+        else:
+            sizes = [int(value) for value in values.split(",") if re.fullmatch(r"\d{1,3}", value)]
+        if sizes and min(sizes) >= 1 and len(sizes) >= values.count(",") + 1:
+            return list(dict.fromkeys(sizes))
+    raise UsageProblem(f"--sweep {sweep}: not understood", hint="give candidates=1..8 or candidates=1,2,5")
+
+
+def _check_left_over(json: str | None, *, resume: bool) -> None:
+    """Keep a new run from throwing away what another left."""
+    from space_cli.bench.journal import journal_of
+
+    if json in (None, "-"):
+        if resume:
+            raise UsageProblem("--resume takes up a run that wrote a file", hint="give the same --json FILE")
+        return
+    left_over = journal_of(Path(json))
+    if not resume and left_over.exists():
+        raise UsageProblem(
+            f"{left_over} is what an interrupted run has done", hint="add --resume to go on, or delete it to begin anew"
+        )
+
+
+def _journal(json: str | None, report: Report, planned: Plan, *, resume: bool) -> Journal | None:
+    """Return where finished prompts go at once; with `resume`, take what is there into the report."""
+    from space_cli.bench.journal import Journal
+    from space_cli.bench.measure import prompts_digest
+
+    # a device or a pipe has no folder of ours beside it
+    if json in (None, "-") or (Path(json).exists() and not Path(json).is_file()):
+        return None
+    where = {name: value for name, value in report.environment.items() if name not in ("date", "step_costs")}
+    journal = Journal(Path(json), {**where, **report.settings, "prompts": prompts_digest(planned)})
+    if resume:
+        journal.resume()
+        report.samples += journal.samples
+    return journal
+
+
+def _fill(
+    report: Report,
+    planned: Plan,
+    methods: list[Method],
+    view: RunView,
+    journal: Journal | None,
+    *,
+    with_profile: bool,
+) -> None:
+    """Add to the report as far as the run gets."""
+    from space_cli.bench.measure import measure
+    from space_cli.bench.profile import profile
+
+    done = {(sample.suite, sample.task_id, sample.seed) for sample in report.samples}
+    with view, journal or nullcontext():
+        for samples in measure(planned.prompts, methods, view, seeds=report.settings["seeds"], done=done):
+            report.samples += samples
+            if journal is not None:
+                journal.add(samples)
+    if with_profile:
+        view.note("timing model calls")
+        report.profile = profile(planned.prompts[0].task.loaded)
+    report.complete = True
 
 
 def _list() -> int:
@@ -147,7 +270,9 @@ def _list() -> int:
     return 0
 
 
-def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) -> Report:
+def _report(
+    loaded: LoadedModel, settings: Settings, *, draft: LoadedModel | None, methods: list[str], seeds: int
+) -> Report:
     """Return the record of a run that has not begun."""
     from dataclasses import asdict
 
@@ -161,6 +286,8 @@ def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) 
             "model": loaded.name,
             "source": loaded.source,
             "draft_model": draft.name if draft is not None else None,
+            "methods": methods,
+            "seeds": seeds,
             **asdict(settings),
         },
     )
@@ -168,8 +295,10 @@ def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) 
 
 def _hand_out(report: Report, json: str | None, view: RunView) -> None:
     """Write the record and show the table; with --json - standard output holds the JSON alone."""
+    from space_cli.bench.results import results
     from space_cli.cli.tables import show_bench, write_record
 
+    report.results = results(report.samples, report.settings["methods"])
     try:
         write_record(report, json)
     finally:

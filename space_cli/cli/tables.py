@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from space_cli.core.stream import Parts
 from space_cli.verify.record import LEAST_P_VALUE
 
 if TYPE_CHECKING:
+    from space_cli.bench.compare import Change
     from space_cli.bench.profile import Profile
     from space_cli.bench.report import JsonRecord, Record, Report, Result, Sample
     from space_cli.verify.record import Divergence, Row, Verification
@@ -55,6 +57,10 @@ def show_bench(report: Report, done: str, *, to_stderr: bool) -> None:
         for part in (*_split(report.samples), *_costs(report.profile)):
             console.print(part)
     console.print()
+    best = best_of_sweep(report.results)
+    if best is not None:
+        k = best.method.removeprefix("space-k")
+        console.print(plain(f"Fastest here: k = {k} ({times(best.speedup)} on {best.suite})"), soft_wrap=True)
     console.print(_closing(report), soft_wrap=True)
     if report.environment["dtype"] != "float32" and any(result.identical is False for result in report.results):
         console.print(_ROUNDING, style="dim", soft_wrap=True)
@@ -69,11 +75,43 @@ def _console(*, to_stderr: bool) -> Console:
 
 
 def _tables(results: list[Result]) -> Iterator[Text | Table]:
-    """Yield a heading and a table per suite and choice of outputs."""
-    for group in dict.fromkeys((result.suite, result.outputs) for result in results):
-        suite, outputs = group
-        yield plain(f"\n{suite}, {outputs} outputs", style="bold")
-        yield _table([result for result in results if (result.suite, result.outputs) == group])
+    """Yield a heading and a table per suite and choice of outputs, and one of speedups by category."""
+    for suite in dict.fromkeys(result.suite for result in results):
+        of_suite = [result for result in results if result.suite == suite]
+        for outputs in dict.fromkeys(result.outputs for result in of_suite):
+            rows = [result for result in of_suite if result.outputs == outputs and result.category is None]
+            yield plain(f"\n{suite}, {outputs} outputs, {_counted(rows[0].prompts, 'answer')}", style="bold")
+            yield _table(rows)
+        by_category = [result for result in of_suite if result.category is not None]
+        if by_category:
+            yield plain(f"\n{suite} by category: speedup, tokens per step", style="bold")
+            yield _categories(by_category)
+
+
+def _categories(results: list[Result]) -> Table:
+    methods = list(dict.fromkeys(result.method for result in results))
+    table = _figures("category", "answers", *methods)
+    for category in dict.fromkeys(result.category for result in results):
+        row = {result.method: result for result in results if result.category == category}
+        cells = [
+            f"{times(row[name].speedup)} {row[name].tokens_per_step:.2f}" if name in row else "-" for name in methods
+        ]
+        table.add_row(plain(str(category)), str(next(iter(row.values())).prompts), *cells)
+    return table
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def times(ratio: float | None) -> str:
+    """Return a speedup in words."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def between(bounds: tuple[float, float] | None) -> str:
+    """Return an interval in words."""
+    return "-" if bounds is None else f"{bounds[0]:.2f}-{bounds[1]:.2f}"
 
 
 def _split(samples: list[Sample]) -> Iterator[Text | Table]:
@@ -129,20 +167,21 @@ def _figures(first: str, *others: str) -> Table:
 
 
 def _table(results: list[Result]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("method")
-    for heading in ("prompts", "tokens", "steps", "tok/step", "tok/s", "speedup"):
-        table.add_column(heading, justify="right")
+    metric = next((result.metric for result in results if result.metric is not None), None)
+    headings = ["tokens", "tok/step", "tok/s", "speedup", "95 %", "first ms", *([metric] if metric else [])]
+    table = _figures("method", *headings)
     table.add_column("identical", no_wrap=True)
     for result in results:
+        judged = ["-" if result.quality is None else f"{result.quality:.1%}"] if metric else []
         table.add_row(
             result.method,
-            str(result.prompts),
             str(result.tokens),
-            str(result.steps),
             f"{result.tokens_per_step:.2f}",
             f"{result.tokens_per_second:.1f}",
-            "-" if result.speedup is None else f"{result.speedup:.2f}x",
+            times(result.speedup),
+            between(result.speedup_interval if result.method != "ar" else None),
+            f"{result.first_token_seconds * 1e3:.0f}",
+            *judged,
             _identical(result),
         )
     return table
@@ -158,6 +197,55 @@ def _closing(report: Report) -> Text:
     candidates = report.settings["candidates"]
     k = [f"k = {candidates}"] if candidates else []
     return plain(" · ".join([*how(report), *k, "identical: token for token the answer of ar"]), style="dim")
+
+
+def best_of_sweep(results: list[Result]) -> Result | None:
+    """Return the fastest k by all suites' tokens per second; the first suite's row of it."""
+    sizes = [result for result in results if result.category is None and result.outputs == "all"]
+    sizes = [result for result in sizes if re.fullmatch(r"space-k\d+", result.method)]
+    total = {
+        name: sum(result.tokens for result in sizes if result.method == name)
+        / sum(result.seconds for result in sizes if result.method == name)
+        for name in {result.method for result in sizes}
+    }
+    return max(sizes, key=lambda result: total[result.method], default=None)
+
+
+def show_changes(changes: list[Change], differing: list[tuple[str, object, object]]) -> None:
+    """Print what changed between two runs."""
+    console = _console(to_stderr=False)
+    for suite in dict.fromkeys(change.suite for change in changes):
+        of_suite = [change for change in changes if change.suite == suite]
+        console.print(plain(f"\n{suite}, {_counted(of_suite[0].prompts, 'answer')} in both", style="bold"))
+        judged = any(change.quality is not None for change in of_suite)
+        table = _figures("method", "tok/s", "tok/step", "speedup", "change", "95 %", *(["quality"] if judged else []))
+        for heading in ("verdict", "other answers"):
+            table.add_column(heading)
+        for change in of_suite:
+            table.add_row(
+                plain(change.method),
+                "{:.1f} > {:.1f}".format(*change.tokens_per_second),
+                "{:.2f} > {:.2f}".format(*change.tokens_per_step),
+                "-" if change.speedup is None else "{:.2f} > {:.2f}".format(*change.speedup),
+                times(change.ratio),
+                between(change.interval),
+                *([_quality(change)] if judged else []),
+                change.verdict,
+                f"{change.other_answers} of {change.prompts}",
+            )
+        console.print(table)
+    console.print()
+    for name, one, other in differing:
+        console.print(plain(f"{name}: {one} before, {other} after"), soft_wrap=True)
+    told = (
+        "change: of the speedup over ar, so that a slower hour of the machine counts for neither side; of ar itself, of"
+        " its tokens per second, which that hour does change: not judged. 95 %: were the prompts drawn anew."
+    )
+    console.print(told, style="dim", soft_wrap=True)
+
+
+def _quality(change: Change) -> str:
+    return "-" if change.quality is None else "{:.1%} > {:.1%}".format(*change.quality)
 
 
 def how(record: Record) -> list[str]:

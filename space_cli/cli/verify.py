@@ -97,13 +97,13 @@ def verify_lossless(
     _check_together(numerics, engine, drafts, candidates)
     if seeds > 1 and not temperature:
         raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
-    suites = [load_suite(name, limit=limit) for name in dict.fromkeys(suite or ["humaneval"])]
+    suites = [load_suite(name) for name in dict.fromkeys(suite or ["humaneval"])]
 
     from space_cli.cli.console import quiet_libraries
 
     quiet_libraries()
 
-    from space_cli.bench.measure import Settings, plan
+    from space_cli.bench.measure import Settings, most_tokens, plan
     from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
     from space_cli.models.engines import prepare
@@ -119,20 +119,24 @@ def verify_lossless(
     same_shape = numerics == "same-shape"
     drafts = drafts or _default_drafts(loaded, fixed=same_shape or candidates is not None)
     block = _block(loaded, drafts, candidates)
-    to_come = 2 * sum(len(each.prompts) for each in suites) * max_new_tokens * seeds
-    loaded = prepare(
-        loaded, engine=engine if numerics == "auto" else "eager", tokens=to_come, on_compile=view.compiling
-    )
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     settings = Settings(max_new_tokens, sampling, candidates, _shaped(loaded, numerics))
-    planned = plan(loaded, suites, settings)
+    loaded = prepare(
+        loaded,
+        engine=engine if numerics == "auto" else "eager",
+        tokens=2 * seeds * most_tokens(suites, settings, limit=limit),
+        on_compile=view.compiling,
+    )
+    planned = plan(loaded, suites, settings, limit=limit)
+    for what, why in planned.left_out.items():
+        view.note(f"left out: {what}: {why}")
     comparison = Comparison(block, drafts, names, base, same_shape, seeds)
     record = _record(loaded, comparison, settings, strict=strict)
     run_names = ["ar", "space", *(["hf"] if "hf" in names and not temperature else []), *(["base"] if base else [])]
-    view.begin(loaded, run_names, len(planned) * seeds, unit="answers")
+    view.begin(loaded, run_names, planned.turns * seeds, unit="answers")
     try:
         with view:
-            _run(record, planned, comparison, view, draws=draws)
+            _run(record, planned.prompts, comparison, view, draws=draws)
         record.complete = True
     except KeyboardInterrupt:
         return 130
@@ -246,7 +250,7 @@ def _run(
     for answer in compare(planned, comparison, view):
         record.answers.append(answer)
     if task.sampling.temperature and "hf" in comparison.against:
-        view.note(f"drawing the first tokens of {planned[0].task_id} under {draws} seeds")
+        view.note(f"drawing the first tokens of {planned[0].name} under {draws} seeds")
         record.distributions += compare_distributions(planned[0], samplers(comparison), draws=draws)
 
 

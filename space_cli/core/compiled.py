@@ -144,11 +144,17 @@ def why_not(model: PreTrainedModel) -> str | None:
 
 def fingerprint(model: PreTrainedModel) -> str:
     """Return a hash of everything that a compiled program depends on: weights, config, versions and machine."""
-    told = (model.config.to_json_string(), _toolchain(), _INDUCTOR_CONFIGS)
-    digest = hashlib.sha256(repr(told).encode())
+    told = (model.config.to_json_string(), _toolchain(), _INDUCTOR_CONFIGS, weights_digest(model))
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Return a hash of the weights as they are in memory."""
+    digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        if isinstance(tensor, torch.Tensor):
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 

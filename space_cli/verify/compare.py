@@ -53,13 +53,16 @@ class Comparison:
 
 
 def compare(planned: Sequence[Planned], comparison: Comparison, view: View) -> Iterator[Answer]:
-    """Yield what is found for each prompt and seed, in order."""
+    """Yield what is found for each prompt, seed and turn, in order; later turns follow SPACE's answers."""
     anatomist = Anatomist(planned[0].task.loaded.model)
-    for each in planned:
-        first = each.task.sampling.seed
-        for seed in range(first, first + comparison.seeds):
-            task = replace(each.task, sampling=replace(each.task.sampling, seed=seed))
-            yield _Case(replace(each, task=task), comparison, anatomist, view).answer()
+    for first in planned:
+        begin = first.task.sampling.seed
+        for seed in range(begin, begin + comparison.seeds):
+            each: Planned | None = first.under_seed(seed)
+            while each is not None:
+                answer = _Case(each, comparison, anatomist, view).answer()
+                yield answer
+                each = each.following(answer.token_ids)
 
 
 class _Case:
@@ -87,8 +90,8 @@ class _Case:
         ]
         checked, wrong = self._check_drafts(space, guesses)
         return Answer(
-            suite=self._planned.suite,
-            prompt=self._planned.task_id,
+            suite=self._planned.suite.name,
+            prompt=self._planned.name,
             seed=self._seed,
             tokens=len(space.tokens),
             token_ids=space.tokens,
@@ -99,7 +102,7 @@ class _Case:
         )
 
     def _watched(self, name: str, run: Callable[[Callable[[Step], None]], Generation]) -> Generation:
-        self._view.started(self._planned.suite, self._planned.task_id, name)
+        self._view.started(self._planned.suite.name, self._planned.name, name)
         generation = run(lambda step: self._view.stepped(name, step))
         self._view.finished(name)
         return generation
@@ -161,8 +164,8 @@ class _Case:
     ) -> Divergence:
         decode = self._task.loaded.decode
         divergence = Divergence(
-            suite=self._planned.suite,
-            prompt=self._planned.task_id,
+            suite=self._planned.suite.name,
+            prompt=self._planned.name,
             seed=self._seed,
             against=against,
             position=position,

@@ -79,8 +79,8 @@ def _result(planned: Planned, method: str, draws: int, terms: list[float]) -> Di
         else 1.0
     )
     return Distribution(
-        suite=planned.suite,
-        prompt=planned.task_id,
+        suite=planned.suite.name,
+        prompt=planned.name,
         method=method,
         draws=draws,
         bins=len(terms),

@@ -4,9 +4,10 @@ import pytest
 from transformers import GenerationConfig
 
 import space_cli
-from space_cli.bench.measure import Settings, measure
-from space_cli.bench.methods import METHODS, Method, choose_methods, methods_named
-from space_cli.bench.report import Report, Sample, environment, results
+from space_cli.bench.measure import Settings, check_candidates, measure, plan
+from space_cli.bench.methods import METHODS, Method, chains, choose_methods, methods_named
+from space_cli.bench.report import Report, Sample, environment
+from space_cli.bench.results import results
 from space_cli.bench.suites import Prompt, Suite
 from space_cli.core.choose import Sampling
 from space_cli.core.stream import Generation, Step
@@ -37,10 +38,12 @@ def loaded(tiny_model_dir):
     return load_model(str(tiny_model_dir), dtype="float32")
 
 
-def run(loaded, names, *, suites=(SUITE,), sampling=None, tokens=20, view=None):
+def run(loaded, names, *, suites=(SUITE,), sampling=None, tokens=20, view=None, limit=None, seeds=1):
     sampling = sampling or Sampling()
-    methods = choose_methods(names, loaded, sampling=sampling)
-    return list(measure(loaded, suites, methods, Settings(tokens, sampling), view or Recorder()))
+    methods, _ = choose_methods(methods_named(names), loaded, sampling=sampling)
+    planned = plan(loaded, suites, Settings(tokens, sampling), limit=limit)
+    by_prompt = measure(planned.prompts, methods, view or Recorder(), seeds=seeds)
+    return [sample for samples in by_prompt for sample in samples]
 
 
 def test_all_methods_give_the_same_greedy_answers(loaded):
@@ -88,31 +91,91 @@ def test_methods_take_turns_at_being_first(loaded):
     assert [method for _, method in begun] == ["ar", "space", "space", "ar", "ar", "space"]
 
 
-def test_a_prompt_that_does_not_fit_is_told_before_anything_runs(loaded):
-    view = Recorder()
-    suite = replace(SUITE, prompts=(*SUITE.prompts, Prompt("small/long", ("x " * 300,))))
+def test_prompts_that_do_not_fit_are_left_out_and_counted_and_others_take_their_place(loaded):
+    long = Prompt("small/long", ("x " * 300,))
+    suite = replace(SUITE, prompts=(long, *SUITE.prompts))
 
-    with pytest.raises(UsageProblem, match=r"small small/long: \d+ prompt tokens and 20 new ones exceed"):
-        run(loaded, ["ar"], suites=[suite], view=view)
+    planned = plan(loaded, [suite], Settings(20, Sampling()), limit=2)
 
-    assert not view.events
+    assert [each.prompt.task_id for each in planned.prompts] == ["small/0", "small/1"]
+    assert planned.left_out["small"].startswith("1 of 3 prompts do not fit, with 20 new tokens")
+
+
+def test_a_suite_of_which_nothing_fits_is_told_before_anything_runs(loaded):
+    suite = replace(SUITE, prompts=(Prompt("small/long", ("x " * 300,)),))
+
+    with pytest.raises(UsageProblem, match="small: 1 of 1 prompts do not fit, with 20 new tokens, into the context"):
+        plan(loaded, [SUITE, suite], Settings(20, Sampling()))
+
+
+def test_later_turns_follow_the_answer_of_ar_and_the_whole_conversation_fits(loaded):
+    talk = Suite("talk", (Prompt("talk/1", ("say a word", "and another")),), chat=True)
+
+    first, second = run(loaded, ["ar", "space"], suites=[talk])[::2]
+
+    asked = plan(loaded, [talk], Settings(20, Sampling())).prompts[0]
+    following = asked.following(first.token_ids)
+    assert (first.turn, second.turn) == (0, 1)
+    assert second.prompt_tokens == len(following.task.prompt_ids)
+    # the tokens of the answer stand in the next prompt as they were written
+    start = len(asked.task.prompt_ids)
+    assert following.task.prompt_ids[start : start + first.tokens] == first.token_ids
+    assert following.following(second.token_ids) is None
+    most = loaded.context_length - (second.prompt_tokens - first.tokens)
+    with pytest.raises(UsageProblem, match="talk: 1 of 1 prompts do not fit"):
+        plan(loaded, [talk], Settings(most // 2 + 1, Sampling()))
+
+
+def test_seeds_give_several_answers_to_each_prompt_all_identical_between_methods(loaded):
+    samples = run(loaded, ["ar", "space"], sampling=Sampling(0.9, seed=3), seeds=2)
+
+    assert [sample.seed for sample in samples if sample.method == "ar"] == [3, 4] * 3
+    assert all(sample.identical for sample in samples)
+    assert len({tuple(sample.token_ids) for sample in samples if sample.task_id == "small/0"}) == 2
 
 
 def test_candidates_keep_to_what_was_trained(loaded):
-    methods = choose_methods(["space"], loaded, sampling=Sampling())
-
     for candidates in (0, 4):
         with pytest.raises(UsageProblem, match=f"--candidates {candidates}: .* was trained for 1 to 3"):
-            list(measure(loaded, [SUITE], methods, Settings(4, Sampling(), candidates), Recorder()))
+            check_candidates(loaded, candidates, [METHODS["space"]])
 
 
 def test_unknown_methods_and_untrained_models_are_told(loaded):
     with pytest.raises(UsageProblem, match="no method named 'beam'"):
-        choose_methods(["ar", "beam"], loaded, sampling=Sampling())
+        methods_named(["ar", "beam"])
     with pytest.raises(UsageProblem, match="did you mean hf-lookup"):
         methods_named(["hf-lokup"])
     with pytest.raises(UsageProblem, match="was not trained for SPACE"):
-        choose_methods(["space"], replace(loaded, candidates=0), sampling=Sampling())
+        choose_methods([METHODS["space"]], replace(loaded, candidates=0), sampling=Sampling())
+
+
+def test_methods_that_cannot_run_are_left_out_with_a_word(loaded):
+    chosen, left_out = choose_methods(methods_named(["all"]), replace(loaded, candidates=0), sampling=Sampling(0.5))
+
+    assert [method.name for method in chosen] == ["ar", "space-lookup", "hf", "hf-lookup", "hf-early-exit"]
+    assert "was not trained for SPACE" in left_out["space"]
+    assert "no layers for multi-token prediction" in left_out["hf-mtp"]
+    assert "name one with --draft-model" in left_out["hf-assisted"]
+
+
+def test_early_exit_needs_a_model_whose_code_leaves_layers_out(loaded, tiny_models):
+    whole = replace(loaded, model=tiny_models["gpt2"])
+
+    assert all(sample.identical for sample in run(loaded, ["ar", "hf-early-exit"]))
+    with pytest.raises(UsageProblem, match="always runs all of its layers"):
+        choose_methods([METHODS["hf-early-exit"]], whole, sampling=Sampling())
+
+
+def test_a_sweep_has_a_method_for_each_k_and_leaves_out_what_was_not_trained(loaded):
+    chosen, left_out = choose_methods(chains([1, 3, 4]), loaded, sampling=Sampling())
+    planned = plan(loaded, [SUITE], Settings(20, Sampling()))
+
+    samples = [each for samples in measure(planned.prompts, chosen, Recorder()) for each in samples]
+
+    assert [method.name for method in chosen] == ["ar", "space-k1", "space-k3"]
+    assert left_out == {"space-k4": f"{loaded.name} was trained for k up to 3"}
+    assert all(sample.identical for sample in samples)
+    assert {max(each.depth_by_step) for each in samples if each.method == "space-k3"} == {3}
 
 
 def test_a_method_that_answers_differently_is_found(loaded, monkeypatch):
@@ -169,8 +232,9 @@ def test_repetitive_is_told_by_distinct_tokens(loaded):
     def looping(*_):
         return Generation([Step((5,), 0, (), (), 1, 0.1)] * 8)
 
-    settings = Settings(8, Sampling())
-    found = list(measure(loaded, [SUITE], [Method("loop", "", looping, exact_under_seed=True)], settings, Recorder()))
+    planned = plan(loaded, [SUITE], Settings(8, Sampling()))
+    loop = [Method("loop", "", looping, exact_under_seed=True)]
+    found = [sample for samples in measure(planned.prompts, loop, Recorder()) for sample in samples]
 
     assert all(each.repetitive for each in found)
     assert found[0].identical is None

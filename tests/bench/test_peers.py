@@ -11,8 +11,8 @@ from tiny import lively, tiny_configs
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from space_cli.bench import llama_cpp
-from space_cli.bench.measure import Settings, measure
-from space_cli.bench.methods import choose_methods
+from space_cli.bench.measure import Settings, measure, plan
+from space_cli.bench.methods import METHODS, choose_methods, methods_named
 from space_cli.bench.suites import Prompt, Suite, load_suite
 from space_cli.core.choose import Sampling
 from space_cli.errors import RunFailed, UsageProblem
@@ -58,9 +58,10 @@ def _llama_cpp():
 
 def run(loaded, names, *, draft=None, suite=SUITE, sampling=None, tokens=20):
     sampling = sampling or Sampling()
-    methods = choose_methods(names, loaded, sampling=sampling, draft=draft)
-    samples = measure(loaded, [suite], methods, Settings(tokens, sampling), Unwatched(), draft=draft)
-    return [sample for sample in samples if sample.method != "ar"]
+    methods, _ = choose_methods(methods_named(names), loaded, sampling=sampling, draft=draft)
+    planned = plan(loaded, [suite], Settings(tokens, sampling), draft=draft)
+    by_prompt = measure(planned.prompts, methods, Unwatched())
+    return [sample for samples in by_prompt for sample in samples if sample.method != "ar"]
 
 
 def llama(loaded, **changes):
@@ -103,9 +104,9 @@ def test_a_draft_model_must_be_there_and_know_the_same_tokens(loaded):
     nano = load_model("nano", dtype="float32")
 
     with pytest.raises(UsageProblem, match="drafts with a smaller model; name one with --draft-model"):
-        choose_methods(["hf-assisted"], loaded, sampling=Sampling())
+        choose_methods([METHODS["hf-assisted"]], loaded, sampling=Sampling())
     with pytest.raises(UsageProblem, match="--draft-model nano: its vocabulary is not that of"):
-        choose_methods(["hf-assisted"], loaded, sampling=Sampling(), draft=nano)
+        choose_methods([METHODS["hf-assisted"]], loaded, sampling=Sampling(), draft=nano)
 
 
 def test_a_draft_model_has_as_many_rows_but_needs_no_masks(loaded, draft):
@@ -116,10 +117,10 @@ def test_a_draft_model_has_as_many_rows_but_needs_no_masks(loaded, draft):
         token: id_ for token, id_ in loaded.tokenizer.get_vocab().items() if id_ not in loaded.mask_token_ids
     }
 
-    assert choose_methods(["hf-assisted"], loaded, sampling=Sampling(), draft=untrained)
-    assert choose_methods(["hf-assisted"], loaded, sampling=Sampling(), draft=without)
+    assert choose_methods([METHODS["hf-assisted"]], loaded, sampling=Sampling(), draft=untrained)
+    assert choose_methods([METHODS["hf-assisted"]], loaded, sampling=Sampling(), draft=without)
     with pytest.raises(UsageProblem, match="its vocabulary is not that of"):
-        choose_methods(["hf-assisted"], loaded, sampling=Sampling(), draft=padded)
+        choose_methods([METHODS["hf-assisted"]], loaded, sampling=Sampling(), draft=padded)
 
 
 def test_a_draft_model_is_named_on_the_command_line_and_in_the_record(run_space, tiny_model_dir, prompts_file):
@@ -234,10 +235,10 @@ def test_what_llama_cpp_cannot_run_is_told(loaded, tiny_models):
 
     for told, model in refused.items():
         with pytest.raises(UsageProblem, match=f"method 'llama-cpp' cannot run .*: {told}; leave it out"):
-            choose_methods(["llama-cpp"], replace(loaded, model=model), sampling=Sampling())
+            choose_methods([METHODS["llama-cpp"]], replace(loaded, model=model), sampling=Sampling())
     for sampling in (Sampling(0.5), Sampling(repetition_penalty=1.2)):
         with pytest.raises(UsageProblem, match="method 'llama-cpp' is greedy, without penalties"):
-            choose_methods(["llama-cpp"], loaded, sampling=sampling)
+            choose_methods([METHODS["llama-cpp"]], loaded, sampling=sampling)
 
 
 @pytest.mark.parametrize("missing", ["llama_cpp", "gguf"])
@@ -245,4 +246,4 @@ def test_without_its_packages_llama_cpp_says_what_to_install(loaded, monkeypatch
     monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None if name == missing else find_spec("json"))
 
     with pytest.raises(UsageProblem, match="needs two more packages; pip install llama-cpp-python gguf"):
-        choose_methods(["llama-cpp"], loaded, sampling=Sampling())
+        choose_methods([METHODS["llama-cpp"]], loaded, sampling=Sampling())

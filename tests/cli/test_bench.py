@@ -23,7 +23,7 @@ def test_a_run_without_a_terminal_is_plain_text(run_space, tiny_model_dir, promp
     rows = [line.split() for line in done.stdout.splitlines()]
     for method in ("ar", "space", "hf", "hf-lookup"):
         row = next(row for row in rows if row and row[0] == method)
-        assert row[1] == "2"
+        assert row[1] == "24"
         assert row[-1] == "yes"
     assert "float32" in done.stdout.splitlines()[-1]
     assert "2/2 prompts" in done.stderr
@@ -79,7 +79,7 @@ def test_candidates_choose_the_block(run_space, tiny_model_dir, prompts_file):
         (["--candidates", "0"], "was trained for 1 to 3; choose 1 to 3"),
         (["--candidates", "4"], "was trained for 1 to 3"),
         (["--methods", "ar,beam"], "no method named 'beam'"),
-        (["--max-new-tokens", "256"], "exceed the context of"),
+        (["--max-new-tokens", "256"], "prompts do not fit, with 256 new tokens, into the context of"),
         (["--dtype", "int4"], "unknown dtype 'int4'"),
         (["--device", "abacus"], "unknown device 'abacus'"),
         (["--quantization", "q4"], "unknown quantization 'q4'"),

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
+from importlib import resources
 
 import pytest
 
@@ -94,10 +96,13 @@ def test_a_conversation_answers_as_a_fresh_run_of_it_would(chat, tmp_path):
     assert int(re.search(r"with (\d+) prompt tokens computed", stats)[1]) < 120
 
 
-def test_ctrl_c_stops_the_answer_and_what_was_said_stays(chat):
-    # so hot that it goes on for long, and on a model that takes its time
+def test_ctrl_c_stops_the_answer_and_what_was_said_stays(chat, tmp_path):
+    # so hot, and with so much room, that it goes on for minutes
     hot = ("--temperature", "5", "--live", "steps")
-    terminal = chat("--max-new-tokens", "900", *hot, model="nano")
+    roomy = shutil.copytree(resources.files("space_cli") / "nano" / "weights", tmp_path / "roomy")
+    config = json.loads((roomy / "config.json").read_text())
+    (roomy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
+    terminal = chat("--max-new-tokens", "90000", *hot, model=roomy)
     ready(terminal)
 
     terminal.type("go on\r")
@@ -111,7 +116,7 @@ def test_ctrl_c_stops_the_answer_and_what_was_said_stays(chat):
     terminal.interrupt()
 
     assert terminal.finish() == 0
-    assert told(stopped)[0] < 900
+    assert told(stopped)[0] < 90_000
     assert "tokens in" in after
 
 
