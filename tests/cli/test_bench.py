@@ -1,6 +1,8 @@
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -132,6 +134,81 @@ def test_ctrl_c_keeps_what_is_done(stop_space, tiny_model_dir, tmp_path):
     assert saved["complete"] is False
     assert 0 < len(saved["samples"]) < 15000
     assert saved["results"]
+
+
+def test_a_run_that_was_killed_is_taken_up_where_it_was(stop_space, run_space, tiny_model_dir, tmp_path):
+    prompts = tmp_path / "many.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"def f{n}("}) + "\n" for n in range(2500)))
+    options = ("--model", tiny_model_dir, "--suite", prompts, "--methods", "ar", "--json", tmp_path / "run.json")
+    options += ("--dtype", "float32", "--max-new-tokens", "6")
+
+    process, *_ = stop_space("bench", *options, at="prompts  ar", signal_number=signal.SIGKILL)
+    kept = (tmp_path / "run.json.partial").read_text().splitlines()[1:]
+    refused = run_space("bench", *options)
+    other = run_space("bench", *options, "--seed", "1", "--resume")
+    done = run_space("bench", *options, "--resume")
+
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert process.returncode == -signal.SIGKILL
+    assert 0 < len(kept) < 2500
+    assert refused.returncode == other.returncode == 2
+    assert "add --resume to go on, or delete it to begin anew" in refused.stderr
+    assert "of a run with other sampling" in other.stderr
+    assert done.returncode == 0, done.stderr
+    assert record["complete"] is True
+    assert record["samples"][: len(kept) - 1] == [json.loads(line)[0] for line in kept[:-1]]
+    assert len({sample["task_id"] for sample in record["samples"]}) == len(record["samples"]) == 2500
+    assert not (tmp_path / "run.json.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--resume"], "--resume takes up a run that wrote a file; give the same --json FILE"),
+        (["--resume", "--json", "-"], "--resume takes up a run that wrote a file"),
+        (["--seeds", "2"], "--seeds: greedy answers depend on no seed; give --temperature too"),
+        (["--sweep", "candidates=3..1"], "not understood; give candidates=1..8 or candidates=1,2,5"),
+        (["--sweep", "k=1..8"], "not understood"),
+        (["--sweep", "candidates=0..2"], "not understood"),
+        (["--sweep", "candidates=1..2", "--methods", "ar"], "--sweep chooses methods and candidates itself"),
+    ],
+)
+def test_options_that_do_not_go_together_are_told_before_a_model_is_loaded(run_space, arguments, told):
+    done = run_space("bench", "--model", "no-such-model", *arguments)
+
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_sweep_names_the_fastest_k(run_space, tiny_model_dir, prompts_file):
+    done = bench(run_space, tiny_model_dir, "--suite", prompts_file, "--sweep", "candidates=1..4", "--json", "run.json")
+
+    assert done.returncode == 0, done.stderr
+    assert "left out: space-k4" in done.stderr
+    fastest = re.search(r"Fastest here: k = ([123]) \((\d+\.\d\d)x on", done.stdout)
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("space-k")}
+    assert set(rows) == {"space-k1", "space-k2", "space-k3"}
+    assert f" {fastest[2]}x " in rows[f"space-k{fastest[1]}"]
+
+
+def test_two_runs_are_compared(run_space, tiny_model_dir, prompts_file, tmp_path):
+    for name, k in (("before.json", "1"), ("after.json", "3")):
+        options = ("--candidates", k, "--methods", "ar,space", "--json", name)
+        assert bench(run_space, tiny_model_dir, "--suite", prompts_file, *options).returncode == 0
+
+    told = run_space("bench", "compare", "before.json", "after.json")
+    (tmp_path / "other.json").write_text("{}")
+    refused = run_space("bench", "compare", "before.json", "other.json")
+    alone = run_space("bench", "compare", "before.json")
+
+    assert told.returncode == 0, told.stderr
+    assert "candidates: 1 before, 3 after" in told.stdout
+    assert "2 answers in both" in told.stdout
+    assert re.search(r"(?m)^space .* too few prompts to tell +0 of 2", told.stdout)
+    assert refused.returncode == alone.returncode == 2
+    assert "other.json: not a record" in refused.stderr
+    assert "Missing argument" in alone.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
