@@ -1,0 +1,102 @@
+"""What an answer is worth by its suite's metric: does the code pass, is the number right, how near is the summary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from space_cli.bench import sandbox
+from space_cli.bench.suites import Metric, Prompt
+from space_cli.errors import UsageProblem
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+
+_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*(?:\n|\Z)", re.MULTILINE)
+
+_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_IGNORED = re.compile(r"(?s:.*#### )|[,$]")
+"""lm-evaluation-harness, tasks/gsm8k/gsm8k.yaml: `flexible-extract` and `regexes_to_ignore`."""
+
+_LONGEST_NUMBER = 40
+
+
+def check(metrics: Iterable[Metric | None], *, execute: bool) -> frozenset[Metric]:
+    """Return those metrics by which answers will be judged; "pass@1" only where programs may be run.
+
+    Args:
+        metrics: of the suites.
+        execute: the user asked for answers to be run.
+
+    Raises:
+        UsageProblem: something that they need is missing here.
+    """
+    wanted = {metric for metric in metrics if metric is not None}
+    if not execute:
+        wanted.discard("pass@1")
+    if "ROUGE-L" in wanted and find_spec("rouge_score") is None:
+        raise UsageProblem("ROUGE-L needs the package rouge-score", hint="pip install 'space-decoding[eval]'")
+    if "pass@1" in wanted and (problem := sandbox.why_not()) is not None:
+        raise UsageProblem(problem, hint="leave --execute out")
+    return frozenset(wanted)
+
+
+def judge(prompt: Prompt, metric: Metric, text: str) -> tuple[float, str | None]:
+    """Return the score of an answer, 0 to 1, and how the judging went in one printable line.
+
+    Runs the answer where the metric is "pass@1": ask `check` first. May be called from several threads.
+    """
+    if metric == "pass@1":
+        return _passes(prompt, text)
+    if prompt.reference is None:
+        raise ValueError(f"{prompt.task_id} has no reference for {metric}")
+    if metric == "ROUGE-L":
+        return _rouge_scorer().score(prompt.reference, text)["rougeL"].fmeasure, None
+    return _exact_match(prompt.reference, text)
+
+
+def _passes(prompt: Prompt, text: str) -> tuple[float, str]:
+    if prompt.code is None:
+        raise ValueError(f"{prompt.task_id} has no tests")
+    outcome = sandbox.run_program(prompt.code.before + code_of(text) + prompt.code.after)
+    return float(outcome.passed), outcome.told
+
+
+def code_of(text: str) -> str:
+    """Return the code of an answer: its first fenced block of Markdown, or all of it where none is fenced.
+
+    A bare fence behind indented text, or the only one, closes what the prompt began: the code stands before it.
+    Source: the two forms that lm-evaluation-harness takes apart, tasks/humaneval/utils.py and tasks/mbpp/utils.py.
+    """
+    fences = list(_FENCE.finditer(text))
+    if not fences:
+        return text
+    first = fences[0]
+    before = text[: first.start()]
+    if not first[1] and before.strip() and (len(fences) == 1 or before.lstrip("\r\n").startswith((" ", "\t"))):
+        return before
+    return text[first.end() : fences[1].start() if len(fences) > 1 else None]
+
+
+def _exact_match(reference: str, text: str) -> tuple[float, str]:
+    found = [first or second for first, second in _NUMBER.findall(text)]
+    if not found:
+        return 0.0, "no number in the answer"
+    right, answered = _bare(reference), _bare(found[-1])
+    told = f"answered {answered[:_LONGEST_NUMBER]}"
+    return float(answered == right), told
+
+
+def _bare(number: str) -> str:
+    return _IGNORED.sub("", number).strip().removesuffix(".")
+
+
+@cache
+def _rouge_scorer() -> RougeScorer:
+    """Return the scorer with stemming, as summaries are commonly scored."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
