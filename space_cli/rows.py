@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import re
 import zlib
 from codecs import BOM_UTF8
@@ -242,6 +243,8 @@ def read_hub(dataset: HubDataset) -> Iterator[SourceRow]:
     except ImportError as error:
         missing = "datasets of the Hub need a package that is missing"
         raise UsageProblem(missing, hint="pip install datasets") from error
+    # a Hub out of reach is told once, by the error, and not with every retry
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     name, revision = dataset.id, dataset.revision
     config = [] if dataset.config is None else [dataset.config]
     try:
@@ -286,3 +289,28 @@ def string(value: object, field: str, where: str) -> str:
         # JSON can escape half of a surrogate pair; no tokenizer takes it
         raise UsageProblem(f"{where}: {field!r} holds half of a surrogate pair") from error
     return value
+
+
+def strings(value: object, field: str, where: str) -> tuple[str, ...]:
+    """Return a field's value if it is a list of such strings.
+
+    Raises:
+        UsageProblem: it is not.
+    """
+    if not isinstance(value, list):
+        raise UsageProblem(f"{where}: {field!r} must be a list of strings")
+    return tuple(string(each, f"{field}[{index}]", where) for index, each in enumerate(value))
+
+
+def identifier(row: Row, field: str, where: str, default: str = "") -> str:
+    """Return what a row is known by, as a string; one that says nothing gets the default.
+
+    Raises:
+        UsageProblem: it is neither a string nor a number, or it is missing and there is no default.
+    """
+    value = row.get(field)
+    if value is None and default:
+        return default
+    if not isinstance(value, (str, int)):
+        raise UsageProblem(f"{where}: {field!r} must be a string or a number")
+    return string(str(value), field, where)

@@ -37,12 +37,13 @@ _DraftModel = Annotated[
     str | None,
     typer.Option("--draft-model", help="The smaller model that hf-assisted drafts with: alias, folder, or Hub id."),
 ]
-_List = Annotated[bool, typer.Option("--list", help="List suites and methods, and leave.")]
+_List = Annotated[bool, typer.Option("--list", "--suites", help="List suites and methods, and leave.")]
 
 
 def bench(
     model: options.Model = "nano",
     suite: options.Suite = None,
+    field: options.Field = None,
     limit: options.Limit = None,
     methods: _Methods = None,
     draft_model: _DraftModel = None,
@@ -70,7 +71,7 @@ def bench(
 
     if show_list:
         return _list()
-    suites = [load_suite(name, limit=limit) for name in dict.fromkeys(suite or ["humaneval"])]
+    suites = [load_suite(name, limit=limit, field=field) for name in dict.fromkeys(suite or ["humaneval"])]
 
     from space_cli.cli.console import quiet_libraries
 
@@ -133,11 +134,14 @@ def _named(methods: str, draft_model: str | None) -> list[str]:
 
 def _list() -> int:
     from space_cli.bench.suites import SUITES
+    from space_cli.rows import SUFFIXES
 
     typer.echo("Suites")
-    for name, description in SUITES.items():
-        typer.echo(f"  {name:<12} {description}")
-    typer.echo('  FILE         JSON Lines, each line an object with "prompt" and, if you like, "task_id"')
+    for name, form in SUITES.items():
+        typer.echo(f"  {name:<18} {form.description}\n  {'':<18} from {form.needs}")
+    typer.echo(f"  {'NAME=FILE':<18} the same prompts from a file, or from another dataset of the Hub")
+    typer.echo(f"  {'FILE':<18} one of these told by its fields, or rows with a prompt (or --field NAME)")
+    typer.echo(f"  {'':<18} and, if you like, task_id and category; {', '.join(SUFFIXES)}")
 
     from space_cli.bench.methods import METHODS
 
