@@ -214,7 +214,7 @@ _JS_STOPS = ("\nfunction ", "\n/*", "\n//", "\nconsole.log", "\nconst ")
 
 _MT_BENCH = frozenset(("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"))
 
-_MBPP_TEST = range(11, 511)
+_MBPP_TEST = frozenset(map(str, range(11, 511)))
 
 
 def _each(parse: Callable[..., Prompt], prefix: str, **settings: str) -> Read:
@@ -236,7 +236,8 @@ def _plain(row: object, where: str, *, default_id: str, field: str) -> Prompt:
     return Prompt(
         identifier(row, "task_id", where, default_id),
         (string(row[field], field, where),),
-        string(category, "category", where) if category is not None else None,
+        # an empty cell of a table is none
+        (string(category, "category", where) or None) if category is not None else None,
     )
 
 
@@ -272,7 +273,7 @@ def _mbpp(rows: Iterator[SourceRow]) -> Iterator[tuple[SourceRow, Prompt]]:
         solution = filled(row.value["code"], "code", row.where).replace("\r\n", "\n")
         shots += f"{prompt.turns[0]}{solution}\n[DONE]\n\n"
     for row, prompt in tasks:
-        if prompt.task_id.isdecimal() and int(prompt.task_id) in _MBPP_TEST:
+        if prompt.task_id in _MBPP_TEST:
             yield row, replace(prompt, turns=(shots + prompt.turns[0],))
 
 
