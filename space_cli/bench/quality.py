@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from space_cli.bench import sandbox
-from space_cli.bench.suites import Metric, Prompt
+from space_cli.bench.report import Sample
+from space_cli.bench.suites import Metric, Prompt, Suite
 from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
@@ -24,24 +27,50 @@ _IGNORED = re.compile(r"(?s:.*#### )|[,$]")
 _LONGEST_NUMBER = 40
 
 
-def check(metrics: Iterable[Metric | None], *, execute: bool) -> frozenset[Metric]:
-    """Return those metrics by which answers will be judged; "pass@1" only where programs may be run.
+def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, str]:
+    """Return the metrics by which answers will not be judged, and why.
 
     Args:
         metrics: of the suites.
         execute: the user asked for answers to be run.
 
     Raises:
-        UsageProblem: something that they need is missing here.
+        UsageProblem: answers shall be run and cannot be contained here, or have no tests.
     """
-    wanted = {metric for metric in metrics if metric is not None}
-    if not execute:
-        wanted.discard("pass@1")
-    if "ROUGE-L" in wanted and find_spec("rouge_score") is None:
-        raise UsageProblem("ROUGE-L needs the package rouge-score", hint="pip install 'space-decoding[eval]'")
-    if "pass@1" in wanted and (problem := sandbox.why_not()) is not None:
+    missing: dict[Metric, str] = {}
+    if execute and "pass@1" not in metrics:
+        raise UsageProblem("--execute: no suite here has tests", hint="leave it out")
+    if execute and (problem := sandbox.why_not()) is not None:
         raise UsageProblem(problem, hint="leave --execute out")
-    return frozenset(wanted)
+    if not execute and "pass@1" in metrics:
+        missing["pass@1"] = "answers are run under --execute alone"
+    if "ROUGE-L" in metrics and find_spec("rouge_score") is None:
+        missing["ROUGE-L"] = "needs rouge-score: pip install 'space-decoding[eval]'"
+    return missing
+
+
+def judge_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: Collection[Metric]) -> None:
+    """Give samples their scores; answers with the same text to the same prompt are judged once.
+
+    Args:
+        samples: of finished answers.
+        suites: that they answer.
+        missing: metrics left out.
+    """
+    known = {(suite.name, prompt.task_id): (prompt, suite.metric) for suite in suites for prompt in suite.prompts}
+    alike: dict[tuple[Prompt, Metric, str], list[Sample]] = {}
+    for sample in samples:
+        prompt, metric = known[sample.suite, sample.task_id]
+        if metric is not None and metric not in missing:
+            alike.setdefault((prompt, metric, sample.text), []).append(sample)
+    # each waits for a process of its own
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for group, (score, outcome) in zip(alike.values(), pool.map(lambda key: judge(*key), alike), strict=True):
+            for sample in group:
+                sample.score, sample.outcome = score, outcome
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def judge(prompt: Prompt, metric: Metric, text: str) -> tuple[float, str | None]:

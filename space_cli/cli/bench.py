@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from space_cli.bench.measure import Plan, Settings
     from space_cli.bench.methods import Method
     from space_cli.bench.report import Report
+    from space_cli.bench.suites import Metric, Suite
     from space_cli.cli.live import RunView
     from space_cli.models.loading import LoadedModel
 
@@ -57,10 +59,16 @@ _Sweep = Annotated[
 _Seeds = Annotated[
     int, typer.Option("--seeds", min=1, help="Answers to each prompt, under seeds from --seed on; sampled only.")
 ]
+_Execute = Annotated[
+    bool,
+    typer.Option(
+        "--execute", help="Run the model's code against the tests of suites that have some, contained (see README)."
+    ),
+]
 _Resume = Annotated[
     bool, typer.Option("--resume", help="Take up the run that was cut short while it wrote the file of --json.")
 ]
-_List = Annotated[bool, typer.Option("--list", help="List suites and methods, and leave.")]
+_List = Annotated[bool, typer.Option("--list", "--suites", help="List suites and methods, and leave.")]
 _Record = Annotated[Path, typer.Argument(help="What `space bench --json` wrote.", show_default=False)]
 
 
@@ -69,6 +77,7 @@ def run(
     context: typer.Context,
     model: options.Model = "nano",
     suite: options.Suite = None,
+    field: options.Field = None,
     limit: options.Limit = None,
     methods: _Methods = None,
     draft_model: _DraftModel = None,
@@ -86,6 +95,7 @@ def run(
     device: options.Device = "auto",
     quantization: options.Quantization = "none",
     engine: options.Engine = "auto",
+    execute: _Execute = False,
     models_file: options.ModelsFile = None,
     revision: options.Revision = None,
     json: options.Json = None,
@@ -99,26 +109,28 @@ def run(
         return 0
     if show_list:
         return _list()
-    if seeds > 1 and not temperature:
-        raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
     _check_left_over(json, resume=resume)
 
     from space_cli.cli.console import quiet_libraries
 
     quiet_libraries()
     wanted = _wanted(methods, sweep, candidates, draft_model, sampled=temperature > 0)
+    if seeds > 1 and not temperature:
+        raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
 
     from space_cli.bench.suites import load_suite
 
-    suites = [load_suite(name) for name in dict.fromkeys(suite or ["humaneval"])]
+    suites = [load_suite(name, field=field) for name in dict.fromkeys(suite or ["humaneval"])]
 
     from space_cli.bench.measure import Settings, check_candidates, most_tokens, plan
     from space_cli.bench.methods import choose_methods
+    from space_cli.bench.quality import check
     from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
     from space_cli.models.engines import prepare
     from space_cli.models.loading import load_model
 
+    not_judged = check([each.metric for each in suites], execute=execute)
     view = run_view(quiet=quiet)
     view.loading(model)
     load = partial(load_model, models_file=models_file, device=device)
@@ -129,17 +141,29 @@ def run(
     chosen, left_out = choose_methods(wanted, loaded, sampling=sampling, draft=draft)
     check_candidates(loaded, candidates, chosen)
     ours = sum(not method.name.startswith(("hf", "llama")) for method in chosen)
-    to_come = ours * seeds * most_tokens(suites, settings, limit=limit)
-    loaded = prepare(loaded, engine=engine, tokens=to_come, fresh_costs=True, on_compile=view.compiling)
+    loaded = prepare(
+        loaded,
+        engine=engine,
+        tokens=ours * seeds * most_tokens(suites, settings, limit=limit),
+        fresh_costs=True,
+        on_compile=view.compiling,
+    )
     planned = plan(loaded, suites, settings, limit=limit, draft=draft)
-    report = _report(loaded, settings, draft=draft, methods=[method.name for method in chosen], seeds=seeds)
-    report.settings |= {"sweep": sweep, "left_out": left_out | planned.left_out}
-    for what, why in report.settings["left_out"].items():
-        view.note(f"left out: {what}: {why}")
+    report = _report(loaded, draft, settings)
+    report.settings |= {
+        "methods": [method.name for method in chosen],
+        "metrics": {each.name: each.metric for each in suites},
+        "seeds": seeds,
+        "sweep": sweep,
+        "left_out": left_out | planned.left_out | not_judged,
+    }
+    view.left_out(report.settings["left_out"])
     journal = _journal(json, report, planned, resume=resume)
     view.begin(loaded, report.settings["methods"], planned.turns * seeds)
     try:
-        _fill(report, planned, chosen, view, journal, with_profile=with_profile)
+        _fill(report, planned, chosen, view, journal)
+        _add(report, loaded, suites, view, not_judged=not_judged, with_profile=with_profile)
+        report.complete = True
     except KeyboardInterrupt:
         return 130
     finally:
@@ -235,12 +259,9 @@ def _fill(
     methods: list[Method],
     view: RunView,
     journal: Journal | None,
-    *,
-    with_profile: bool,
 ) -> None:
     """Add to the report as far as the run gets."""
     from space_cli.bench.measure import measure
-    from space_cli.bench.profile import profile
 
     done = {(sample.suite, sample.task_id, sample.seed) for sample in report.samples}
     with view, journal or nullcontext():
@@ -248,19 +269,40 @@ def _fill(
             report.samples += samples
             if journal is not None:
                 journal.add(samples)
+
+
+def _add(
+    report: Report,
+    loaded: LoadedModel,
+    suites: list[Suite],
+    view: RunView,
+    *,
+    not_judged: Collection[Metric],
+    with_profile: bool,
+) -> None:
+    """Add what has no place between answers that are timed."""
     if with_profile:
+        from space_cli.bench.profile import profile
+
         view.note("timing model calls")
-        report.profile = profile(planned.prompts[0].task.loaded)
-    report.complete = True
+        report.profile = profile(loaded)
+    if any(suite.metric is not None and suite.metric not in not_judged for suite in suites):
+        from space_cli.bench.quality import judge_all
+
+        view.note("judging answers")
+        judge_all(report.samples, suites, missing=not_judged)
 
 
 def _list() -> int:
     from space_cli.bench.suites import SUITES
+    from space_cli.rows import SUFFIXES
 
     typer.echo("Suites")
-    for name, description in SUITES.items():
-        typer.echo(f"  {name:<12} {description}")
-    typer.echo('  FILE         JSON Lines, each line an object with "prompt" and, if you like, "task_id"')
+    for name, form in SUITES.items():
+        typer.echo(f"  {name:<18} {form.description}\n  {'':<18} from {form.needs}")
+    typer.echo(f"  {'NAME=FILE':<18} the same prompts from a file, or from another dataset of the Hub")
+    typer.echo(f"  {'FILE':<18} one of these told by its fields, or rows with a prompt (or --field NAME)")
+    typer.echo(f"  {'':<18} and, if you like, task_id and category; {', '.join(SUFFIXES)}")
 
     from space_cli.bench.methods import METHODS
 
@@ -270,9 +312,7 @@ def _list() -> int:
     return 0
 
 
-def _report(
-    loaded: LoadedModel, settings: Settings, *, draft: LoadedModel | None, methods: list[str], seeds: int
-) -> Report:
+def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) -> Report:
     """Return the record of a run that has not begun."""
     from dataclasses import asdict
 
@@ -286,8 +326,6 @@ def _report(
             "model": loaded.name,
             "source": loaded.source,
             "draft_model": draft.name if draft is not None else None,
-            "methods": methods,
-            "seeds": seeds,
             **asdict(settings),
         },
     )
@@ -298,7 +336,7 @@ def _hand_out(report: Report, json: str | None, view: RunView) -> None:
     from space_cli.bench.results import results
     from space_cli.cli.tables import show_bench, write_record
 
-    report.results = results(report.samples, report.settings["methods"])
+    report.results = results(report.samples, report.settings["methods"], report.settings["metrics"])
     try:
         write_record(report, json)
     finally:

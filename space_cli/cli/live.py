@@ -73,6 +73,11 @@ class RunView:
         """Say that a model is being compiled, which takes its time."""
         self.note("compiling it for this machine, once: half a minute for a small model (--engine eager does without)")
 
+    def left_out(self, reasons: dict[str, str]) -> None:
+        """Say what is not done, and why."""
+        for what, why in reasons.items():
+            self.note(f"left out: {what}: {why}")
+
     def note(self, text: str) -> None:
         """Say what is going on beside the answers."""
         if not self._quiet:

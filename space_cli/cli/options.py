@@ -49,6 +49,12 @@ def _complete_model(incomplete: str) -> list[str]:
     return [name for name in read_models() if name.startswith(incomplete)]
 
 
+def _complete_suite(incomplete: str) -> list[str]:
+    from space_cli.bench.suites import SUITES
+
+    return [name for name in SUITES if name.startswith(incomplete)]
+
+
 Model = Annotated[
     str,
     typer.Option(
@@ -98,7 +104,16 @@ Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of samp
 Limit = Annotated[int | None, typer.Option("--limit", "-L", min=1, help="Only the first N prompts of each suite.")]
 Suite = Annotated[
     list[str] | None,
-    typer.Option("--suite", "-s", help="humaneval, or a JSON Lines file with `prompt` in each line; repeatable."),
+    typer.Option(
+        "--suite",
+        "-s",
+        help="A name (space bench --list), NAME=FILE, or a file of prompts; repeatable. Default: humaneval.",
+        autocompletion=_complete_suite,
+    ),
+]
+Field = Annotated[
+    str | None,
+    typer.Option("--field", help="Field of a FILE that holds the prompt; default: told by its rows."),
 ]
 Json = Annotated[
     str | None,

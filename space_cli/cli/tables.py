@@ -69,7 +69,7 @@ def show_bench(report: Report, done: str, *, to_stderr: bool) -> None:
 def _console(*, to_stderr: bool) -> Console:
     console = err() if to_stderr else out()
     if not console.is_terminal:
-        # without a terminal there is no width to keep to: a table folded at 80 columns is hard to read and to take apart
+        # without a terminal there is no width to keep to: a folded table is hard to read and to take apart
         console.width = max(console.width, 200)
     return console
 

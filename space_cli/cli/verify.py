@@ -65,6 +65,7 @@ _Strict = Annotated[bool, typer.Option("--strict", help="Ties fail too.")]
 def verify_lossless(
     model: options.Model = "nano",
     suite: options.Suite = None,
+    field: options.Field = None,
     limit: options.Limit = None,
     against: _Against = None,
     drafts: _Drafts = None,
@@ -97,7 +98,7 @@ def verify_lossless(
     _check_together(numerics, engine, drafts, candidates)
     if seeds > 1 and not temperature:
         raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
-    suites = [load_suite(name) for name in dict.fromkeys(suite or ["humaneval"])]
+    suites = [load_suite(name, field=field) for name in dict.fromkeys(suite or ["humaneval"])]
 
     from space_cli.cli.console import quiet_libraries
 
@@ -128,8 +129,7 @@ def verify_lossless(
         on_compile=view.compiling,
     )
     planned = plan(loaded, suites, settings, limit=limit)
-    for what, why in planned.left_out.items():
-        view.note(f"left out: {what}: {why}")
+    view.left_out(planned.left_out)
     comparison = Comparison(block, drafts, names, base, same_shape, seeds)
     record = _record(loaded, comparison, settings, strict=strict)
     run_names = ["ar", "space", *(["hf"] if "hf" in names and not temperature else []), *(["base"] if base else [])]

@@ -1,8 +1,9 @@
 import pytest
+from samples import sample
 
 from space_cli.bench import quality, sandbox
 from space_cli.bench.quality import check, code_of, judge
-from space_cli.bench.suites import Code, Prompt
+from space_cli.bench.suites import Code, Prompt, Suite
 from space_cli.errors import UsageProblem
 
 contained = pytest.mark.skipif(sandbox.why_not() is not None, reason=f"programs are refused here: {sandbox.why_not()}")
@@ -90,21 +91,51 @@ def test_a_summary_is_scored_by_its_longest_common_subsequence(text, score):
 def test_nothing_is_executed_unless_asked(monkeypatch):
     monkeypatch.setattr(sandbox, "run_program", lambda *_, **__: pytest.fail("executed"))
 
-    assert check(["pass@1", "exact match", None], execute=False) == {"exact match"}
+    assert check(["pass@1", "exact match", None], execute=False) == {"pass@1": "answers are run under --execute alone"}
 
 
 @contained
 def test_all_metrics_are_judged_where_all_is_there():
     pytest.importorskip("rouge_score")
 
-    assert check(["pass@1", "exact match", "ROUGE-L"], execute=True) == {"pass@1", "exact match", "ROUGE-L"}
+    assert check(["pass@1", "exact match", "ROUGE-L"], execute=True) == {}
 
 
-def test_a_missing_package_is_told_before_the_run(monkeypatch):
+def test_a_missing_package_leaves_its_metric_out_with_a_word(monkeypatch):
     monkeypatch.setattr(quality, "find_spec", lambda _: None)
 
-    with pytest.raises(UsageProblem, match=r"rouge-score; pip install 'space-decoding\[eval\]'"):
-        check(["ROUGE-L"], execute=False)
+    assert check(["ROUGE-L"], execute=False) == {"ROUGE-L": "needs rouge-score: pip install 'space-decoding[eval]'"}
+
+
+def test_executing_nothing_is_told():
+    with pytest.raises(UsageProblem, match="--execute: no suite here has tests"):
+        check(["ROUGE-L", None], execute=True)
+
+
+def test_the_same_answer_is_judged_once_and_all_samples_have_its_score(monkeypatch):
+    asked = []
+    monkeypatch.setattr(quality, "judge", lambda *key: asked.append(key) or (1.0, "passed"))
+    suites = [
+        Suite("code", (Prompt("1", ("a",)), Prompt("2", ("b",))), metric="pass@1"),
+        Suite("sums", (Prompt("1", ("c",)),), metric="exact match"),
+        Suite("talk", (Prompt("1", ("d",)),)),
+    ]
+    samples = [
+        sample(task, method, suite=suite, text=text)
+        for suite, task in (("code", "1"), ("code", "2"), ("sums", "1"), ("talk", "1"))
+        for method, text in (("ar", "x"), ("space", "x"), ("hf", "y"))
+    ]
+
+    judge_all(samples, suites, missing=["exact match"])
+
+    assert sorted((prompt.task_id, text) for prompt, _, text in asked) == [
+        ("1", "x"),
+        ("1", "y"),
+        ("2", "x"),
+        ("2", "y"),
+    ]
+    assert [each.score for each in samples] == [1.0] * 6 + [None] * 6
+    assert samples[0].outcome == "passed"
 
 
 def test_a_machine_that_cannot_contain_programs_is_told_before_the_run(monkeypatch):
@@ -112,7 +143,7 @@ def test_a_machine_that_cannot_contain_programs_is_told_before_the_run(monkeypat
 
     with pytest.raises(UsageProblem, match="on Linux alone; leave --execute out"):
         check(["pass@1"], execute=True)
-    assert check(["pass@1"], execute=False) == frozenset()
+    assert list(check(["pass@1"], execute=False)) == ["pass@1"]
 
 
 @pytest.mark.parametrize("metric", ["pass@1", "ROUGE-L", "exact match"])

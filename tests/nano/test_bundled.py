@@ -13,7 +13,7 @@ from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.models.loading import load_model
 
-PROBLEMS = load_suite("humaneval", limit=6).prompts
+PROBLEMS = load_suite("humaneval").prompts[:6]
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,10 @@ def answer(nano, prompt, block, *, sampling=None, tokens=48):
 def test_space_equals_ar_and_transformers(nano, problem):
     block = Block.chain(nano.candidates, nano.masks_per_group)
 
-    space = answer(nano, problem.text, block)
+    space = answer(nano, problem.turns[0], block)
 
-    assert space.tokens == answer(nano, problem.text, AR_BLOCK).tokens
-    assert space.tokens == hf_greedy(nano.model, nano.encode(problem.text), 48)
+    assert space.tokens == answer(nano, problem.turns[0], AR_BLOCK).tokens
+    assert space.tokens == hf_greedy(nano.model, nano.encode(problem.turns[0]), 48)
 
 
 def test_sampled_space_equals_sampled_ar(nano):
@@ -67,14 +67,14 @@ def test_masks_have_learned_to_guess(nano):
     """Guards the shipped weights: untrained masks bring 1.0 token per step."""
     block = Block.chain(nano.candidates, nano.masks_per_group)
 
-    generations = [answer(nano, problem.text, block) for problem in PROBLEMS]
+    generations = [answer(nano, problem.turns[0], block) for problem in PROBLEMS]
 
     tokens, steps = (sum(map(len, parts)) for parts in zip(*((g.tokens, g.steps) for g in generations), strict=True))
     assert tokens / steps > 1.3
 
 
 def test_every_humaneval_prompt_fits(nano):
-    longest = max(len(nano.encode(prompt.text)) for prompt in load_suite("humaneval").prompts)
+    longest = max(len(nano.encode(prompt.turns[0])) for prompt in load_suite("humaneval").prompts)
 
     assert longest + 256 <= nano.context_length
 
