@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Protocol
 
 from space_cli.bench.energy import joules
@@ -125,7 +126,7 @@ def plan(
         loaded: the model.
         suites: with the prompts.
         settings: of all answers.
-        limit: the first so many prompts of each suite that fit.
+        limit: so many prompts of each suite, the first that fit; of one with categories, the first of each in turn.
         draft: the smaller model of methods that draft with one.
 
     Raises:
@@ -135,7 +136,7 @@ def plan(
     left_out = {}
     for suite in suites:
         before, too_long = len(planned), 0
-        for prompt in suite.prompts:
+        for prompt in suite.prompts if limit is None else _in_turn(suite.prompts):
             if len(planned) - before == limit:
                 break
             each = _planned(loaded, suite, prompt, settings, draft)
@@ -150,6 +151,14 @@ def plan(
                 hint = "shorten the prompts or lower --max-new-tokens"
                 raise UsageProblem(f"{suite.name}: {left_out[suite.name]}", hint=hint)
     return Plan(planned, left_out)
+
+
+def _in_turn(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
+    """Yield the first prompt of each category, then the second, and so on."""
+    by_category: dict[str | None, list[Prompt]] = {}
+    for prompt in prompts:
+        by_category.setdefault(prompt.category, []).append(prompt)
+    return (prompt for row in zip_longest(*by_category.values()) for prompt in row if prompt is not None)
 
 
 def _planned(

@@ -109,14 +109,12 @@ def run(
         return 0
     if show_list:
         return _list()
-    _check_left_over(json, resume=resume)
+    _check_together(json, resume=resume, seeds=seeds, sampled=temperature > 0)
 
     from space_cli.cli.console import quiet_libraries
 
     quiet_libraries()
     wanted = _wanted(methods, sweep, candidates, draft_model, sampled=temperature > 0)
-    if seeds > 1 and not temperature:
-        raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
 
     from space_cli.bench.suites import load_suite
 
@@ -222,10 +220,12 @@ def _sizes(sweep: str) -> list[int]:
     raise UsageProblem(f"--sweep {sweep}: not understood", hint="give candidates=1..8 or candidates=1,2,5")
 
 
-def _check_left_over(json: str | None, *, resume: bool) -> None:
-    """Keep a new run from throwing away what another left."""
+def _check_together(json: str | None, *, resume: bool, seeds: int, sampled: bool) -> None:
+    """Refuse options that exclude each other, and to throw away what another run left."""
     from space_cli.bench.journal import journal_of
 
+    if seeds > 1 and not sampled:
+        raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
     if json in (None, "-"):
         if resume:
             raise UsageProblem("--resume takes up a run that wrote a file", hint="give the same --json FILE")

@@ -101,7 +101,12 @@ TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample w
 MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="Least probability relative to the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", min=0.01, help="1 is off.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of sampling.")]
-Limit = Annotated[int | None, typer.Option("--limit", "-L", min=1, help="Only the first N prompts of each suite.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", "-L", min=1, help="Only N prompts of each suite: the first ones, of each category in turn."
+    ),
+]
 Suite = Annotated[
     list[str] | None,
     typer.Option(

@@ -101,6 +101,14 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted_and_others_take_their_
     assert planned.left_out["small"].startswith("1 of 3 prompts do not fit, with 20 new tokens")
 
 
+def test_a_limit_takes_the_first_of_each_category_in_turn(loaded):
+    prompts = [Prompt(f"{category}/{n}", ("x",), category) for category in ("qa", "math") for n in range(3)]
+
+    planned = plan(loaded, [Suite("mixed", tuple(prompts))], Settings(4, Sampling()), limit=3)
+
+    assert [each.prompt.task_id for each in planned.prompts] == ["qa/0", "math/0", "qa/1"]
+
+
 def test_a_suite_of_which_nothing_fits_is_told_before_anything_runs(loaded):
     suite = replace(SUITE, prompts=(Prompt("small/long", ("x " * 300,)),))
 

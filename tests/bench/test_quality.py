@@ -2,7 +2,7 @@ import pytest
 from samples import sample
 
 from space_cli.bench import quality, sandbox
-from space_cli.bench.quality import check, code_of, judge
+from space_cli.bench.quality import check, code_of, judge, judge_all
 from space_cli.bench.suites import Code, Prompt, Suite
 from space_cli.errors import UsageProblem
 
