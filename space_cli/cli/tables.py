@@ -82,6 +82,10 @@ def _tables(results: list[Result]) -> Iterator[Text | Table]:
             rows = [result for result in of_suite if result.outputs == outputs and result.category is None]
             yield plain(f"\n{suite}, {outputs} outputs, {_counted(rows[0].prompts, 'answer')}", style="bold")
             yield _table(rows)
+            for row in rows:
+                if row.pass_at_k is not None:
+                    chances = "  ".join(f"pass@{k} {chance:.1%}" for k, chance in row.pass_at_k.items())
+                    yield plain(f"{row.method}: {chances}", style="dim")
         by_category = [result for result in of_suite if result.category is not None]
         if by_category:
             yield plain(f"\n{suite} by category: speedup, tokens per step", style="bold")

@@ -22,6 +22,7 @@ EPILOG = (
 _ADAPTER_ABOVE = 1_000_000_000
 _LEARNING_RATES = {"full": 5e-5, "adapter": 2e-4}
 
+_Limit = Annotated[int | None, typer.Option("--limit", "-L", min=1, help="Only the first N examples of each source.")]
 _Data = Annotated[
     list[str],
     typer.Option(
@@ -118,7 +119,7 @@ def train(
     resume: _Resume = False,
     overwrite: _Overwrite = False,
     dry_run: _DryRun = False,
-    limit: options.Limit = None,
+    limit: _Limit = None,
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
