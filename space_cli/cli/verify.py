@@ -121,7 +121,11 @@ def verify_lossless(
     block = _block(loaded, drafts, candidates)
     to_come = 2 * sum(len(each.prompts) for each in suites) * max_new_tokens * seeds
     loaded = prepare(
-        loaded, engine=engine if numerics == "auto" else "eager", tokens=to_come, on_compile=view.compiling
+        loaded,
+        engine=engine if numerics == "auto" else "eager",
+        tokens=to_come,
+        costs=drafts == "adaptive",
+        on_compile=view.compiling,
     )
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     settings = Settings(max_new_tokens, sampling, candidates, _shaped(loaded, numerics))
