@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _SECONDS_PER_FRAME = 0.08
 # a blue and a purple of middling light, to be read on white and on black
 _SHADES = ("color(32)", "color(133)")
+# of 16 colours the nearest to that purple is white
+_BASIC_SHADES = ("cyan", "magenta")
 _COLOURLESS_SHADES = ("underline", "bold")
 # what code has too is no sign of Markdown: `# comment`, `2**n`
 _MARKDOWN = re.compile(r"^(```|#{2,4} \S|[-*] \S|\d+\. \S|> )|(?<!\w)\*\*\w([^*\n]*[\w.!?:])?\*\*(?!\w)", re.MULTILINE)
@@ -31,7 +33,9 @@ _MARKDOWN = re.compile(r"^(```|#{2,4} \S|[-*] \S|\d+\. \S|> )|(?<!\w)\*\*\w([^*\
 
 def shades_of(console: Console) -> tuple[str, str]:
     """Return the two styles in turn of what came out of one step."""
-    return _COLOURLESS_SHADES if console.no_color or not console.color_system else _SHADES
+    if console.no_color or not console.color_system:
+        return _COLOURLESS_SHADES
+    return _SHADES if console.color_system in ("256", "truecolor") else _BASIC_SHADES
 
 
 class ShadedText:

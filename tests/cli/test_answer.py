@@ -70,6 +70,17 @@ def test_tokens_of_one_call_are_shaded_alike(screen, no_color):
     assert not re.search(r"\x1b\[[1-9][\d;]*mc", final)
 
 
+@pytest.mark.parametrize("terminal", ["xterm", "xterm-256color"])
+def test_no_shade_is_black_or_white(terminal):
+    console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": terminal})
+
+    for shade in answer.shades_of(console):
+        console.print("text", style=shade)
+
+    assert not re.search(r"\x1b\[(3[07]|9[07])m", console.file.getvalue())
+    assert console.file.getvalue().count("\x1b[0m") == 2
+
+
 @pytest.mark.parametrize("width", [40, 100])
 def test_a_listed_step_tells_guesses_right_ones_wrong_ones_and_the_models_own(screen, width):
     _, shown = screen([RIGHT_THEN_OWN, OWN_ALONE], live="steps", width=width)
