@@ -207,6 +207,7 @@ class Method:
     Attributes:
         exact_under_seed: sampled output is token-identical to AR's under the same seed.
         needs_training: the model must have been trained for SPACE.
+        adaptive: draws blocks by the measured costs of steps.
         check: raises UsageProblem where it cannot run this model under this sampling, with this draft model or none.
     """
 
@@ -215,6 +216,7 @@ class Method:
     run: Callable[[Task, OnStep], Generation]
     exact_under_seed: bool
     needs_training: bool = False
+    adaptive: bool = False
     check: Callable[[LoadedModel, Sampling, LoadedModel | None], None] | None = None
 
 
@@ -269,11 +271,17 @@ METHODS = {
     method.name: method
     for method in (
         Method("ar", "one token per model call, our baseline", _ar, exact_under_seed=True),
-        Method("space", "auto-correct decoding", _space, exact_under_seed=True, needs_training=True),
+        Method("space", "auto-correct decoding", _space, exact_under_seed=True, needs_training=True, adaptive=True),
         Method(
             "space-chain", "the same in the paper's block", _space_chain, exact_under_seed=True, needs_training=True
         ),
-        Method("space-lookup", "candidates copied from the context, no masks", _space_lookup, exact_under_seed=True),
+        Method(
+            "space-lookup",
+            "candidates copied from the context, no masks",
+            _space_lookup,
+            exact_under_seed=True,
+            adaptive=True,
+        ),
         Method("hf", "transformers' generate", _hf, exact_under_seed=False),
         Method("hf-lookup", "generate with prompt lookup", _hf_lookup, exact_under_seed=False),
         Method(

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 import space_cli
 from space_cli.bench.profile import Profile
 from space_cli.core.compiled import weights_digest
+from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.errors import RunFailed
 from space_cli.files import write_whole
 from space_cli.models.loading import LoadedModel
@@ -169,7 +170,7 @@ def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
         "dtype": loaded.dtype,
         "weights": weights_digest(loaded.model),
         "engine": "eager" if loaded.program is None else "compiled",
-        "step_costs": asdict(loaded.costs),
+        "step_costs": None if loaded.costs is ASSUMED_COSTS else asdict(loaded.costs),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

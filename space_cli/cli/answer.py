@@ -11,19 +11,54 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markdown import Markdown
+from rich.table import Table
 from rich.text import Text
 
-from space_cli.cli.console import plain, visible
-from space_cli.cli.live import Tally, histogram, newest_lines, tally_of
+from space_cli.cli.console import plain, print_wrapped, visible
+from space_cli.cli.live import Tally, named_histogram, newest_lines, tally_of
 
 if TYPE_CHECKING:
     from space_cli.cli.session import Session
     from space_cli.core.stream import Generation, Step
 
 _SECONDS_PER_FRAME = 0.08
-_SHADES = ("green", "cyan")
+# a blue and a purple of middling light, to be read on white and on black
+_SHADES = ("color(32)", "color(133)")
+# of 16 colours the nearest to that purple is white
+_BASIC_SHADES = ("cyan", "magenta")
 _COLOURLESS_SHADES = ("underline", "bold")
-_MARKDOWN = re.compile(r"^(```|#{1,4} \S|[-*] \S|\d+\. \S|> )|\*\*\S", re.MULTILINE)
+# what code has too is no sign of Markdown: `# comment`, `2**n`
+_MARKDOWN = re.compile(r"^(```|#{2,4} \S|[-*] \S|\d+\. \S|> )|(?<!\w)\*\*\w([^*\n]*[\w.!?:])?\*\*(?!\w)", re.MULTILINE)
+
+
+def shades_of(console: Console) -> tuple[str, str]:
+    """Return the two styles in turn of what came out of one step."""
+    if console.no_color or not console.color_system:
+        return _COLOURLESS_SHADES
+    return _SHADES if console.color_system in ("256", "truecolor") else _BASIC_SHADES
+
+
+class ShadedText:
+    """An answer's text as far as it is final, tokens of one step shaded alike where they are several."""
+
+    def __init__(self, session: Session, console: Console) -> None:
+        from space_cli.core.stopping import TextStream
+
+        self._stream = TextStream(partial(session.loaded.decode, skip_special_tokens=True))
+        self._shades = shades_of(console)
+        self._steps = 0
+        self.text = Text()
+
+    def add(self, step: Step) -> None:
+        """Add what a step has made final."""
+        self._steps += 1
+        style = self._shades[self._steps % 2] if len(step.tokens) > 1 else ""
+        self.text.append_text(plain("".join(map(self._stream.push, step.tokens)), style=style))
+
+    def finish(self) -> None:
+        """Add what was held back; empty lines at the end tell nobody anything."""
+        self.text.append_text(plain(self._stream.flush()))
+        self.text.rstrip()
 
 
 class PlainAnswer:
@@ -57,8 +92,7 @@ class LiveAnswer(PlainAnswer):
     def __init__(self, session: Session, console: Console) -> None:
         super().__init__(session)
         self._console = console
-        self._shades = _COLOURLESS_SHADES if console.no_color or not console.color_system else _SHADES
-        self._text = Text()
+        self._shaded = ShadedText(session, console)
         self._tally = Tally()
         self._drawn = 0.0
         self._live = Live(console=console, auto_refresh=False, transient=True, get_renderable=self._render)
@@ -70,31 +104,31 @@ class LiveAnswer(PlainAnswer):
 
     def __exit__(self, *exception: object) -> None:
         """Leave the answer; what reads as Markdown is set as such."""
-        self._text.append_text(plain(self._stream.flush()))
+        self._shaded.finish()
         self._live.stop()
-        if _MARKDOWN.search(self._text.plain):
-            self._console.print(Markdown(self._text.plain, hyperlinks=False))
+        text = self._shaded.text
+        if _MARKDOWN.search(text.plain):
+            self._console.print(Markdown(text.plain, hyperlinks=False))
         else:
-            self._console.print(self._text, soft_wrap=True)
+            self._console.print(text, soft_wrap=True)
 
     def step(self, step: Step) -> None:
-        """Add a step's text, shaded where it brought several tokens."""
+        """Add a step's text."""
         self._tally.add(step)
-        style = self._shades[self._tally.steps % 2] if len(step.tokens) > 1 else ""
-        self._text.append_text(plain("".join(map(self._stream.push, step.tokens)), style=style))
+        self._shaded.add(step)
         if time.monotonic() - self._drawn >= _SECONDS_PER_FRAME:
             self._live.refresh()
             self._drawn = time.monotonic()
 
     def _render(self) -> Group:
-        size = self._console.size
-        newest = newest_lines(self._text, self._console, max(1, size.width - 1), max(1, size.height - 3))
-        counted = f"{self._tally.tokens} tokens in {self._tally.steps} steps"
-        return Group(newest, Text(counted, style="dim", no_wrap=True))
+        size, so_far = self._console.size, self._tally
+        newest = newest_lines(self._shaded.text, max(1, size.width - 1), max(1, size.height - 3))
+        told = f"{counted(so_far)} · {so_far.rate:.0f} tokens/s" if so_far.steps else "reading the prompt"
+        return Group(newest, Text(told, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
 class StepsAnswer(PlainAnswer):
-    """One line a step: what was proposed, how much of it was right, and the model's own token behind it."""
+    """One line a model call: how many guesses it checked, which of them were right, and the model's own token."""
 
     def __init__(self, session: Session, console: Console) -> None:
         super().__init__(session)
@@ -104,10 +138,16 @@ class StepsAnswer(PlainAnswer):
 
     def __enter__(self) -> StepsAnswer:
         """Explain the lines."""
-        legend = (
-            "each step checks the guesses of the one before:  + right, kept   - wrong, replaced   > the model's own"
+        print_wrapped(
+            self._console,
+            Text(
+                "One line is one model call. It checks tokens guessed before (right/guessed) and adds one of its own:"
+                " what is right comes out with it, in the same call.",
+                style="dim",
+            ),
         )
-        self._console.print(Text(legend, style="dim"), soft_wrap=True)
+        key = ("  + right, kept", ("  - wrong, dropped", "dim"), "  > the model's own")
+        print_wrapped(self._console, Text.assemble(*key))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -116,16 +156,19 @@ class StepsAnswer(PlainAnswer):
     def step(self, step: Step) -> None:
         """Print the step."""
         self._number += 1
-        line = Text(f"{self._number:>4}  ", style="dim")
+        checked = f"{step.accepted}/{len(step.candidates)}" if step.candidates else ""
         own = step.tokens[step.accepted :]
-        for token in step.tokens[: step.accepted]:
-            line.append_text(Text.assemble("+", (self._shown(token), "green"), " "))
+        tokens = [Text.assemble("+", (self._shown(token), "green")) for token in step.tokens[: step.accepted]]
         # what stood behind a wrong guess was never looked at
-        for wrong in step.rejected if own else ():
-            line.append_text(Text.assemble("-", (self._shown(wrong), "red strike"), " "))
-        for token in own:
-            line.append_text(Text.assemble(">", (self._shown(token), "bold"), " "))
-        self._console.print(line, soft_wrap=True)
+        wrong = dict.fromkeys(step.rejected) if own else ()
+        tokens += [Text.assemble("-", (self._shown(token), "red strike")) for token in wrong]
+        tokens += [Text.assemble(">", (self._shown(token), "bold")) for token in own]
+        row = Table.grid(padding=(0, 1))
+        row.add_column(width=4, justify="right", style="dim")
+        row.add_column(width=5, justify="right", style="dim")
+        row.add_column(overflow="fold")
+        row.add_row(str(self._number), checked, Text(" ").join(tokens))
+        self._console.print(row)
 
     def _shown(self, token: int) -> str:
         text = visible(self._decode([token])).replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
@@ -139,13 +182,23 @@ def view_of(session: Session, console: Console) -> PlainAnswer:
     return LiveAnswer(session, console) if console.is_terminal else PlainAnswer(session)
 
 
-def summary(generation: Generation, *, speedup: float | None, context: str) -> str:
-    """Return the line below an answer."""
+def summary(session: Session, generation: Generation, *, speedup: float | None, context: str) -> str:
+    """Return the lines below an answer: what came of how many model calls, and by SPACE what each call brought."""
     tally = tally_of([generation])
-    per_step = f"{tally.tokens} tokens in {tally.steps} steps: {tally.tokens / tally.steps:.2f} per step"
-    parts = [f"{per_step}  {histogram(tally.accepted)}", f"{tally.rate:.0f} tokens/s"]
+    parts = [counted(tally), f"{tally.rate:.0f} tokens/s"]
     if speedup is not None:
         parts.append(f"{speedup:.2f} times as fast as one token at a time")
     if context:
         parts.append(context)
-    return " · ".join(parts)
+    line = " · ".join(parts)
+    if tally.tokens > tally.steps:
+        return f"{line}\ntokens per call: {named_histogram(tally.accepted)}"
+    if session.settings.mode == "ar":
+        return line
+    is_guessed = any(step.candidates for step in generation.steps)
+    return f"{line}\n{'no guess was right' if is_guessed else 'no guess seemed worth its time'}"
+
+
+def counted(tally: Tally) -> str:
+    """Return how many model calls brought how many tokens."""
+    return f"{tally.tokens} tokens in {tally.steps} model calls, {tally.tokens / tally.steps:.2f} per call"

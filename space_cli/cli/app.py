@@ -15,6 +15,8 @@ from space_cli.errors import SpaceError
 
 _EXIT_CODES = "Exit codes: 0 done; 1 a check failed; 2 wrong use or bad input; 3 the run failed; 130 interrupted."
 
+_INTERRUPTED = 130
+
 # names that mlx-lm's users type; understood, and kept out of the help
 _ALIASES = {"temp": "temperature", "max-tokens": "max-new-tokens"}
 
@@ -96,6 +98,8 @@ def run(arguments: Sequence[str]) -> int:
         if line:
             print(line, file=sys.stderr)  # noqa: T201  # the one line of an error
         return code
+    if returned == _INTERRUPTED:  # typer makes an exit code of Ctrl-C before we see it
+        print("space: interrupted", file=sys.stderr)  # noqa: T201  # the one line of an error
     return returned if isinstance(returned, int) else 0
 
 
@@ -108,11 +112,12 @@ def _told(error: BaseException) -> tuple[str, int]:
     # what a command adds to any error: what is kept, and how to go on
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return visible(f"space: interrupted{notes}"), 130
+        return visible(f"space: interrupted{notes}"), _INTERRUPTED
     if isinstance(error, SpaceError):
         return visible(f"space: {' '.join(str(error).split())}{notes}"), error.exit_code
     if isinstance(error, typer.TyperException):
-        message = " ".join(error.format_message().split())
+        # pydantic, which checks values for typer, says first what kind of error it found
+        message = " ".join(error.format_message().split()).replace(": Value error, ", ": ")
         # typer shows help in place of a message where a command is missing
         return (visible(f"space: {message}") if not _is_help(message) else error.format_message()), 2
     if _is_full_disk(error):

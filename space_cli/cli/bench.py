@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from space_cli.bench.report import Report
     from space_cli.bench.suites import Metric, Suite
     from space_cli.cli.live import RunView
+    from space_cli.models.engines import EngineName
     from space_cli.models.loading import LoadedModel
 
 EPILOG = (
@@ -125,7 +126,6 @@ def run(
     from space_cli.bench.quality import check
     from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
-    from space_cli.models.engines import prepare
     from space_cli.models.loading import load_model
 
     not_judged = check([each.metric for each in suites], execute=execute)
@@ -138,14 +138,8 @@ def run(
     settings = Settings(max_new_tokens, sampling, candidates)
     chosen, left_out = choose_methods(wanted, loaded, sampling=sampling, draft=draft)
     check_candidates(loaded, candidates, chosen)
-    ours = sum(not method.name.startswith(("hf", "llama")) for method in chosen)
-    loaded = prepare(
-        loaded,
-        engine=engine,
-        tokens=ours * seeds * most_tokens(suites, settings, limit=limit),
-        fresh_costs=True,
-        on_compile=view.compiling,
-    )
+    tokens = seeds * most_tokens(suites, settings, limit=limit)
+    loaded = _with_engine(loaded, engine, chosen, tokens, view)
     planned = plan(loaded, suites, settings, limit=limit, draft=draft)
     report = _report(loaded, draft, settings)
     report.settings |= {
@@ -235,6 +229,18 @@ def _check_together(json: str | None, *, resume: bool, seeds: int, sampled: bool
         raise UsageProblem(
             f"{left_over} is what an interrupted run has done", hint="add --resume to go on, or delete it to begin anew"
         )
+
+
+def _with_engine(
+    loaded: LoadedModel, engine: EngineName, methods: list[Method], tokens: int, view: RunView
+) -> LoadedModel:
+    """Return the model with its engine, where methods need it with what its steps cost; `tokens` are of one method."""
+    from space_cli.models.engines import measured, prepare
+
+    ours = sum(not method.name.startswith(("hf", "llama")) for method in methods)
+    loaded = prepare(loaded, engine=engine, tokens=ours * tokens, on_compile=view.compiling)
+    # measured anew: an hour in which the machine was busy must not decide
+    return measured(loaded, fresh=True) if any(method.adaptive for method in methods) else loaded
 
 
 def _journal(json: str | None, report: Report, planned: Plan, *, resume: bool) -> Journal | None:

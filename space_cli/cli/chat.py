@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,7 +14,7 @@ from space_cli.cli import options
 from space_cli.errors import Interrupted, UsageProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from space_cli.cli.session import Session
     from space_cli.models.loading import LoadedModel
@@ -83,22 +84,22 @@ def chat(
     system = _system(system, system_file)
     state = _state_folder()
 
-    from space_cli.models.chat import load_turns
+    from space_cli.cli.console import err, plain, quiet_libraries
 
-    turns = load_turns(state / "newest.json") if go_on else load_turns(load) if load else []
-
-    from space_cli.cli.console import err, quiet_libraries
-
-    quiet_libraries()
     console = err()
-    status = None
-    if console.is_terminal and not quiet:
-        status = console.status("loading")
-        status.start()
-    try:
+    loading = console.status(plain(f"loading {model}")) if console.is_terminal and not quiet else nullcontext()
+    with loading, _without_collecting():
+        quiet_libraries()
+
+        from space_cli.cli.live import COMPILING
         from space_cli.cli.session import ChatSettings, Session
+        from space_cli.models.chat import load_turns
         from space_cli.models.engines import prepare
         from space_cli.models.loading import load_model
+
+        def compiling() -> None:
+            if not quiet:
+                console.print(plain(COMPILING), soft_wrap=True)
 
         def loaded_by(name: str) -> LoadedModel:
             loaded = load_model(
@@ -109,8 +110,10 @@ def chat(
                 quantization=quantization,
                 revision=revision if name == model else None,
             )
-            return prepare(loaded, engine=engine)
+            # what steps cost is measured once an answer needs it: the prompt comes sooner
+            return prepare(loaded, engine=engine, on_compile=compiling)
 
+        turns = load_turns(state / "newest.json") if go_on else load_turns(load) if load else []
         loaded = loaded_by(model)
         settings = ChatSettings.of(
             temperature=temperature,
@@ -128,12 +131,23 @@ def chat(
         session = Session(loaded, settings, template="{}" if raw else template, turns=turns)
         if system:
             session.chat.system = system
-    finally:
-        if status is not None:
-            status.stop()
     if text is not None:
         return _answer_once(session, text, json=json, stats=stats, quiet=quiet)
     return _converse(session, loaded_by, state)
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Do without garbage collection while the libraries are imported: it looks through millions of objects that stay.
+
+    Starting and leaving each take a second less.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def _one_prompt(prompt: str | None) -> str | None:
@@ -166,7 +180,7 @@ def _state_folder() -> Path:
 def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, quiet: bool) -> int:
     """Answer one prompt on standard output, or as JSON."""
     from space_cli.cli.answer import summary, view_of
-    from space_cli.cli.console import err, out, plain
+    from space_cli.cli.console import err, out, plain, print_wrapped
     from space_cli.cli.session import record_of
     from space_cli.cli.tables import write_record
     from space_cli.core.stream import Generation
@@ -188,8 +202,8 @@ def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, 
             write_record(record_of(session, asked, generation), json)
     session.conclude(asked, generation)
     if (stats or out().is_terminal) and not quiet:
-        told = summary(generation, speedup=session.speedup(), context="")
-        err().print(plain(told, style="dim"), soft_wrap=True)
+        told = summary(session, generation, speedup=session.speedup(), context="")
+        print_wrapped(err(), plain(told, style="dim"))
     return 0
 
 

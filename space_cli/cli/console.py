@@ -9,6 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 
 from rich.console import Console
 from rich.text import Text
@@ -30,6 +33,28 @@ def visible(text: str) -> str:
 def plain(text: str, style: str = "") -> Text:
     """Return untrusted text for Rich: visible, and never read as markup."""
     return Text(visible(text), style=style)
+
+
+def print_wrapped(console: Console, text: Text) -> None:
+    """Print a text of ours, in a terminal broken between words."""
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+@contextmanager
+def unechoed() -> Iterator[None]:
+    """Keep what is typed meanwhile out of what is drawn; the next prompt reads it."""
+    if not sys.stdin.isatty() or find_spec("termios") is None:
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def out() -> Console:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import accumulate
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from rich.cells import chop_cells
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from space_cli.core.stream import Generation, Step
     from space_cli.models.loading import LoadedModel
 
+COMPILING = "compiling it for this machine, once: half a minute for a small model (--engine eager does without)"
 _SECONDS_PER_FRAME = 0.125
 _LONGEST_SHOWN = 8
 _TEXT_LINES = 9
@@ -71,7 +74,7 @@ class RunView:
 
     def compiling(self) -> None:
         """Say that a model is being compiled, which takes its time."""
-        self.note("compiling it for this machine, once: half a minute for a small model (--engine eager does without)")
+        self.note(COMPILING)
 
     def left_out(self, reasons: dict[str, str]) -> None:
         """Say what is not done, and why."""
@@ -169,7 +172,7 @@ class LiveRunView(RunView):
     def _render(self) -> Group:
         size = self._console.size
         height = min(_TEXT_LINES, max(1, size.height - len(self._tallies) - 6))
-        body = newest_lines(self._text, self._console, size.width - 4, height)
+        body = newest_lines(self._text, size.width - 4, height)
         title = plain(f"{self._method}  {self._task}")
         panel = Panel(body, title=title, title_align="left", height=height + 2)
         return Group(self._progress(size.width), panel, self._methods())
@@ -212,11 +215,20 @@ def run_view(*, quiet: bool) -> RunView:
     return LiveRunView(console)
 
 
-def newest_lines(text: Text, console: Console, width: int, height: int) -> Text:
-    """Return the end of a text: what is new stays in sight where a line is longer than the place is wide."""
+def newest_lines(text: Text, width: int, height: int) -> Text:
+    """Return the end of a text: what is new stays in sight where a line is longer than the place is wide.
+
+    Lines are broken where they are full, as a terminal does: code has its own idea of where a line begins.
+    """
     lines = text.split("\n", allow_blank=True)[-height:]
-    wrapped = [part for line in lines for part in line.wrap(console, width, overflow="fold")]
+    wrapped = [part for line in lines for part in _broken(line, width)]
     return Text("\n", no_wrap=True).join(wrapped[-height:])
+
+
+def _broken(line: Text, width: int) -> Iterable[Text]:
+    line.expand_tabs(8)
+    parts = chop_cells(line.plain, width)
+    return line.divide(list(accumulate(map(len, parts)))[:-1])
 
 
 def tally_of(generations: Iterable[Generation]) -> Tally:
@@ -232,13 +244,28 @@ def histogram(accepted: Counter[int]) -> str:
     """Return one bar per number of tokens of a step, and the shares; long steps share the last."""
     if not accepted:
         return ""
+    shares, more = _shares(accepted)
+    return f"{''.join(map(_bar, shares))}  " + " ".join(f"{share:.0%}" for share in shares) + more
+
+
+def named_histogram(accepted: Counter[int]) -> str:
+    """Return the same with each number of tokens in front of its bar, for those that occurred: `1 ▆ 80%  2 ▂ 20%`."""
+    shares, more = _shares(accepted)
+    names = [str(length) for length in range(1, len(shares) + 1)]
+    names[-1] += more
+    return "  ".join(f"{name} {_bar(share)} {share:.0%}" for name, share in zip(names, shares, strict=True) if share)
+
+
+def _shares(accepted: Counter[int]) -> tuple[list[float], str]:
+    """Return what share of the steps brought 1, 2, ... tokens, and a + where the last stands for longer ones too."""
     longest = min(max(accepted), _LONGEST_SHOWN)
     counts = [accepted[count] for count in range(1, longest + 1)]
     counts[-1] += sum(count for length, count in accepted.items() if length > longest)
-    shares = [count / accepted.total() for count in counts]
-    bars = "".join(_BARS[max(1 if share else 0, round(share * (len(_BARS) - 1)))] for share in shares)
-    more = "+" if max(accepted) > longest else ""
-    return f"{bars}  " + " ".join(f"{share:.0%}" for share in shares) + more
+    return [count / accepted.total() for count in counts], "+" if max(accepted) > longest else ""
+
+
+def _bar(share: float) -> str:
+    return _BARS[max(1 if share else 0, round(share * (len(_BARS) - 1)))]
 
 
 def _clock(seconds: float) -> str:

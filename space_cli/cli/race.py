@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from rich.columns import Columns
@@ -14,10 +13,10 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from space_cli.cli.console import plain
+from space_cli.cli.answer import ShadedText
+from space_cli.cli.console import print_wrapped
 from space_cli.cli.live import Tally, newest_lines
 from space_cli.core.cache import KVCache
-from space_cli.core.stopping import TextStream
 
 if TYPE_CHECKING:
     from space_cli.cli.session import Session
@@ -31,10 +30,9 @@ _SECONDS_PER_FRAME = 0.1
 class _Runner:
     name: str
     steps: Iterator[Step]
-    stream: TextStream
+    shaded: ShadedText
     tally: Tally = field(default_factory=Tally)
     token_ids: list[int] = field(default_factory=list)
-    text: str = ""
     is_done: bool = False
 
     def advance(self) -> None:
@@ -42,16 +40,15 @@ class _Runner:
         step = next(self.steps)
         self.tally.add(step)
         self.token_ids += step.tokens
-        self.text += "".join(map(self.stream.push, step.tokens))
+        self.shaded.add(step)
         self.is_done = step.finish_reason is not None
         if self.is_done:
-            self.text += self.stream.flush()
+            self.shaded.finish()
 
     @property
     def told(self) -> str:
         so_far = self.tally
-        counted = f"{so_far.tokens} tokens  {so_far.steps} steps"
-        return f"{self.name}  {so_far.rate:.0f} tok/s  {so_far.seconds:.1f} s  {counted}"
+        return f"{so_far.tokens} tokens  {so_far.steps} calls  {so_far.seconds:.1f} s"
 
 
 def race(session: Session, asked: Known, console: Console) -> None:
@@ -61,8 +58,7 @@ def race(session: Session, asked: Known, console: Console) -> None:
     for name, mode in modes.items():
         # both begin with nothing computed
         steps = session.steps(asked, mode=mode, cache=KVCache())
-        stream = TextStream(partial(session.loaded.decode, skip_special_tokens=True))
-        runners.append(_Runner(name, steps, stream))
+        runners.append(_Runner(name, steps, ShadedText(session, console)))
     ar, space = runners
     drawn = 0.0
     with Live(console=console, auto_refresh=False, get_renderable=lambda: _panes(runners, console)) as live:
@@ -75,16 +71,30 @@ def race(session: Session, asked: Known, console: Console) -> None:
         live.refresh()
     is_same = ar.token_ids == space.token_ids
     same = "the same tokens" if is_same else "other tokens: they part at a near tie"
-    console.print(Text(f"{ar.tally.seconds / space.tally.seconds:.2f} times as fast, {same}", style="dim"))
+    calls = f"{space.tally.steps} model calls in place of {ar.tally.steps}"
+    faster = f"{ar.tally.seconds / space.tally.seconds:.2f} times as fast as one token at a time"
+    print_wrapped(console, Text(f"{same} · {calls} · {faster}", style="dim"))
 
 
 def _panes(runners: list[_Runner], console: Console) -> Columns:
     size = console.size
     width = max(20, size.width // 2 - 1) if size.width >= 60 else size.width
     height = max(4, min(16, size.height - 4 if size.width >= 60 else size.height // 2 - 2))
+    texts = [newest_lines(runner.shaded.text, width - 4, height - 2) for runner in runners]
+    if all(runner.is_done for runner in runners):
+        height = 2 + max(len(text.split("\n", allow_blank=True)) for text in texts)
     panes = []
-    for runner in runners:
-        body = newest_lines(plain(runner.text), console, width - 4, height - 2)
-        done = "green" if runner.is_done else "dim"
-        panes.append(Panel(body, title=runner.told, title_align="left", width=width, height=height, border_style=done))
+    for runner, text in zip(runners, texts, strict=True):
+        panes.append(
+            Panel(
+                text,
+                title=f"{runner.name}, done" if runner.is_done else runner.name,
+                title_align="left",
+                subtitle=runner.told,
+                subtitle_align="left",
+                width=width,
+                height=height,
+                border_style="green" if runner.is_done else "dim",
+            )
+        )
     return Columns(panes, padding=(0, 0))

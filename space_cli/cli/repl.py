@@ -18,11 +18,12 @@ from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
+from rich.table import Table
 from rich.text import Text
 
-from space_cli.cli.answer import summary, view_of
-from space_cli.cli.console import out, plain, visible
-from space_cli.cli.live import histogram, tally_of
+from space_cli.cli.answer import counted, shades_of, summary, view_of
+from space_cli.cli.console import out, plain, print_wrapped, unechoed, visible
+from space_cli.cli.live import named_histogram, tally_of
 from space_cli.core.stream import Generation
 from space_cli.errors import SpaceError, UsageProblem
 from space_cli.models.chat import load_turns
@@ -88,7 +89,7 @@ class Repl:
 
     def run(self) -> None:
         """Run until Ctrl-D, a second Ctrl-C or /exit."""
-        self._say("Ask something; /help lists commands, Ctrl-D leaves. Alt-Enter begins a new line.")
+        self._greet()
         wants_out = False
         while True:
             try:
@@ -108,6 +109,22 @@ class Repl:
                     self._say("Ctrl-C again or Ctrl-D leaves")
                     continue
                 return
+
+    def _greet(self) -> None:
+        """Say what the model does in a call, in the shades in which it will be seen, and how to begin."""
+        console = self._console()
+        told = Text("Each model call brings one token.", style="dim")
+        if self._session.settings.mode == "space":
+            one, other = shades_of(console)
+            told = Text.assemble(
+                ("Each model call checks tokens guessed by the calls before it and adds one of its own: ", "dim"),
+                ("what comes out of one call", one),
+                (" ", "dim"),
+                ("is shaded alike", other),
+                (". Fewer calls, the same text.", "dim"),
+            )
+        print_wrapped(console, told)
+        self._say("Ask something; /help lists commands, Ctrl-D leaves. Alt-Enter begins a new line.")
 
     def _take(self, text: str) -> None:
         if not text.strip():
@@ -140,7 +157,7 @@ class Repl:
             raise
         stopped, broke = False, ""
         try:
-            with view_of(session, console) as view:
+            with unechoed(), view_of(session, console) as view:
                 for step in session.steps(asked):
                     generation.steps.append(step)
                     view.step(step)
@@ -163,9 +180,14 @@ class Repl:
             why = "stopped; what was said stays"
         elif generation.finish_reason == "length":
             full = session.loaded.context_length is not None and session.tokens >= session.loaded.context_length
-            why = "the context is full: /reset, or `/set context shift`" if full else "cut at max_new_tokens"
-        line = summary(generation, speedup=None if stopped else session.speedup(), context=self._context())
-        console.print(Text(line, style="dim"), soft_wrap=True)
+            why = (
+                "the context is full: /reset, or `/set context shift`"
+                if full
+                else "cut at max_new_tokens; /set changes it"
+            )
+        speedup = None if stopped else session.speedup()
+        line = summary(session, generation, speedup=speedup, context=self._context())
+        print_wrapped(console, Text(line, style="dim"))
         if why:
             self._say(why)
         if self._newest is not None:
@@ -178,9 +200,10 @@ class Repl:
     # Commands
 
     def _help(self, _: str) -> None:
-        width = max(map(len, self._commands))
+        table = Table.grid(padding=(0, 2, 0, 0))
         for name, (_run, told) in self._commands.items():
-            self._say(f"{name:<{width}}  {told}", style="")
+            table.add_row(name, told)
+        self._console().print(table)
         self._say(f"{_QUOTES} opens and closes a text of several lines; Alt-Enter begins a new line", style="")
 
     def _system(self, text: str) -> None:
@@ -206,6 +229,8 @@ class Repl:
             raise UsageProblem("nothing to answer again")
         if self._session.settings.temperature:
             self._session.settings.seed += 1
+        else:
+            self._say("greedy, so the answer stays the same; `/set temperature 0.8` makes others")
         self._session.chat.turns.append(Turn("user", asked))
         self._answer()
 
@@ -214,7 +239,8 @@ class Repl:
 
         if self._session.last is None:
             raise UsageProblem("nothing to race with", hint="ask something first")
-        race(self._session, self._session.last[0], self._console())
+        with unechoed():
+            race(self._session, self._session.last[0], self._console())
 
     def _stats(self, _: str) -> None:
         done = self._session.done
@@ -222,14 +248,17 @@ class Repl:
             raise UsageProblem("no answer yet")
         tally = tally_of(done)
         prefilled = sum(step.prefilled for each in done for step in each.steps)
-        per_step = f"{tally.tokens} tokens in {tally.steps} steps: {tally.tokens / tally.steps:.2f} per step"
-        self._say(f"{len(done)} answers, {per_step}", style="")
-        self._say(f"steps that brought 1, 2, 3, ... tokens: {histogram(tally.accepted)}", style="")
-        self._say(f"{tally.rate:.0f} tokens/s with {prefilled} prompt tokens computed before them", style="")
+        answers = "1 answer" if len(done) == 1 else f"{len(done)} answers"
+        self._say(f"{answers}: {counted(tally)}", style="")
+        self._say(f"tokens per call: {named_histogram(tally.accepted)}", style="")
+        self._say(f"{tally.rate:.0f} tokens/s, the reading of {prefilled} prompt tokens included", style="")
 
     def _set_one(self, name: str, value: str) -> None:
-        self._session.change(name.replace("-", "_"), value)
-        self._say(f"{name} {value}")
+        name = name.replace("-", "_")
+        if value or name not in dict(self._session.settings):
+            self._session.change(name, value)
+        now = dict(self._session.settings)[name]
+        self._say(f"{name} {'auto' if now is None else now}")
 
     def _set(self, told: str) -> None:
         if told:
@@ -237,7 +266,7 @@ class Repl:
             self._set_one(name, value.strip())
             return
         for name, value in self._session.settings:
-            self._say(f"{name:<20} {'as trained' if value is None else value}", style="")
+            self._say(f"{name:<20} {'auto' if value is None else value}", style="")
 
     def _model(self, name: str) -> None:
         if not name:
@@ -290,7 +319,7 @@ class Repl:
         return console
 
     def _say(self, text: str, *, style: str = "dim") -> None:
-        self._console().print(plain(text, style=style), soft_wrap=True)
+        print_wrapped(self._console(), plain(text, style=style))
 
     def _prompt(self) -> FormattedText:
         return FormattedText([("" if self._console().no_color else "bold", "> ")])

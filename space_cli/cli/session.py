@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -11,16 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from space_cli.bench.report import JsonRecord
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser, Sampling
+from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import Drafts
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
 from space_cli.models.chat import Chat
+from space_cli.models.engines import measured
 from space_cli.models.loading import LoadedModel
 from space_cli.models.prompting import Known, Turn
 
-_AR_STEPS = 4
+# AR steps timed behind an answer, to compare with: more of them where they are quick
+_LEAST_AR_STEPS, _MOST_AR_STEPS, _AR_SECONDS, _LARGEST_GAIN = 4, 12, 0.05, 1.25
 
 
 class ChatSettings(BaseModel):
@@ -64,7 +68,7 @@ class ChatSettings(BaseModel):
         if name not in type(self).model_fields:
             raise UsageProblem(f"no setting {name!r}", hint=f"there are {', '.join(type(self).model_fields)}")
         try:
-            setattr(self, name, value)
+            setattr(self, name, None if (name, value) == ("candidates", "auto") else value)
         except ValidationError as error:
             raise UsageProblem(f"{name} {value}: {error.errors()[0]['msg']}") from error
 
@@ -116,6 +120,8 @@ class Session:
             return None
         _check_masks(self.loaded)
         asked = self.settings.candidates
+        if asked is None and self.loaded.costs is ASSUMED_COSTS:
+            self.loaded = measured(self.loaded)
         return self.loaded.drafts(None if asked is None else min(asked, self.loaded.masks_per_group))
 
     @property
@@ -185,19 +191,39 @@ class Session:
     def speedup(self) -> float | None:
         """Return how many times as fast as AR the last answer came, by a few AR steps timed here and now.
 
-        None where it was AR itself, where the context is full, or where an answer was too short to tell.
+        None where it was AR itself, where the context is full, where an answer was too short to tell, or where other
+        work on the machine makes the two incomparable.
         """
         if self.last is None or self.settings.mode == "ar":
             return None
         asked, generation = self.last
         token_ids, limit = asked.token_ids + generation.tokens, self.loaded.context_length
-        if len(generation.steps) < 2 or (limit is not None and len(token_ids) + _AR_STEPS > limit):
+        if len(generation.steps) < 2 or (limit is not None and len(token_ids) + _MOST_AR_STEPS > limit):
             return None
-        timed = list(self._decode(token_ids, StopRule(_AR_STEPS), None, self.cache))
-        ar = statistics.median(step.seconds for step in timed[1:])
-        own = statistics.median(step.seconds for step in generation.steps[1:])
-        beside = generation.seconds - own * len(generation.steps)
-        return (beside + ar * len(generation.tokens)) / generation.seconds
+        timed, own = self._ar_seconds(token_ids), [step.seconds for step in generation.steps[1:]]
+        if not _are_comparable(timed, own):
+            return None
+        beside = generation.seconds - statistics.median(own) * len(generation.steps)
+        speedup = (beside + statistics.median(timed) * len(generation.tokens)) / generation.seconds
+        # a step costs an AR step at least
+        return speedup if speedup <= _LARGEST_GAIN * len(generation.tokens) / len(generation.steps) else None
+
+    def _ar_seconds(self, token_ids: list[int]) -> list[float]:
+        """Return the seconds of a few AR steps, less the first, which has the prefill in it."""
+        timed: list[float] = []
+        began = time.perf_counter()
+        for step in self._decode(token_ids, StopRule(_MOST_AR_STEPS), None, self.cache):
+            timed.append(step.seconds)
+            if len(timed) >= _LEAST_AR_STEPS and time.perf_counter() - began > _AR_SECONDS:
+                break
+        return timed[1:]
+
+
+def _are_comparable(ar: list[float], own: list[float]) -> bool:
+    """Return whether two series of steps were timed on a machine equally busy: neither scatters, both at their best."""
+    low, _, high = statistics.quantiles(ar, n=4, method="inclusive")
+    own_low, _, own_high = statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else own * 3
+    return high <= 2 * low and own_high <= 4 * own_low and min(own) <= 8 * min(ar)
 
 
 def _check_masks(loaded: LoadedModel) -> None:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import shutil
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +37,7 @@ already, or where so many tokens are to come that compiling pays."""
 _TOKENS_WORTH_COMPILING = 4000
 # weights that a compilation holds at once: the model's own, the packed ones, and the library with them inside
 _COPIES_IN_MEMORY, _COPIES_ON_DISK = 4, 3
-_PREFIX_LENGTH, _PROBE_LENGTH, _PROBE_TOKENS = 256, 4, 48
+_PREFIX_LENGTH, _PROBE_LENGTH, _PROBE_TOKENS, _PROBE_SECONDS = 256, 4, 48, 0.4
 
 
 def prepare(
@@ -43,25 +45,28 @@ def prepare(
     *,
     engine: EngineName = "auto",
     tokens: int = 0,
-    fresh_costs: bool = False,
     on_compile: Callable[[], None] = lambda: None,
 ) -> LoadedModel:
-    """Return the model with its engine and the measured cost of its steps.
+    """Return the model with its engine; what its steps cost, adaptive drafts are to ask of `measured`.
 
     Args:
         loaded: as `load_model` gave it.
         engine: which one.
         tokens: to be generated in this run at most, for `auto`.
-        fresh_costs: measure steps anew even where their costs are on disk.
         on_compile: called before a compilation, which takes from ten seconds up.
 
     Raises:
         UsageProblem: engine is compiled and the model cannot be.
         RunFailed: engine is compiled and there is no compiler, no room for the program, or it computes something else.
     """
-    loaded = replace(loaded, program=_program(loaded, engine, tokens, on_compile))
+    program = _program(loaded, engine, tokens, on_compile)
+    return replace(loaded, program=program, experience=Experience(loaded.masks_per_group))
+
+
+def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
+    """Return the model with the costs of its steps: those on disk, or measured now where there are none or `fresh`."""
     file = _folder() / f"costs-{_speed_key(loaded)}.json"
-    costs = None if fresh_costs else _read_costs(file)
+    costs = None if fresh else _read_costs(file)
     if costs is None:
         limit = loaded.context_length or _PREFIX_LENGTH + MOST_SLOTS
         length = max(1, min(_PREFIX_LENGTH, limit - MOST_SLOTS))
@@ -70,11 +75,14 @@ def prepare(
         beside = statistics.median(step.seconds - costs.seconds[step.slots] for step in drafting)
         costs = replace(costs, overhead=max(0.0, beside), plain=statistics.median(step.seconds for step in plain))
         _write_costs(costs, file)
-    return replace(loaded, costs=costs, experience=Experience(loaded.masks_per_group))
+    return replace(loaded, costs=costs)
 
 
 def _steps(loaded: LoadedModel, drafts: Drafts | None) -> list[Step]:
-    """Return the steps of a short generation, without the first, which has the prompt in it."""
+    """Return the steps of a short generation, without the first, which has the prompt in it.
+
+    It ends sooner where steps take long: a start must not wait for a large model, nor for a busy machine.
+    """
     steps = decode(
         loaded.model,
         [index % 7 for index in range(_PROBE_LENGTH)],
@@ -84,7 +92,9 @@ def _steps(loaded: LoadedModel, drafts: Drafts | None) -> list[Step]:
         mask_token_ids=loaded.mask_token_ids,
         program=loaded.program,
     )
-    return list(steps)[1:]
+    next(steps)
+    began = time.perf_counter()
+    return [next(steps), *takewhile(lambda _: time.perf_counter() - began < _PROBE_SECONDS, steps)]
 
 
 def _program(loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: Callable[[], None]) -> Program | None:

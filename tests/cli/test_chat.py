@@ -91,8 +91,8 @@ def test_steps_are_listed(run_space, tiny_model_dir):
 
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
-    assert "right, kept" in lines[0]
-    assert lines[1].startswith("   1  ")
+    assert lines[1] == "  + right, kept  - wrong, dropped  > the model's own"
+    assert lines[2].startswith("   1  ")
     assert " tokens in " in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
 

@@ -44,6 +44,7 @@ def test_information_goes_to_standard_output(run_space, arguments):
         (["bench", "--nope"], "No such option: --nope"),
         (["bench", "--limit"], "Option '--limit' requires an argument"),
         (["bench", "--limit", "x"], "should be a valid integer"),
+        (["chat", "--engine", "fast"], "Invalid value for '--engine': 'fast' is not one of"),
         (["bench", "--limit", "0"], "should be greater than or equal to 1"),
         (["bench", "--temperature", "-1"], "should be greater than or equal to 0"),
         (["bench", "--top-p", "2"], "should be less than or equal to 1"),
@@ -130,7 +131,7 @@ def test_debug_shows_the_traceback(run_space):
 @pytest.mark.parametrize(
     ("raised", "line", "code"),
     [
-        ("KeyboardInterrupt()", "", 130),
+        ("KeyboardInterrupt()", "space: interrupted", 130),
         ("OSError(28, 'No space left on device', 'out.json')", "space: the disk is full: out.json", 3),
         ("MemoryError()", "space: out of memory", 3),
         ("RuntimeError('one\\ntwo')", "space: RuntimeError: one (rerun", 3),

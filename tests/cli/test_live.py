@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from space_cli.cli import live
 from space_cli.core.stream import Step
@@ -36,6 +37,12 @@ def test_the_newest_text_stays_in_sight_on_a_long_line(show):
     assert "NEWEST" in show("x = [" + "1, " * 60 + "NEWEST")
 
 
+def test_a_line_is_broken_where_it_is_full_and_not_between_words():
+    newest = live.newest_lines(Text("    return self.name(x)\n\n漢字漢字"), 7, 5)
+
+    assert newest.plain.split("\n") == ["f.name(", "x)", "", "漢字漢", "字"]
+
+
 def test_the_newest_lines_stay_in_sight_on_a_low_screen(show):
     screen = show("\n".join(f"line {n}" for n in range(40)) + "\nNEWEST", height=10)
 
@@ -61,3 +68,8 @@ def test_steps_are_counted_by_the_tokens_they_brought(show):
 def test_long_steps_share_the_last_bar():
     assert live.histogram(Counter({1: 2, 3: 1, 8: 3, 20: 4})) == "▂ ▁    ▆  20% 0% 10% 0% 0% 0% 0% 70%+"
     assert live.histogram(Counter({1: 1, 2: 1})).endswith("50% 50%")
+
+
+def test_a_named_histogram_leaves_out_what_never_occurred():
+    assert live.named_histogram(Counter({1: 2, 3: 1, 8: 3, 20: 4})) == "1 ▂ 20%  3 ▁ 10%  8+ ▆ 70%"
+    assert live.named_histogram(Counter({2: 5})) == "2 █ 100%"

@@ -51,7 +51,7 @@ def say(terminal, text):
 
 def told(screen):
     """The figures of the newest answer: tokens, context used."""
-    flat = screen.replace("\n", "")
+    flat = " ".join(screen.split())
     return int(re.findall(r"(\d+) tokens in", flat)[-1]), int(re.findall(r"context (\d+)/", flat)[-1])
 
 
@@ -93,7 +93,7 @@ def test_a_conversation_answers_as_a_fresh_run_of_it_would(chat, tmp_path):
 
     assert json.loads((tmp_path / "again.json").read_text())["turns"] == turns
     # each request was computed once: the whole conversation has not many more tokens than were computed
-    assert int(re.search(r"with (\d+) prompt tokens computed", stats)[1]) < 120
+    assert int(re.search(r"the reading of (\d+) prompt tokens", stats)[1]) < 120
 
 
 def test_ctrl_c_stops_the_answer_and_what_was_said_stays(chat, tmp_path):
@@ -106,7 +106,7 @@ def test_ctrl_c_stops_the_answer_and_what_was_said_stays(chat, tmp_path):
     ready(terminal)
 
     terminal.type("go on\r")
-    terminal.until(r"\n +\d+  >")
+    terminal.until(r"\n +\d+ +>")
     terminal.interrupt()
     stopped = terminal.until("stopped; what was said stays")
     say(terminal, "/set max_new_tokens 8")
@@ -118,6 +118,32 @@ def test_ctrl_c_stops_the_answer_and_what_was_said_stays(chat, tmp_path):
     assert terminal.finish() == 0
     assert told(stopped)[0] < 90_000
     assert "tokens in" in after
+
+
+def test_what_is_typed_during_an_answer_waits_unseen_for_the_prompt(chat):
+    terminal = chat("--max-new-tokens", "200", "--temperature", "5", "--live", "steps", model="nano")
+    ready(terminal)
+    terminal.type("go on\r")
+    terminal.until(r"\n +\d+ +>")
+
+    terminal.type("/set top_k 5\r")
+    terminal.until("(?m)^top_k 5")
+
+    during = terminal.raw.split(b"\x1b[?2004h")[1]
+    assert b"200 tokens in" in during
+    assert b"top_k" not in during
+
+
+def test_a_greedy_answer_asked_for_again_says_why_it_is_the_same(chat):
+    terminal = chat("--max-new-tokens", "6")
+    say(terminal, "run")
+
+    assert "greedy, so the answer stays the same" in say(terminal, "/retry")
+
+
+@pytest.mark.parametrize(("mode", "greeting"), [("space", "is shaded alike"), ("ar", "brings one token")])
+def test_the_first_screen_says_what_a_model_call_does(chat, mode, greeting):
+    assert greeting in " ".join(ready(chat("--mode", mode)).split())
 
 
 BREAKING = """
@@ -154,6 +180,7 @@ def test_settings_modes_and_mistakes(chat):
     assert "greater than or equal to 0" in say(terminal, "/set temperature -1")
     assert "did you mean /save?" in say(terminal, "/sav x")
     assert "is there already" in say(terminal, "/save state")
+    assert "mode space" in say(terminal, "/mode")
     assert "one token at a time" in say(terminal, "/mode ar")
     assert "Input should be 'space' or 'ar'" in say(terminal, "/mode fast")
     assert "nothing to race with" in say(terminal, "/race")
@@ -173,7 +200,8 @@ def test_a_race_shows_both_and_the_same_text(chat):
     raced = say(terminal, "/race")
 
     assert "one token at a time" in raced
-    assert "times as fast, the same tokens" in raced
+    assert re.search(r"the same tokens · \d+ model calls in place of 30 · [\d.]+ times as fast", raced)
+    assert raced.count(", done") == 2
 
 
 def test_a_record_needs_a_prompt(chat):
@@ -226,8 +254,8 @@ def test_a_narrow_and_a_resized_terminal(chat, columns):
 
     second = say(terminal, "on")
 
-    assert "tokens in" in first.replace("\n", "")
-    assert "tokens in" in second.replace("\n", "")
+    assert told(first)[0] == 60
+    assert "tokens per call:" in second
 
 
 def test_without_colour_no_colour_is_sent(chat):

@@ -9,17 +9,19 @@ from tiny import MASK_IDS, lively
 
 from space_cli.core.block import Block
 from space_cli.core.choose import Chooser
-from space_cli.core.costs import SIZES
+from space_cli.core.costs import ASSUMED_COSTS, SIZES
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafts
 from space_cli.core.stopping import StopRule
+from space_cli.core.stream import Step
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.models import engines
-from space_cli.models.engines import prepare
+from space_cli.models.engines import measured, prepare
 from space_cli.models.loading import LoadedModel
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler, which the compiled engine needs")
 ENOUGH = 1_000_000
+STEP = Step((1,), 0, (), (), 1, 0.25)
 
 
 def loaded_model(*, seed=0):
@@ -52,7 +54,7 @@ def cache(tmp_path_factory):
     home = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
-        assert prepare(loaded_model(), engine="compiled").program is not None
+        assert measured(prepare(loaded_model(), engine="compiled")).program is not None
     return home
 
 
@@ -70,8 +72,8 @@ def empty(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def never():
-    pytest.fail("it was compiled again")
+def never(*_):
+    pytest.fail("it was compiled or measured again")
 
 
 def tokens_of(loaded):
@@ -114,13 +116,32 @@ def test_eager_leaves_the_program_alone():
 
 @pytest.mark.usefixtures("filled")
 def test_costs_are_measured_once_and_kept():
-    first = prepare(loaded_model())
-    again, anew = prepare(loaded_model()), prepare(loaded_model(), fresh_costs=True)
+    loaded = prepare(loaded_model())
+
+    first = measured(loaded)
+    again, anew = measured(loaded), measured(loaded, fresh=True)
 
     assert list(first.costs.seconds) == list(SIZES)
     assert all(seconds > 0 for seconds in first.costs.seconds.values())
     assert again.costs == first.costs
     assert anew.costs != first.costs
+
+
+@pytest.mark.usefixtures("filled")
+def test_costs_that_nobody_asks_for_are_not_measured(monkeypatch):
+    monkeypatch.setattr(engines, "measure_costs", never)
+
+    assert prepare(loaded_model(), engine="eager").costs is ASSUMED_COSTS
+
+
+@pytest.mark.usefixtures("empty")
+def test_slow_steps_are_timed_for_a_while_only(monkeypatch):
+    steps = []
+    monkeypatch.setattr(engines, "_PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(engines, "decode", lambda *_, **__: iter(steps.append(n) or STEP for n in range(99)))
+
+    assert measured(prepare(loaded_model(), engine="eager")).costs.plain == STEP.seconds
+    assert len(steps) < 10
 
 
 @pytest.mark.parametrize(
@@ -130,7 +151,7 @@ def test_damaged_costs_are_measured_again(filled, content):
     file = filled("costs")
     file.write_bytes(content)
 
-    prepare(loaded_model())
+    measured(prepare(loaded_model()))
 
     assert json.loads(file.read_bytes())["seconds"]["1"] > 0
 
