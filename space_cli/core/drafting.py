@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, pairwise, takewhile
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Rows
@@ -36,7 +36,9 @@ _LOOKUP_TOKENS, _LONGEST_MATCH = MOST_SLOTS - 1, 4
 # front of it were the same too
 _FIRST_VALUE, _FIRST_MATCH = 0.35, {1: 0.2, 2: 0.4, 3: 0.6, 4: 0.7, 6: 0.8, 10: 0.9, 16: 0.98}
 _DECAY, _PRIOR_WEIGHT = 0.97, 4.0
-_MOST_LIKELY = 0.995
+_MOST_LIKELY, _LEAST_CHANCE = 0.995, 0.01
+_FRESH = 8
+"""Steps between two looks at experience: it costs as much as the rest of planning."""
 _LONGEST_HICCUP = 3.0
 # steps of plain AR where drafting has brought less than that of late, twice as many each time in a row
 _FIRST_REST, _LONGEST_REST, _SHARE = 8, 64, 0.15
@@ -172,6 +174,67 @@ class _Node:
     match: int
 
 
+class _Beliefs(NamedTuple):
+    """What experience says at some step; it changes little from one to the next.
+
+    Attributes:
+        factors: by depth, of the masks' own probabilities.
+        held: chance of a copied token by the length of the match in front of it.
+        values: by depth, of a mask.
+        seconds: of a step by its slots, up to `MOST_SLOTS`.
+    """
+
+    factors: list[float]
+    held: dict[int, float]
+    values: list[float]
+    seconds: list[float]
+
+
+class _Tree:
+    """Candidates, the likeliest first, each behind its parent.
+
+    Args:
+        shares: by depth, tokens that the masks guess with their chances.
+        copied: what followed the match.
+        match: its length.
+        held: chance of a copied token by the length of the match in front of it.
+    """
+
+    def __init__(
+        self,
+        shares: Sequence[Sequence[tuple[int, float]]],
+        copied: Sequence[int],
+        match: int,
+        held: Mapping[int, float],
+    ) -> None:
+        self.nodes: list[_Node] = []
+        self._shares, self._copied, self._match, self._held = shares, copied, match, held
+        self._queue: list[tuple[float, int, _Node, bool]] = []
+        self._serial = 0
+        self._add_children(0, 0, 1.0, on_copy=bool(copied))
+
+    def grow(self, least: float, most: int) -> None:
+        """Add nodes down to the chance `least`, up to `most` in all."""
+        while self._queue and len(self.nodes) < most and -self._queue[0][0] >= least:
+            _, _, node, on_copy = heapq.heappop(self._queue)
+            self.nodes.append(node)
+            self._add_children(len(self.nodes), node.depth, node.chance, on_copy=on_copy)
+
+    def _add_children(self, slot: int, depth: int, chance: float, *, on_copy: bool) -> None:
+        below: dict[int, tuple[float, int]] = {}
+        if depth < len(self._shares):
+            below = {token: (share, 0) for token, share in self._shares[depth]}
+        copy = self._copied[depth] if on_copy and depth < len(self._copied) else None
+        if copy is not None:
+            length = max(length for length in self._held if length <= self._match + depth)
+            if self._held[length] >= below.get(copy, (0.0, 0))[0]:
+                below[copy] = (self._held[length], length)
+        for token, (share, known) in below.items():
+            node = _Node(token, slot, depth + 1, share, chance * share, known)
+            heapq.heappush(self._queue, (-node.chance, self._serial, node, token == copy))
+            self._serial += 1
+
+
 @dataclass
 class AdaptiveDrafts:
     """Blocks drawn by expected gain; what has been accepted so far and what a call costs decide.
@@ -201,7 +264,7 @@ class AdaptiveDrafts:
         self._known = self.experience or Experience(self.masks)
         self._nodes: list[_Node] = []
         self._copied: list[int] = []
-        self._spent = 0.0
+        self._spent, self._planned = 0.0, 0
         # steps of plain AR still to come, and how many the next rest takes
         self._resting, self._rest = 0, _FIRST_REST
         self._guesses: list[set[int]] = []
@@ -277,62 +340,48 @@ class AdaptiveDrafts:
             self._nodes = []
             return _REST
         self._resting = 0
-        nodes = self._likely_nodes(guesses, match)
-        count, masks, anchors = self._worth(nodes)
+        if self._planned % _FRESH == 0:
+            self._beliefs = self._believed()
+        self._planned += 1
+        rate, seconds = self._tokens.value, self._beliefs.seconds
+        tree = self._tree(guesses, match)
+        # what brings less than the cheapest slot costs is at most worth a slot that costs nothing
+        tree.grow(max(_LEAST_CHANCE, rate * _cheapest(seconds)), MOST_SLOTS - 1)
+        count, masks, anchors = self._worth(tree.nodes, rate, seconds)
         # the slots up to the next size cost nothing
         room = _size_of(1 + count + masks * len(anchors)) - masks * len(anchors) - 1
-        idle = [_Node(tokens[-1], 0, 1, 0.0, 0.0, 0)] * (room - len(nodes))
-        self._nodes = nodes[:room] + idle
+        tree.grow(_LEAST_CHANCE, room)
+        idle = [_Node(tokens[-1], 0, 1, 0.0, 0.0, 0)] * (room - len(tree.nodes))
+        self._nodes = tree.nodes[:room] + idle
         parents = tuple(node.parent for node in self._nodes)
         proposal = Proposal(_block(parents, masks, anchors), [node.token for node in self._nodes])
         self._spent = time.perf_counter() - began
         return proposal
 
-    def _likely_nodes(self, guesses: Sequence[Sequence[tuple[int, float]]], match: int) -> list[_Node]:
-        """Return candidates, the likeliest first, each behind its parent."""
-        factors = [average.value for average in self._known.calibration]
-        shares = [
-            [(token, min(_MOST_LIKELY, share * factor)) for token, share in row]
-            for row, factor in zip(guesses, factors, strict=False)
-        ]
-        # a copied token that was right makes the match longer by one
-        held = {length: min(_MOST_LIKELY, average.value) for length, average in self._known.matches.items()}
-        nodes: list[_Node] = []
-        queue: list[tuple[float, int, _Node, bool]] = []
-        serial = 0
-
-        def push_children(slot: int, depth: int, chance: float, on_copy: bool) -> None:
-            nonlocal serial
-            below: dict[int, tuple[float, int]] = {}
-            if depth < len(shares):
-                below = {token: (share, 0) for token, share in shares[depth]}
-            copy = self._copied[depth] if on_copy and depth < len(self._copied) else None
-            if copy is not None:
-                length = max(length for length in held if length <= match + depth)
-                if held[length] >= below.get(copy, (0.0, 0))[0]:
-                    below[copy] = (held[length], length)
-            for token, (share, known) in below.items():
-                node = _Node(token, slot, depth + 1, share, chance * share, known)
-                heapq.heappush(queue, (-node.chance, serial, node, token == copy))
-                serial += 1
-
-        push_children(0, 0, 1.0, bool(self._copied))
-        while queue and len(nodes) < MOST_SLOTS - 1:
-            _, _, node, on_copy = heapq.heappop(queue)
-            if node.chance < 0.01:
-                break
-            nodes.append(node)
-            push_children(len(nodes), node.depth, node.chance, on_copy)
-        return nodes
-
-    def _worth(self, nodes: Sequence[_Node]) -> tuple[int, int, tuple[int, ...]]:
-        """Return how many of the nodes to take, m, and behind which slots to put mask groups.
-
-        The best is what brings most tokens beyond those that its time would bring at the rate of late.
-        """
-        rate, seconds = self._tokens.value, [0.0]
+    def _believed(self) -> _Beliefs:
+        seconds = [0.0]
         for size in SIZES:
             seconds += [max(seconds[-1], self._seconds(size))] * (size + 1 - len(seconds))
+        return _Beliefs(
+            factors=[average.value for average in self._known.calibration],
+            held={length: min(_MOST_LIKELY, average.value) for length, average in self._known.matches.items()},
+            values=[average.value for average in self._known.values],
+            seconds=seconds,
+        )
+
+    def _tree(self, guesses: Sequence[Sequence[tuple[int, float]]], match: int) -> _Tree:
+        shares = [
+            [(token, min(_MOST_LIKELY, share * factor)) for token, share in row]
+            for row, factor in zip(guesses, self._beliefs.factors, strict=False)
+        ]
+        # a copied token that was right makes the match longer by one
+        return _Tree(shares, self._copied, match, self._beliefs.held)
+
+    def _worth(self, nodes: Sequence[_Node], rate: float, seconds: Sequence[float]) -> tuple[int, int, tuple[int, ...]]:
+        """Return how many of the nodes to take, m, and behind which slots to put mask groups.
+
+        The best is what brings most tokens beyond those that its time, by `seconds`, would bring at the `rate` of late.
+        """
         gains = list(accumulate((node.chance for node in nodes), initial=1.0))
         count = max(range(len(gains)), key=lambda taken: gains[taken] - rate * seconds[1 + taken])
         best, masks, groups = gains[count] - rate * seconds[1 + count], 0, 0
@@ -342,8 +391,8 @@ class AdaptiveDrafts:
             last[node.parent] -= node.chance
         order = sorted(range(count + 1), key=lambda slot: -last[slot])
         worth_of_group = 0.0
-        for size, average in enumerate(self._known.values, start=1):
-            worth_of_group += average.value
+        for size, value in enumerate(self._beliefs.values, start=1):
+            worth_of_group += value
             reached = gains[count]
             for taken, slot in enumerate(order[: (MOST_SLOTS - 1 - count) // size], start=1):
                 reached += last[slot] * worth_of_group
@@ -379,6 +428,11 @@ class _Context:
         """Return what follows `end`; a text that runs into its own end goes on as it did, as loops do."""
         period = len(tokens) - end
         return [tokens[end + at % period] for at in range(_LOOKUP_TOKENS)]
+
+
+def _cheapest(seconds: Sequence[float]) -> float:
+    """Return the least that a slot more costs, from one size of block to a larger one."""
+    return min((seconds[larger] - seconds[size]) / (larger - size) for size, larger in pairwise(SIZES))
 
 
 def _size_of(slots: int) -> int:
