@@ -10,6 +10,8 @@ from space_cli.cli import options
 from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from space_cli.bench.measure import Settings
     from space_cli.bench.report import Report
     from space_cli.cli.live import RunView
@@ -61,6 +63,8 @@ def bench(
     models_file: options.ModelsFile = None,
     revision: options.Revision = None,
     json: options.Json = None,
+    report_file: options.Report = None,
+    plot_file: options.Plot = None,
     quiet: options.Quiet = False,
     with_profile: _Profile = False,
     show_list: _List = False,
@@ -118,7 +122,7 @@ def bench(
         # what is done is shown and kept, whatever ended the run
         if report.samples:
             report.results = results(report.samples, names)
-            _hand_out(report, json, view)
+            _hand_out(report, json, report_file, plot_file, view)
     return 0
 
 
@@ -166,12 +170,34 @@ def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) 
     )
 
 
-def _hand_out(report: Report, json: str | None, view: RunView) -> None:
-    """Write the record and show the table; with --json - standard output holds the JSON alone."""
+def _hand_out(
+    report: Report, json: str | None, report_file: Path | None, plot_file: Path | None, view: RunView
+) -> None:
+    """Write the files and show the table; with --json - standard output holds the JSON alone."""
+    from contextlib import ExitStack
+
     from space_cli.cli.tables import show_bench, write_record
 
-    try:
-        write_record(report, json)
-    finally:
-        # a record that cannot be written must not cost the table of a long run
-        show_bench(report, view.done, to_stderr=json == "-")
+    # last in, first out: a file that cannot be written costs neither the other files nor the table of a long run
+    with ExitStack() as stack:
+        stack.callback(show_bench, report, view.done, to_stderr=json == "-")
+        if plot_file is not None:
+            stack.callback(_draw, plot_file, report)
+        if report_file is not None:
+            stack.callback(_write_report, report_file, report)
+        stack.callback(write_record, report, json)
+
+
+def _draw(file: Path, report: Report) -> None:
+    from space_cli.cli.drawing import write_plots
+    from space_cli.cli.plots import plots
+
+    write_plots(file, plots(report))
+
+
+def _write_report(file: Path, report: Report) -> None:
+    from space_cli.cli.bench_page import bench_page
+    from space_cli.cli.headline import headline
+    from space_cli.cli.page import write_page
+
+    write_page(file, headline(report), bench_page(report))

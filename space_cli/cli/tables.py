@@ -143,12 +143,13 @@ def _table(results: list[Result]) -> Table:
             f"{result.tokens_per_step:.2f}",
             f"{result.tokens_per_second:.1f}",
             "-" if result.speedup is None else f"{result.speedup:.2f}x",
-            _identical(result),
+            identical(result),
         )
     return table
 
 
-def _identical(result: Result) -> str:
+def identical(result: Result) -> str:
+    """Return whether a method's answers are those of ar."""
     if result.identical is None:
         return "-"
     return "yes" if result.identical else f"no ({result.identical_prompts} of {result.prompts})"
