@@ -144,12 +144,17 @@ def _line(cells: Sequence[object]) -> str:
 
 
 def _cell(cell: object) -> str:
-    return cell.replace("|", "\\|") if isinstance(cell, Code) else escaped(" ".join(str(cell).split()))
+    return cell.replace("|", "\\|") if isinstance(cell, Code) else _inline(str(cell))
 
 
 def escaped(text: str) -> str:
-    """Return untrusted text as Markdown that shows it as it is, within a line."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", visible(text))
+    """Return untrusted text as one line of Markdown that shows it as it is."""
+    # at the beginning of a line these make lists, rules and headings
+    return re.sub(r"^(\d*)([-=]|\.(?= |$))", r"\1\\\2", _inline(text))
+
+
+def _inline(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", visible(" ".join(text.split())))
 
 
 def code(text: str) -> Code:

@@ -42,7 +42,7 @@ def _place(place: list[Divergence]) -> str:
             ("got", _shown(found.got), repr(found.got_text)),
         ],
     )
-    title = escaped(" ".join(f"{found.verdict}: {heading(place)}".split()))
+    title = escaped(f"{found.verdict}: {heading(place)}")
     return "\n\n".join([f"## {title}", fenced(found.context), sides, escaped(found.reason)])
 
 
