@@ -18,7 +18,7 @@ Name = Callable[[str], str]
 
 
 def subject(report: Report) -> str | None:
-    """Return the method that a report is about: space, the best k of a sweep, or the first beside ar."""
+    """Return the method that a report is about: space, a sweep's best k on its first suite, or the first beside ar."""
     methods = list(dict.fromkeys(result.method for result in report.results))
     if is_sweep(report):
         speeds = {result.method: result.speedup or 0.0 for result in reversed(_whole(report))}
@@ -94,7 +94,7 @@ def remarks(report: Report, *, name: Name = str) -> Iterator[str]:
         best, worst = max(rows, key=_speedup), min(rows, key=_speedup)
         if best is not worst:
             yield f"Best: {_figure(best, name)}. Worst: {_figure(worst, name)}."
-        elif _speedup(worst) < 1:
+        elif _bounds(worst)[1] < 1:
             yield "That is slower than ar."
         unsure = [row for row in rows if row.outputs == "all" and row.category is None and _holds_one(row)]
         if unsure:

@@ -169,7 +169,14 @@ def _draw_sweep(lines: dict[tuple[str, str], dict[int, Result]], figure: FigureB
         if not hollow:
             top = _speedup(line[best])
             axes.plot([best], [top], marker="*", markersize=13, color=style.colour, markeredgecolor=INK)
-            axes.annotate(f"k = {best}, {top:.2f}", (best, top), textcoords="offset points", xytext=(0, 9), ha="center")
+            axes.annotate(
+                f"k = {best}, {top:.2f}",
+                (best, top),
+                textcoords="offset points",
+                xytext=(0, 12),
+                ha="center",
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+            )
     axes.margins(y=0.18)
     axes.set_xticks(sorted({k for line in lines.values() for k in line}))
     axes.set_xlabel("k, tokens guessed in a step")
