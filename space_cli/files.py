@@ -7,23 +7,24 @@ import tempfile
 from pathlib import Path
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write `text` under a temporary name in the same folder, then put it in place of `file`.
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write `content` under a temporary name in the same folder, then put it in place of `file`.
 
-    A link stays a link: what it points to is replaced. A device or pipe takes the text as it comes.
+    A link stays a link: what it points to is replaced. A device or pipe takes it as it comes.
 
     Raises:
         OSError: it could not be written; a file that was there before is untouched.
     """
+    data = content.encode() if isinstance(content, str) else content
     if file.exists() and not file.is_file():
         # /dev/null, /dev/fd/63: put in place of these, a file would be the end of the device
-        file.write_text(text, "utf-8")
+        file.write_bytes(data)
         return
     file = file.resolve()
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
         # mkstemp makes files private; these are results for others to read
         Path(name).chmod(0o644)
         Path(name).replace(file)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -101,6 +102,8 @@ def run(
     revision: options.Revision = None,
     json: options.Json = None,
     resume: _Resume = False,
+    report_file: options.Report = None,
+    plot_file: options.Plot = None,
     quiet: options.Quiet = False,
     with_profile: _Profile = False,
     show_list: _List = False,
@@ -151,6 +154,7 @@ def run(
     }
     view.left_out(report.settings["left_out"])
     journal = _journal(json, report, planned, resume=resume)
+    report.settings["command"] = ["space", *sys.argv[1:]]
     view.begin(loaded, report.settings["methods"], planned.turns * seeds)
     try:
         _fill(report, planned, chosen, view, journal)
@@ -161,7 +165,7 @@ def run(
     finally:
         # what is done is shown and kept, whatever ended the run
         if report.samples:
-            _hand_out(report, json, view)
+            _hand_out(report, json, report_file, plot_file, view)
     if journal is not None:
         journal.finish()
     return 0
@@ -337,14 +341,35 @@ def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) 
     )
 
 
-def _hand_out(report: Report, json: str | None, view: RunView) -> None:
-    """Write the record and show the table; with --json - standard output holds the JSON alone."""
+def _hand_out(
+    report: Report, json: str | None, report_file: Path | None, plot_file: Path | None, view: RunView
+) -> None:
+    """Write the files and show the table; with --json - standard output holds the JSON alone."""
     from space_cli.bench.results import results
     from space_cli.cli.tables import show_bench, write_record
 
     report.results = results(report.samples, report.settings["methods"], report.settings["metrics"])
-    try:
-        write_record(report, json)
-    finally:
-        # a record that cannot be written must not cost the table of a long run
-        show_bench(report, view.done, to_stderr=json == "-")
+
+    # last in, first out: a file that cannot be written costs neither the other files nor the table of a long run
+    with ExitStack() as stack:
+        stack.callback(show_bench, report, view.done, to_stderr=json == "-")
+        if plot_file is not None:
+            stack.callback(_draw, plot_file, report)
+        if report_file is not None:
+            stack.callback(_write_report, report_file, report)
+        stack.callback(write_record, report, json)
+
+
+def _draw(file: Path, report: Report) -> None:
+    from space_cli.cli.drawing import write_plots
+    from space_cli.cli.plots import plots
+
+    write_plots(file, plots(report))
+
+
+def _write_report(file: Path, report: Report) -> None:
+    from space_cli.cli.bench_page import bench_page
+    from space_cli.cli.headline import headline
+    from space_cli.cli.page import write_page
+
+    write_page(file, headline(report), bench_page(report))

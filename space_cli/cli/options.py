@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,6 +37,16 @@ def _checked_report(report: Path | None) -> Path | None:
             raise UsageProblem(f"--report {report}: unknown kind of file", hint="end it with .html or .md")
         _check_place("--report", str(report))
     return report
+
+
+def _checked_plot(plot: Path | None) -> Path | None:
+    if plot is not None:
+        if plot.suffix not in (".png", ".svg"):
+            raise UsageProblem(f"--plot {plot}: unknown kind of file", hint="end it with .png or .svg")
+        if find_spec("matplotlib") is None:
+            raise UsageProblem("--plot: needs matplotlib", hint="pip install 'space-decoding[plot]'")
+        _check_place("--plot", str(plot))
+    return plot
 
 
 def _with_line_breaks(template: str | None) -> str | None:
@@ -129,5 +140,9 @@ Json = Annotated[
 Report = Annotated[
     Path | None,
     typer.Option("--report", callback=_checked_report, help="Write a report to read, FILE.html or FILE.md."),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", callback=_checked_plot, help="Draw the figures, FILE.png or FILE.svg (matplotlib)."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]

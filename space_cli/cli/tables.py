@@ -186,12 +186,13 @@ def _table(results: list[Result]) -> Table:
             between(result.speedup_interval if result.method != "ar" else None),
             f"{result.first_token_seconds * 1e3:.0f}",
             *judged,
-            _identical(result),
+            identical(result),
         )
     return table
 
 
-def _identical(result: Result) -> str:
+def identical(result: Result) -> str:
+    """Return whether a method's answers are those of ar."""
     if result.identical is None:
         return "-"
     return "yes" if result.identical else f"no ({result.identical_prompts} of {result.prompts})"

@@ -256,13 +256,14 @@ def _run(
 
 def _hand_out(record: Verification, json: str | None, report: Path | None, view: RunView) -> None:
     """Write the record and the report and show the verdict; with --json - standard output holds the JSON alone."""
-    from space_cli.cli.page import verification_page, write_page
-    from space_cli.cli.tables import show_verification, write_record
+    from space_cli.cli.page import write_page
+    from space_cli.cli.tables import show_verification, verdict, write_record
+    from space_cli.cli.verify_page import verification_page
 
     try:
         write_record(record, json)
         if report is not None:
-            write_page(report, verification_page(record))
+            write_page(report, verdict(record), verification_page(record))
     finally:
         # a file that cannot be written must not cost the verdict of a long run
         show_verification(record, view.done, to_stderr=json == "-")

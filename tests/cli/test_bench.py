@@ -291,3 +291,47 @@ def test_an_engine_that_cannot_be_had_is_one_line(run_space, command):
     assert done.stderr.strip().splitlines()[-1] == (
         "space: --engine compiled: nano: its dtype is float16; use --engine eager"
     )
+
+
+def test_a_run_leaves_a_page_a_text_and_a_drawing(run_space, tiny_model_dir, prompts_file, tmp_path):
+    page = bench(
+        run_space, tiny_model_dir, "--suite", prompts_file, "--report", "run.html", "--plot", "run.svg", "--quiet"
+    )
+    text = bench(run_space, tiny_model_dir, "--suite", prompts_file, "--report", "run.md", "--plot", "run.png")
+
+    assert page.returncode == text.returncode == 0, page.stderr + text.stderr
+    assert "<title>space is " in (tmp_path / "run.html").read_text()
+    assert (tmp_path / "run.md").read_text().startswith("# `space` is ")
+    assert "<svg" in (tmp_path / "run.svg").read_text()
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--report", "run.pdf"], "--report run.pdf: unknown kind of file; end it with .html or .md"),
+        (["--plot", "run.pdf"], "--plot run.pdf: unknown kind of file; end it with .png or .svg"),
+        (["--plot", "absent/run.png"], "--plot absent/run.png: there is no folder"),
+    ],
+)
+def test_a_file_that_could_not_be_written_is_told_before_the_run(run_space, arguments, told):
+    done = run_space("bench", *arguments)
+
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_page_that_cannot_be_written_costs_neither_the_table_nor_the_drawing(
+    run_space, tiny_model_dir, prompts_file, tmp_path
+):
+    (tmp_path / "full.html").symlink_to("/dev/full")
+    files = ("--report", "full.html", "--plot", "run.svg")
+
+    done = bench(run_space, tiny_model_dir, "--suite", prompts_file, "--quiet", *files)
+
+    assert done.returncode == 3
+    assert "could not be written: No space left on device" in done.stderr
+    assert "tok/step" in done.stdout
+    assert (tmp_path / "run.svg").exists()

@@ -1,0 +1,336 @@
+"""The plots of a benchmark: what each shows, in figures and as matplotlib draws it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from space_cli.cli.drawing import GRID, INK, LEGEND_COLUMNS, PAPER, Plot, Style, label, legend, styles
+from space_cli.core.costs import ASSUMED_COSTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
+
+    from space_cli.bench.report import Report, Result
+
+
+def plots(report: Report) -> list[Plot]:
+    """Return the plots of a benchmark; one that would be empty is left out."""
+    looks = styles(result.method for result in report.results if result.method != "ar")
+    made = (
+        _sweep(report.results) if is_sweep(report) else _speedups(report.results, looks),
+        _step_tokens(report.results, looks),
+        _acceptance(report.results, looks),
+        _call_costs(report),
+    )
+    return [plot for plot in made if plot is not None]
+
+
+def is_sweep(report: Report) -> bool:
+    """Return whether the methods beside ar are values of k."""
+    return bool(report.settings.get("sweep")) and any(sweep_k(each.method) is not None for each in report.results)
+
+
+def sweep_k(method: str) -> int | None:
+    """Return k of `space-k<k>`, None for another method."""
+    found = re.fullmatch(r"space-k(\d+)", method)
+    return int(found[1]) if found else None
+
+
+def _speedups(results: Sequence[Result], looks: dict[str, Style]) -> Plot | None:
+    """Speedup of every method by suite and category."""
+    shown = [result for result in results if result.method in looks and result.speedup is not None]
+    if not shown:
+        return None
+    places = list(dict.fromkeys((result.suite, result.category) for result in shown))
+    rows = [
+        (_place_name(*place), result.outputs, result.method, f"{result.speedup:.2f}", _interval(result))
+        for place in places
+        for result in shown
+        if (result.suite, result.category) == place
+    ]
+    return Plot(
+        "speedup",
+        "Speedup over AR",
+        "Right of the line at 1 is faster than ar. Filled: all answers; hollow: without repetitive ones. Bars: 95 %"
+        " interval.",
+        ("suite", "answers", "method", "speedup", "95 % interval"),
+        rows,
+        1.1 + len(places) * (0.18 + 0.14 * len(looks)) + 0.2 * ((len(looks) + LEGEND_COLUMNS - 1) // LEGEND_COLUMNS),
+        partial(_draw_speedups, shown, places, looks),
+    )
+
+
+def _draw_speedups(
+    results: Sequence[Result],
+    places: Sequence[tuple[str, str | None]],
+    looks: dict[str, Style],
+    figure: FigureBase,
+) -> None:
+    axes = figure.subplots()
+    axes.axvline(1.0, color=INK, linewidth=1.2, linestyle="--")
+    names = list(looks)
+    for result in results:
+        # a band of its own for each place, a line of its own in it for each method, hollow just below filled
+        offset = (names.index(result.method) + 0.5) / len(names) * 0.8 - 0.4
+        hollow = result.outputs != "all"
+        height = places.index((result.suite, result.category)) + offset + (0.25 / len(names) if hollow else 0)
+        _point(axes, result, height, looks[result.method], hollow=hollow)
+    for border in range(1, len(places)):
+        axes.axhline(border - 0.5, color=GRID, linewidth=0.8)
+    labels = [label(suite) if category is None else f"· {label(category)}" for suite, category in places]
+    axes.set_yticks(range(len(places)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.set_ylim(len(places) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("times as fast as ar")
+    legend(figure, [axes])
+
+
+def _point(axes: Axes, result: Result, height: float, style: Style, *, hollow: bool) -> None:
+    axes.errorbar(
+        [_speedup(result)],
+        [height],
+        xerr=_reach([result]),
+        fmt=style.marker,
+        color=style.colour,
+        markerfacecolor=PAPER if hollow else style.colour,
+        elinewidth=1,
+        capsize=2,
+        label=None if hollow else label(result.method),
+    )
+
+
+def _speedup(result: Result) -> float:
+    return result.speedup or 0.0
+
+
+def _reach(results: Sequence[Result]) -> list[list[float]]:
+    """Return how far intervals reach below and above; nowhere where there are none."""
+    pairs = [(_speedup(each), each.speedup_interval or [_speedup(each)] * 2) for each in results]
+    below = [max(0.0, speedup - low) for speedup, (low, _) in pairs]
+    return [below, [max(0.0, high - speedup) for speedup, (_, high) in pairs]]
+
+
+def _sweep(results: Sequence[Result]) -> Plot | None:
+    """Speedup against k, a line for each suite."""
+    shown = [(k, each) for each in results if (k := sweep_k(each.method)) is not None and each.speedup is not None]
+    lines: dict[tuple[str, str], dict[int, Result]] = {}
+    for k, result in shown:
+        if result.category is None:
+            lines.setdefault((result.suite, result.outputs), {})[k] = result
+    if not lines:
+        return None
+    rows = [
+        (_place_name(suite, None), outputs, str(k), f"{result.speedup:.2f}", _interval(result))
+        for (suite, outputs), line in lines.items()
+        for k, result in sorted(line.items())
+    ]
+    best = [f"k = {_best(line)} for {suite}" for (suite, outputs), line in lines.items() if outputs == "all"]
+    return Plot(
+        "sweep",
+        "Speedup by k",
+        f"Fastest, by a star: {', '.join(best)}. Bars: 95 % interval. Hollow and dashed: without repetitive answers.",
+        ("suite", "answers", "k", "speedup", "95 % interval"),
+        rows,
+        3.4,
+        partial(_draw_sweep, lines),
+    )
+
+
+def _best(line: dict[int, Result]) -> int:
+    return max(line, key=lambda k: _speedup(line[k]))
+
+
+def _draw_sweep(lines: dict[tuple[str, str], dict[int, Result]], figure: FigureBase) -> None:
+    axes = figure.subplots()
+    axes.axhline(1.0, color=INK, linewidth=1.2, linestyle="--")
+    looks = styles(suite for suite, _ in lines)
+    for (suite, outputs), line in lines.items():
+        style, hollow, best = looks[suite], outputs != "all", _best(line)
+        ks = sorted(line)
+        row = [line[k] for k in ks]
+        axes.errorbar(
+            ks,
+            [_speedup(result) for result in row],
+            yerr=_reach(row),
+            fmt=style.marker,
+            linestyle="--" if hollow else "-",
+            color=style.colour,
+            markerfacecolor=PAPER if hollow else style.colour,
+            elinewidth=1,
+            capsize=2,
+            label=None if hollow else label(suite),
+        )
+        if not hollow:
+            top = _speedup(line[best])
+            axes.plot([best], [top], marker="*", markersize=13, color=style.colour, markeredgecolor=INK)
+            axes.annotate(
+                f"k = {best}, {top:.2f}",
+                (best, top),
+                textcoords="offset points",
+                xytext=(0, 12),
+                ha="center",
+                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+            )
+    axes.margins(y=0.18)
+    axes.set_xticks(sorted({k for line in lines.values() for k in line}))
+    axes.set_xlabel("k, tokens guessed in a step")
+    axes.set_ylabel("times as fast as ar")
+    legend(figure, [axes])
+
+
+def _step_tokens(results: Sequence[Result], looks: dict[str, Style]) -> Plot | None:
+    """How many tokens steps bring."""
+    counts = {
+        (result.suite, result.method): result.step_tokens
+        for result in _whole(results)
+        if result.method in looks and len(result.step_tokens) > 1
+    }
+    if not counts:
+        return None
+    longest = max(map(len, counts.values()))
+    shares = {place: [count / sum(own) for count in own] for place, own in counts.items()}
+    single = [name for name in dict.fromkeys(each.method for each in results) if name not in {m for _, m in counts}]
+    always = f" Always one: {', '.join(single)}." if single else ""
+    return Plot(
+        "step-tokens",
+        "Tokens per step",
+        f"Share of the model calls that brought so many tokens.{always}",
+        ("suite, method", *map(str, range(1, longest + 1))),
+        _share_rows(shares, longest),
+        _panel_height(shares),
+        partial(_draw_shares, shares, looks, "tokens that came out of a step", "share of steps"),
+    )
+
+
+def _acceptance(results: Sequence[Result], looks: dict[str, Style]) -> Plot | None:
+    """How far guesses hold."""
+    shares = {
+        (result.suite, result.method): result.acceptance_by_position
+        for result in _whole(results)
+        if result.method in looks and any(result.acceptance_by_position)
+    }
+    if not shares:
+        return None
+    # copies of the context reach far; behind the first place where nothing is accepted there is nothing to see
+    longest = 2 + max(place for own in shares.values() for place, share in enumerate(own) if share)
+    shares = {place: own[:longest] for place, own in shares.items()}
+    longest = max(map(len, shares.values()))
+    return Plot(
+        "acceptance",
+        "Acceptance by position",
+        "Of the steps that guessed so far ahead, the share in which all guesses up to there were right.",
+        ("suite, method", *map(str, range(1, longest + 1))),
+        _share_rows(shares, longest),
+        _panel_height(shares),
+        partial(_draw_shares, shares, looks, "tokens guessed ahead", "share accepted"),
+    )
+
+
+def _whole(results: Sequence[Result]) -> list[Result]:
+    """Return the rows of whole suites, repetitive answers included."""
+    return [result for result in results if result.outputs == "all" and result.category is None]
+
+
+def _share_rows(shares: dict[tuple[str, str], list[float]], longest: int) -> list[tuple[str, ...]]:
+    return [
+        (f"{suite}, {method}", *(f"{share:.1%}" for share in own), *[""] * (longest - len(own)))
+        for (suite, method), own in shares.items()
+    ]
+
+
+def _panel_height(shares: dict[tuple[str, str], list[float]]) -> float:
+    methods, suites = {method for _, method in shares}, {suite for suite, _ in shares}
+    return 0.8 + 1.7 * len(suites) + 0.2 * ((len(methods) + LEGEND_COLUMNS - 1) // LEGEND_COLUMNS)
+
+
+def _draw_shares(
+    shares: dict[tuple[str, str], list[float]],
+    looks: dict[str, Style],
+    across: str,
+    up: str,
+    figure: FigureBase,
+) -> None:
+    """Draw a panel for each suite, a line for each method; points lie on whole numbers."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    suites = list(dict.fromkeys(suite for suite, _ in shares))
+    panels = figure.subplots(len(suites), 1, squeeze=False, sharex=True)[:, 0]
+    for suite, axes in zip(suites, panels, strict=True):
+        for (own, method), values in shares.items():
+            if own == suite:
+                style = looks[method]
+                axes.plot(
+                    range(1, len(values) + 1), values, marker=style.marker, color=style.colour, label=label(method)
+                )
+        axes.set_ylim(0, 1.05)
+        axes.set_ylabel(up)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+        if len(suites) > 1:
+            axes.set_title(label(suite))
+    panels[-1].set_xlabel(across)
+    legend(figure, panels)
+
+
+def _call_costs(report: Report) -> Plot | None:
+    """What a model call costs by its slots."""
+    if report.profile is not None:
+        lines = {f"behind {length} tokens": dict(costs) for length, costs in report.profile.seconds.items()}
+        roofline: float | None = report.profile.roofline_seconds
+    else:
+        measured = report.environment.get("step_costs") or {}
+        # JSON knows only strings as keys
+        seconds = {int(slots): float(cost) for slots, cost in (measured.get("seconds") or {}).items()}
+        if not seconds or seconds == ASSUMED_COSTS.seconds:
+            return None
+        lines, roofline = {"a call": seconds}, None
+    least = f" Dashed: reading the weights from memory alone, {roofline * 1e3:.2f} ms." if roofline else ""
+    slots = sorted(next(iter(lines.values())))
+    return Plot(
+        "costs",
+        "What a model call costs by its slots",
+        f"One slot is a step of ar; the flatter, the more guesses pay.{least}",
+        ("slots", *(f"{name}, ms" for name in lines), "over 1 slot"),
+        [_cost_row(lines, each) for each in slots],
+        3.0,
+        partial(_draw_costs, lines, roofline),
+    )
+
+
+def _cost_row(lines: dict[str, dict[int, float]], slots: int) -> tuple[str, ...]:
+    first = next(iter(lines.values()))
+    return (
+        str(slots),
+        *(f"{line[slots] * 1e3:.2f}" for line in lines.values()),
+        f"{first[slots] / first[min(first)]:.2f}",
+    )
+
+
+def _draw_costs(lines: dict[str, dict[int, float]], roofline: float | None, figure: FigureBase) -> None:
+    axes = figure.subplots()
+    for (name, line), style in zip(lines.items(), styles(lines).values(), strict=True):
+        slots = sorted(line)
+        milliseconds = [line[each] * 1e3 for each in slots]
+        axes.plot(slots, milliseconds, marker=style.marker, color=style.colour, label=name)
+    if roofline:
+        axes.axhline(roofline * 1e3, color=INK, linewidth=1.2, linestyle="--")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("slots")
+    axes.set_ylabel("milliseconds")
+    if len(lines) > 1:
+        legend(figure, [axes])
+
+
+def _place_name(suite: str, category: str | None) -> str:
+    return suite if category is None else f"{suite}, {category}"
+
+
+def _interval(result: Result) -> str:
+    return "{:.2f} to {:.2f}".format(*result.speedup_interval) if result.speedup_interval else "-"

@@ -1,0 +1,59 @@
+"""Benchmarks that never ran, for what is made of them."""
+
+from space_cli.bench.report import Report, Sample, results
+
+ENVIRONMENT = {
+    "space": "0.1.0",
+    "dtype": "bfloat16",
+    "device": "cpu",
+    "engine": "eager",
+    "threads": 1,
+    # as a record read from JSON has it
+    "step_costs": {"seconds": {"1": 0.001, "8": 0.0012, "32": 0.002}, "overhead": 0.0, "plain": 0.001},
+}
+
+
+def sample(method, seconds, **fields):
+    """An answer of four tokens, in four steps by ar and hf, in two by others."""
+    alone = method in ("ar", "hf")
+    made = {
+        "suite": "humaneval",
+        "task_id": "task",
+        "method": method,
+        "prompt_tokens": 3,
+        "tokens": 4,
+        "steps": 4 if alone else 2,
+        "seconds": seconds,
+        "first_step_seconds": seconds / 4,
+        "token_ids": [1, 2, 3, 4],
+        "text": "a b c d",
+        "tokens_by_step": [1, 1, 1, 1] if alone else [3, 1],
+        "depth_by_step": [] if alone else [3, 3],
+        "text_by_step": ["a", " b", " c", " d"] if alone else ["a b c", " d"],
+        "rejected_by_step": [[], [], [], []] if alone else [["x"], []],
+        "finish_reason": "length",
+        "repetitive": False,
+        "identical": True,
+    }
+    return Sample(**made | fields)
+
+
+def report(samples, *, metrics=None, **settings):
+    own = {"model": "nano", "sampling": {"temperature": 0.0, "seed": 0}, "max_new_tokens": 4, "candidates": None}
+    methods = list(dict.fromkeys(each.method for each in samples))
+    return Report(
+        complete=True,
+        environment=ENVIRONMENT,
+        settings=own | settings,
+        samples=samples,
+        results=results(samples, methods, metrics),
+    )
+
+
+def compared(speedups, *, suite="humaneval", prompts=6, repetitive=0, **fields):
+    """Answers of ar and of methods that are that many times as fast, the same on every prompt."""
+    return [
+        sample(method, 1 / speed, suite=suite, task_id=f"{suite}/{n}", repetitive=n < repetitive, **fields)
+        for n in range(prompts)
+        for method, speed in {"ar": 1.0, **speedups}.items()
+    ]
