@@ -1,6 +1,9 @@
 """Benchmarks that never ran, for what is made of them."""
 
-from space_cli.bench.report import Report, Sample, results
+import samples
+
+from space_cli.bench.report import Report
+from space_cli.bench.results import results
 
 ENVIRONMENT = {
     "space": "0.1.0",
@@ -15,38 +18,24 @@ ENVIRONMENT = {
 
 def sample(method, seconds, **fields):
     """An answer of four tokens, in four steps by ar and hf, in two by others."""
-    alone = method in ("ar", "hf")
-    made = {
-        "suite": "humaneval",
-        "task_id": "task",
-        "method": method,
-        "prompt_tokens": 3,
-        "tokens": 4,
-        "steps": 4 if alone else 2,
-        "seconds": seconds,
-        "first_step_seconds": seconds / 4,
-        "token_ids": [1, 2, 3, 4],
-        "text": "a b c d",
-        "tokens_by_step": [1, 1, 1, 1] if alone else [3, 1],
-        "depth_by_step": [] if alone else [3, 3],
-        "text_by_step": ["a", " b", " c", " d"] if alone else ["a b c", " d"],
-        "rejected_by_step": [[], [], [], []] if alone else [["x"], []],
-        "finish_reason": "length",
-        "repetitive": False,
-        "identical": True,
-    }
-    return Sample(**made | fields)
+    steps = {"token_ids": [1, 2, 3, 4], "text": "a b c d", "identical": True, "first_step_seconds": seconds / 4}
+    if method in ("ar", "hf"):
+        steps |= {"text_by_step": ["a", " b", " c", " d"], "rejected_by_step": [[], [], [], []]}
+    else:
+        steps |= {"steps": 2, "tokens_by_step": [3, 1], "depth_by_step": [3, 3]}
+        steps |= {"text_by_step": ["a b c", " d"], "rejected_by_step": [["x"], []]}
+    return samples.sample(method=method, seconds=seconds, **{"suite": "humaneval"} | steps | fields)
 
 
-def report(samples, *, metrics=None, **settings):
+def report(answers, *, metrics=None, **settings):
     own = {"model": "nano", "sampling": {"temperature": 0.0, "seed": 0}, "max_new_tokens": 4, "candidates": None}
-    methods = list(dict.fromkeys(each.method for each in samples))
+    methods = list(dict.fromkeys(each.method for each in answers))
     return Report(
         complete=True,
         environment=ENVIRONMENT,
         settings=own | settings,
-        samples=samples,
-        results=results(samples, methods, metrics),
+        samples=answers,
+        results=results(answers, methods, metrics),
     )
 
 

@@ -1,12 +1,13 @@
 from dataclasses import replace
 
 import pytest
+from samples import sample
 from transformers import GenerationConfig
 
 import space_cli
 from space_cli.bench.measure import Settings, check_candidates, measure, plan
 from space_cli.bench.methods import METHODS, Method, chains, choose_methods, methods_named
-from space_cli.bench.report import Report, Sample, environment
+from space_cli.bench.report import Report, environment
 from space_cli.bench.results import results
 from space_cli.bench.suites import Prompt, Suite
 from space_cli.core.choose import Sampling
@@ -201,20 +202,12 @@ def test_a_method_that_answers_differently_is_found(loaded, monkeypatch):
     assert rows[1].identical_prompts == 0
 
 
-def sample(method, task, tokens, seconds, *, steps=None, repetitive=False):
-    return Sample(
-        suite="s", task_id=task, method=method, prompt_tokens=1, tokens=tokens, steps=steps or tokens, seconds=seconds,
-        first_step_seconds=0.1, token_ids=[], text="", tokens_by_step=[], finish_reason="eos", repetitive=repetitive,
-        identical=True,
-    )  # fmt: skip
-
-
 def test_sums_are_total_over_total_and_repetitive_outputs_stand_apart():
     samples = [
-        sample("ar", "1", 100, 10.0),
-        sample("space", "1", 100, 5.0, steps=50),
-        sample("ar", "2", 300, 10.0, repetitive=True),
-        sample("space", "2", 300, 1.0, steps=60, repetitive=True),
+        sample("1", "ar", tokens=100, seconds=10.0),
+        sample("1", "space", tokens=100, seconds=5.0, steps=50),
+        sample("2", "ar", tokens=300, seconds=10.0, repetitive=True),
+        sample("2", "space", tokens=300, seconds=1.0, steps=60, repetitive=True),
     ]
 
     everything, plain = (
@@ -231,7 +224,7 @@ def test_sums_are_total_over_total_and_repetitive_outputs_stand_apart():
 
 
 def test_without_ar_there_is_no_speedup():
-    row = results([sample("space", "1", 100, 5.0)], ["space"])[0]
+    row = results([sample("1", "space")], ["space"])[0]
 
     assert row.speedup is None
 
@@ -257,7 +250,7 @@ def test_a_checkout_without_git_has_no_commit(loaded, tmp_path, monkeypatch):
 
 
 def test_report_is_written_whole_or_not_at_all(tmp_path):
-    report = Report(environment={}, settings={}, samples=[sample("ar", "1", 3, 1.0)])
+    report = Report(environment={}, settings={}, samples=[sample("1", "ar")])
 
     report.write(tmp_path / "run.json")
 
