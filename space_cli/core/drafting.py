@@ -350,7 +350,7 @@ class AdaptiveDrafts:
         count, masks, anchors = self._worth(tree.nodes, rate, seconds)
         # the slots up to the next size cost nothing
         room = _size_of(1 + count + masks * len(anchors)) - masks * len(anchors) - 1
-        tree.grow(_LEAST_CHANCE, room)
+        tree.grow(0.0, room)
         idle = [_Node(tokens[-1], 0, 1, 0.0, 0.0, 0)] * (room - len(tree.nodes))
         self._nodes = tree.nodes[:room] + idle
         parents = tuple(node.parent for node in self._nodes)

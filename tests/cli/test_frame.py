@@ -40,7 +40,8 @@ def test_information_goes_to_standard_output(run_space, arguments):
     [
         (["bnech"], "No such command 'bnech'"),
         (["models", "lits"], "No such command 'lits'"),
-        (["bench", "surplus"], "unexpected extra argument(s) (surplus)"),
+        (["bench", "surplus"], "No such command 'surplus'"),
+        (["chat", "surplus"], "unexpected extra argument(s) (surplus)"),
         (["bench", "--nope"], "No such option: --nope"),
         (["bench", "--limit"], "Option '--limit' requires an argument"),
         (["bench", "--limit", "x"], "should be a valid integer"),

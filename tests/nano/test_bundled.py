@@ -47,7 +47,7 @@ def test_space_equals_ar_and_transformers(nano, problem):
 def test_sampled_space_equals_sampled_ar(nano):
     block, sampling = Block.chain(nano.candidates, nano.masks_per_group), Sampling(0.8, seed=5)
 
-    outputs = [answer(nano, PROBLEMS[0].text, shape, sampling=sampling).tokens for shape in (block, AR_BLOCK)]
+    outputs = [answer(nano, PROBLEMS[0].turns[0], shape, sampling=sampling).tokens for shape in (block, AR_BLOCK)]
 
     assert outputs[0] == outputs[1]
 

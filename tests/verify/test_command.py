@@ -105,7 +105,7 @@ def test_a_report_is_written(verify, tmp_path, suffix):
         (["--report", "proof.pdf"], "--report proof.pdf: unknown kind of file; end it with .html or .md"),
         (["--report", "absent/proof.md"], "--report absent/proof.md: there is no folder"),
         (["--draws", "3"], "Invalid value for '--draws'"),
-        (["--max-new-tokens", "256"], "exceed the context of"),
+        (["--max-new-tokens", "256"], "prompts do not fit, with 256 new tokens, into the context of"),
     ],
 )
 def test_wrong_values_are_one_line_and_exit_code_2(verify, arguments, told):
