@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -32,8 +33,7 @@ class Terminal:
             stdout=program_side,
             stderr=program_side,
             start_new_session=True,
-            # Ctrl-C reaches the program whose controlling terminal it is
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_heed_ctrl_c,
         )
         os.close(program_side)
 
@@ -89,3 +89,9 @@ class Terminal:
             else:
                 self._stream.feed(part)
         return True
+
+
+def _heed_ctrl_c():
+    # Ctrl-C reaches the program whose controlling terminal it is; what runs in the background of a script ignores it
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
