@@ -12,7 +12,7 @@ ENVIRONMENT = {
     "engine": "eager",
     "threads": 1,
     # as a record read from JSON has it
-    "step_costs": {"seconds": {"1": 0.001, "8": 0.0012, "32": 0.002}, "overhead": 0.0, "plain": 0.001},
+    "step_costs": {"seconds": {"1": 0.001, "8": 0.0012, "32": 0.002}, "overhead": 0.0},
 }
 
 

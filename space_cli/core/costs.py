@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -26,21 +28,27 @@ class StepCosts:
     Attributes:
         seconds: of a model call, by its number of slots; all of `SIZES` are there.
         overhead: seconds of a step beside its model call.
-        plain: seconds of a step of plain AR decoding, all in all.
     """
 
     seconds: Mapping[int, float]
     overhead: float = 0.0
-    plain: float = 1.0
 
     @cached_property
     def by_slots(self) -> list[float]:
         """Seconds of a step whose block needs 0, 1, ..., `MOST_SLOTS` slots and is filled up to the next size."""
-        table, at_least = [0.0], 0.0
-        for size in SIZES:
-            at_least = max(at_least, self.seconds[size] + self.overhead)
-            table += [at_least] * (size + 1 - len(table))
-        return table
+        return filled_up({size: seconds + self.overhead for size, seconds in self.seconds.items()})
+
+
+def filled_up(seconds: Mapping[int, float]) -> list[float]:
+    """Return seconds by 0, 1, ..., `MOST_SLOTS` slots, where blocks are filled up to the next of `SIZES`.
+
+    A block takes no longer than a larger one: other work on the machine, which only ever adds time, is told by that.
+    """
+    table, at_most = list[float](), math.inf
+    for below, size in reversed(list(pairwise((0, *SIZES)))):
+        at_most = min(at_most, seconds[size])
+        table += [at_most] * (size - below)
+    return [0.0, *reversed(table)]
 
 
 ASSUMED_COSTS = StepCosts({size: 1.0 + size / 64 for size in SIZES})

@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Rows
-from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts
+from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, filled_up
 from space_cli.core.stream import in_common
 
 Drafter = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
@@ -35,13 +35,14 @@ _LOOKUP_TOKENS, _LONGEST_MATCH = MOST_SLOTS - 1, 4
 # what is known before the first step: a mask's guess holds in a third of cases, a copied token by how many tokens in
 # front of it were the same too
 _FIRST_VALUE, _FIRST_MATCH = 0.35, {1: 0.2, 2: 0.4, 3: 0.6, 4: 0.7, 6: 0.8, 10: 0.9, 16: 0.98}
+_FIRST_TOKENS = 1.2
 _DECAY, _PRIOR_WEIGHT = 0.97, 4.0
 _MOST_LIKELY, _LEAST_CHANCE = 0.995, 0.01
 _FRESH = 8
 """Steps between two looks at experience: it costs as much as the rest of planning."""
 _LONGEST_HICCUP = 3.0
-# steps of plain AR where drafting has brought less than that of late, twice as many each time in a row
-_FIRST_REST, _LONGEST_REST, _SHARE = 8, 64, 0.15
+# steps by the way that is faster, twice as many each time it wins, and steps by the other between them
+_FIRST_STRETCH, _LONGEST_STRETCH, _TRIAL = 16, 256, 8
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,49 @@ class _Average:
         return self.towards(self._prior)
 
 
+class _Contest:
+    """Two ways to draft, of which the one that has been faster of late gets most of the steps.
+
+    What a step costs is measured here, where it is taken: figures from before a run may be those of a busier machine.
+
+    Attributes:
+        full: whether steps are now taken by all means.
+    """
+
+    def __init__(self) -> None:
+        self.full = self._best = True
+        self._tokens, self._seconds = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+        self._stretch = self._left = _FIRST_STRETCH
+        self._begun = False
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """Take in a step, and find out how the next one is to be taken."""
+        # the first step of a stretch has yet to find its way: no guesses, a block of another size
+        if self._begun:
+            self._tokens[self.full] = self._tokens[self.full] * _DECAY + tokens
+            self._seconds[self.full] = self._seconds[self.full] * _DECAY + seconds
+        self._begun = True
+        self._left -= 1
+        if self._left:
+            return
+        if self.full is not self._best:
+            # tokens over seconds, crosswise
+            lost = self._tokens[self.full] * self._seconds[self._best] > (
+                self._tokens[self._best] * self._seconds[self.full]
+            )
+            self._best = self.full if lost else self._best
+            self._stretch = _FIRST_STRETCH if lost else min(2 * self._stretch, _LONGEST_STRETCH)
+            self.full, self._left = self._best, self._stretch
+        else:
+            self.full, self._left = not self._best, _TRIAL
+        self._begun = False
+
+    def rate(self, otherwise: float) -> float:
+        """Return tokens per second of late, the present way, or what is assumed where nothing is known."""
+        seconds = self._seconds[self.full]
+        return self._tokens[self.full] / seconds if seconds else otherwise
+
+
 class Experience:
     """How often guesses of a model have been right of late; may serve one generation after another.
 
@@ -143,14 +187,14 @@ class Experience:
         values: by depth, how often a mask group brought an accepted token there that a copy would not have brought.
         matches: how often a copied token was right, by the length of the match in front of it.
         pace: seconds of a step over those measured beforehand; paces are the same by number of slots.
-        rate: tokens per second of late, while drafting; None before the first step.
+        contest: between drafting with all means and with fewer.
     """
 
     def __init__(self, masks: int) -> None:
         self.calibration = [_Average(1.0) for _ in range(masks)]
         self.values = [_Average(_FIRST_VALUE ** (depth + 1)) for depth in range(masks)]
         self.matches = {length: _Average(prior) for length, prior in _FIRST_MATCH.items()}
-        self.rate: float | None = None
+        self.contest = _Contest()
         self.pace = _Average(1.0)
         self.paces = {size: _Average(1.0) for size in SIZES}
 
@@ -239,8 +283,8 @@ class _Tree:
 class AdaptiveDrafts:
     """Blocks drawn by expected gain; what has been accepted so far and what a call costs decide.
 
-    Where drafting has brought fewer tokens per second of late than plain AR does, it rests for some steps, which then
-    cost what steps of plain AR cost; a long match in the context ends the rest.
+    All means are masks and copies from the context. The fewer means that they are held against, and that get the steps
+    where they are faster, are copies alone; without masks, plain AR but for long matches.
 
     Args:
         costs: of a model call.
@@ -265,11 +309,7 @@ class AdaptiveDrafts:
         self._nodes: list[_Node] = []
         self._copied: list[int] = []
         self._spent, self._planned = 0.0, 0
-        # steps of plain AR still to come, and how many the next rest takes
-        self._resting, self._rest = 0, _FIRST_REST
         self._guesses: list[set[int]] = []
-        # tokens per second at which a step is worth its time
-        self._tokens = _Average(1.2 / self.costs.by_slots[1], weight=4 * self.costs.by_slots[1])
 
     def first(self, tokens: Sequence[int]) -> Proposal:
         """Propose from the prompt alone."""
@@ -279,12 +319,10 @@ class AdaptiveDrafts:
         self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int], seconds: float
     ) -> Proposal:
         """Propose from the mask group behind the last accepted slot, where it had one, and from the context."""
-        if self._resting:
-            self._resting -= 1
-            return self._proposal(tokens, [])
-        self._learn(done, path, tokens)
+        if done is not _REST:
+            self._learn(done, path, tokens)
         self._time(done.block.num_slots, len(path), seconds + self._spent)
-        group = done.block.group(path[-1])
+        group = done.block.group(path[-1]) if self._known.contest.full else ()
         return self._proposal(tokens, rows.likely(group, tokens, _WIDTH) if group else [])
 
     def _learn(self, done: Proposal, path: Sequence[int], tokens: Sequence[int]) -> None:
@@ -308,7 +346,8 @@ class AdaptiveDrafts:
         hits = sum(1 for _ in takewhile(lambda pair: pair[1] in pair[0], zip(self._guesses, came, strict=False)))
         for depth, value in enumerate(self._known.values, start=1):
             if not self._guesses:
-                value.forget()
+                if self._known.contest.full:
+                    value.forget()
             elif depth <= len(came) or hits < len(came):
                 # what a copied token would have brought too is not the masks' merit
                 value.add(max(0, (hits >= depth) - (copied >= depth)))
@@ -319,13 +358,7 @@ class AdaptiveDrafts:
         seconds = min(seconds, _LONGEST_HICCUP * self._seconds(slots))
         for pace in (self._known.pace, self._known.paces[slots]):
             pace.add(seconds / self.costs.by_slots[slots])
-        self._tokens.add(tokens, seconds)
-        known = self._known
-        known.rate = tokens / seconds if known.rate is None else known.rate + (tokens / seconds - known.rate) * _SHARE
-        if known.rate * self.costs.plain >= 1:
-            self._rest = _FIRST_REST
-        else:
-            self._resting, self._rest = self._rest, min(2 * self._rest, _LONGEST_REST)
+        self._known.contest.took(tokens, seconds)
 
     def _seconds(self, slots: int) -> float:
         """Return the seconds to expect of a step of such a size."""
@@ -336,14 +369,16 @@ class AdaptiveDrafts:
         self._guesses = [{token for token, _ in row[:_COUNTED]} for row in guesses]
         self.guessed = [row[0][0] for row in guesses]
         self._copied, match = self._context.continuation(tokens) if self.lookup else ([], 0)
-        if self._resting and match < _LONGEST_MATCH:
+        full = self._known.contest.full
+        if not (full or self.masks or match >= _LONGEST_MATCH):
             self._nodes = []
+            self._spent = time.perf_counter() - began
             return _REST
-        self._resting = 0
         if self._planned % _FRESH == 0:
             self._beliefs = self._believed()
         self._planned += 1
-        rate, seconds = self._tokens.value, self._beliefs.seconds
+        # tokens per second at which a step is worth its time
+        rate, seconds = self._known.contest.rate(_FIRST_TOKENS / self.costs.by_slots[1]), self._beliefs.seconds
         tree = self._tree(guesses, match)
         # what brings less than the cheapest slot costs is at most worth a slot that costs nothing
         tree.grow(max(_LEAST_CHANCE, rate * _cheapest(seconds)), MOST_SLOTS - 1)
@@ -359,14 +394,11 @@ class AdaptiveDrafts:
         return proposal
 
     def _believed(self) -> _Beliefs:
-        seconds = [0.0]
-        for size in SIZES:
-            seconds += [max(seconds[-1], self._seconds(size))] * (size + 1 - len(seconds))
         return _Beliefs(
             factors=[average.value for average in self._known.calibration],
             held={length: min(_MOST_LIKELY, average.value) for length, average in self._known.matches.items()},
             values=[average.value for average in self._known.values],
-            seconds=seconds,
+            seconds=filled_up({size: self._seconds(size) for size in SIZES}),
         )
 
     def _tree(self, guesses: Sequence[Sequence[tuple[int, float]]], match: int) -> _Tree:
@@ -391,7 +423,7 @@ class AdaptiveDrafts:
             last[node.parent] -= node.chance
         order = sorted(range(count + 1), key=lambda slot: -last[slot])
         worth_of_group = 0.0
-        for size, value in enumerate(self._beliefs.values, start=1):
+        for size, value in enumerate(self._beliefs.values if self._known.contest.full else (), start=1):
             worth_of_group += value
             reached = gains[count]
             for taken, slot in enumerate(order[: (MOST_SLOTS - 1 - count) // size], start=1):

@@ -71,14 +71,14 @@ def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
         limit = loaded.context_length or _PREFIX_LENGTH + MOST_SLOTS
         length = max(1, min(_PREFIX_LENGTH, limit - MOST_SLOTS))
         costs = measure_costs(engine_for(loaded.model, loaded.program, max_length=length, max_slots=MOST_SLOTS), length)
-        drafting, plain = (_steps(loaded, drafts) for drafts in (AdaptiveDrafts(costs, loaded.masks_per_group), None))
+        drafting = _steps(loaded, AdaptiveDrafts(costs, loaded.masks_per_group))
         beside = statistics.median(step.seconds - costs.seconds[step.slots] for step in drafting)
-        costs = replace(costs, overhead=max(0.0, beside), plain=statistics.median(step.seconds for step in plain))
+        costs = replace(costs, overhead=max(0.0, beside))
         _write_costs(costs, file)
     return replace(loaded, costs=costs)
 
 
-def _steps(loaded: LoadedModel, drafts: Drafts | None) -> list[Step]:
+def _steps(loaded: LoadedModel, drafts: Drafts) -> list[Step]:
     """Return the steps of a short generation, without the first, which has the prompt in it.
 
     It ends sooner where steps take long: a start must not wait for a large model, nor for a busy machine.
@@ -184,7 +184,7 @@ def _read_costs(file: Path) -> StepCosts | None:
     try:
         told = json.loads(file.read_bytes())
         seconds = {size: float(told["seconds"][str(size)]) for size in SIZES}
-        return StepCosts(seconds, float(told["overhead"]), float(told["plain"]))
+        return StepCosts(seconds, float(told["overhead"]))
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours
         return None
 

@@ -140,13 +140,13 @@ def test_slow_steps_are_timed_for_a_while_only(monkeypatch):
     monkeypatch.setattr(engines, "_PROBE_SECONDS", 0.0)
     monkeypatch.setattr(engines, "decode", lambda *_, **__: iter(steps.append(n) or STEP for n in range(99)))
 
-    assert measured(prepare(loaded_model(), engine="eager")).costs.plain == STEP.seconds
+    costs = measured(prepare(loaded_model(), engine="eager")).costs
+
+    assert costs.overhead == max(0.0, STEP.seconds - costs.seconds[STEP.slots])
     assert len(steps) < 10
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"seconds": {"1": 2}}', b'{"seconds": 3, "overhead": 0, "plain": 1}']
-)
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"seconds": {"1": 2}}', b'{"seconds": 3, "overhead": 0}'])
 def test_damaged_costs_are_measured_again(filled, content):
     file = filled("costs")
     file.write_bytes(content)
