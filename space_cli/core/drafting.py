@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate, pairwise, takewhile
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Rows
@@ -76,6 +76,7 @@ class Drafts(Protocol):
 
 
 _REST = Proposal(AR_BLOCK, ())
+_SHORTEST_CHAIN = Block.chain(1, 1)
 
 
 class ChainDrafts:
@@ -133,47 +134,61 @@ class _Average:
         return self.towards(self._prior)
 
 
+Way = Literal["planned", "chain", "copies", "none"]
+"""How a step is drafted. planned: a block drawn by what masks and copies promise. chain: one mask's guess, unplanned;
+where a step takes half a millisecond, planning is a sixth of it. copies: planned, from the context alone. none: plain
+AR. A long match in the context is copied whatever the way."""
+
+
 class _Contest:
-    """Two ways to draft, of which the one that has been faster of late gets most of the steps.
+    """Ways to draft, of which the one that has been fastest of late gets most of the steps.
 
     What a step costs is measured here, where it is taken: figures from before a run may be those of a busier machine.
 
     Attributes:
-        full: whether steps are now taken by all means.
+        way: in which steps are now taken.
     """
 
-    def __init__(self) -> None:
-        self.full = self._best = True
-        self._tokens, self._seconds = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}
+    def __init__(self, ways: Sequence[Way]) -> None:
+        self.way = self._best = ways[0]
+        self._ways = ways
+        self._tokens, self._seconds = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
         self._stretch = self._left = _FIRST_STRETCH
-        self._begun = False
+        self._begun, self._trials = False, 0
 
     def took(self, tokens: int, seconds: float) -> None:
         """Take in a step, and find out how the next one is to be taken."""
         # the first step of a stretch has yet to find its way: no guesses, a block of another size
         if self._begun:
-            self._tokens[self.full] = self._tokens[self.full] * _DECAY + tokens
-            self._seconds[self.full] = self._seconds[self.full] * _DECAY + seconds
+            self._tokens[self.way] = self._tokens[self.way] * _DECAY + tokens
+            self._seconds[self.way] = self._seconds[self.way] * _DECAY + seconds
         self._begun = True
         self._left -= 1
-        if self._left:
-            return
-        if self.full is not self._best:
-            # tokens over seconds, crosswise
-            lost = self._tokens[self.full] * self._seconds[self._best] > (
-                self._tokens[self._best] * self._seconds[self.full]
-            )
-            self._best = self.full if lost else self._best
-            self._stretch = _FIRST_STRETCH if lost else min(2 * self._stretch, _LONGEST_STRETCH)
-            self.full, self._left = self._best, self._stretch
+        if not self._left:
+            self._turn()
+
+    def _turn(self) -> None:
+        """Try another way behind a stretch of the best; go on with the better of the two behind a trial."""
+        others = [way for way in self._ways if way != self._best]
+        if self.way == self._best:
+            self.way, self._left = others[self._trials % len(others)], _TRIAL
+            self._trials += 1
+            # earlier trials were of another text
+            self._tokens[self.way] /= 2
+            self._seconds[self.way] /= 2
         else:
-            self.full, self._left = not self._best, _TRIAL
+            # tokens over seconds, crosswise
+            if self._tokens[self.way] * self._seconds[self._best] > self._tokens[self._best] * self._seconds[self.way]:
+                self._best, self._stretch, self._trials = self.way, _FIRST_STRETCH, 0
+            elif self._trials % len(others) == 0:
+                self._stretch = min(2 * self._stretch, _LONGEST_STRETCH)
+            self.way, self._left = self._best, self._stretch
         self._begun = False
 
     def rate(self, otherwise: float) -> float:
         """Return tokens per second of late, the present way, or what is assumed where nothing is known."""
-        seconds = self._seconds[self.full]
-        return self._tokens[self.full] / seconds if seconds else otherwise
+        seconds = self._seconds[self.way]
+        return self._tokens[self.way] / seconds if seconds else otherwise
 
 
 class Experience:
@@ -187,14 +202,14 @@ class Experience:
         values: by depth, how often a mask group brought an accepted token there that a copy would not have brought.
         matches: how often a copied token was right, by the length of the match in front of it.
         pace: seconds of a step over those measured beforehand; paces are the same by number of slots.
-        contest: between drafting with all means and with fewer.
+        contest: between ways to draft.
     """
 
     def __init__(self, masks: int) -> None:
         self.calibration = [_Average(1.0) for _ in range(masks)]
         self.values = [_Average(_FIRST_VALUE ** (depth + 1)) for depth in range(masks)]
         self.matches = {length: _Average(prior) for length, prior in _FIRST_MATCH.items()}
-        self.contest = _Contest()
+        self.contest = _Contest(("planned", "chain", "copies") if masks else ("planned", "none"))
         self.pace = _Average(1.0)
         self.paces = {size: _Average(1.0) for size in SIZES}
 
@@ -283,8 +298,7 @@ class _Tree:
 class AdaptiveDrafts:
     """Blocks drawn by expected gain; what has been accepted so far and what a call costs decide.
 
-    All means are masks and copies from the context. The fewer means that they are held against, and that get the steps
-    where they are faster, are copies alone; without masks, plain AR but for long matches.
+    Other ways to draft are held against it all the time, and get the steps where they are faster: see `Way`.
 
     Args:
         costs: of a model call.
@@ -309,21 +323,26 @@ class AdaptiveDrafts:
         self._nodes: list[_Node] = []
         self._copied: list[int] = []
         self._spent, self._planned = 0.0, 0
+        self._way: Way = "planned"
         self._guesses: list[set[int]] = []
+
+    @property
+    def way(self) -> Way:
+        """How the next step is to be drafted, but for long matches."""
+        return self._known.contest.way
 
     def first(self, tokens: Sequence[int]) -> Proposal:
         """Propose from the prompt alone."""
-        return self._proposal(tokens, [])
+        return self._proposal(None, range(0), tokens)
 
     def following(
         self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int], seconds: float
     ) -> Proposal:
         """Propose from the mask group behind the last accepted slot, where it had one, and from the context."""
-        if done is not _REST:
+        if self._way in ("planned", "copies"):
             self._learn(done, path, tokens)
         self._time(done.block.num_slots, len(path), seconds + self._spent)
-        group = done.block.group(path[-1]) if self._known.contest.full else ()
-        return self._proposal(tokens, rows.likely(group, tokens, _WIDTH) if group else [])
+        return self._proposal(rows, done.block.group(path[-1]), tokens)
 
     def _learn(self, done: Proposal, path: Sequence[int], tokens: Sequence[int]) -> None:
         """Compare what was expected of the step with what came."""
@@ -346,7 +365,7 @@ class AdaptiveDrafts:
         hits = sum(1 for _ in takewhile(lambda pair: pair[1] in pair[0], zip(self._guesses, came, strict=False)))
         for depth, value in enumerate(self._known.values, start=1):
             if not self._guesses:
-                if self._known.contest.full:
+                if self._way == "planned":
                     value.forget()
             elif depth <= len(came) or hits < len(came):
                 # what a copied token would have brought too is not the masks' merit
@@ -364,16 +383,27 @@ class AdaptiveDrafts:
         """Return the seconds to expect of a step of such a size."""
         return self.costs.by_slots[slots] * self._known.paces[slots].towards(self._known.pace.value)
 
-    def _proposal(self, tokens: Sequence[int], guesses: Sequence[Sequence[tuple[int, float]]]) -> Proposal:
+    def _proposal(self, rows: Rows | None, group: range, tokens: Sequence[int]) -> Proposal:
         began = time.perf_counter()
+        self._copied, match = self._context.continuation(tokens) if self.lookup else ([], 0)
+        self._way = self.way if match < _LONGEST_MATCH else "planned"
+        self.guessed = []
+        if self._way == "none":
+            proposal = _REST
+        elif self._way == "chain":
+            guess = rows.token(group[0], tokens) if rows is not None and group else tokens[-1]
+            proposal = Proposal(_SHORTEST_CHAIN, [guess])
+        else:
+            likely = rows.likely(group, tokens, _WIDTH) if rows is not None and group else []
+            proposal = self._planned_proposal(tokens, likely if self._way == "planned" else [], match)
+        self._spent = time.perf_counter() - began
+        return proposal
+
+    def _planned_proposal(
+        self, tokens: Sequence[int], guesses: Sequence[Sequence[tuple[int, float]]], match: int
+    ) -> Proposal:
         self._guesses = [{token for token, _ in row[:_COUNTED]} for row in guesses]
         self.guessed = [row[0][0] for row in guesses]
-        self._copied, match = self._context.continuation(tokens) if self.lookup else ([], 0)
-        full = self._known.contest.full
-        if not (full or self.masks or match >= _LONGEST_MATCH):
-            self._nodes = []
-            self._spent = time.perf_counter() - began
-            return _REST
         if self._planned % _FRESH == 0:
             self._beliefs = self._believed()
         self._planned += 1
@@ -389,9 +419,7 @@ class AdaptiveDrafts:
         idle = [_Node(tokens[-1], 0, 1, 0.0, 0.0, 0)] * (room - len(tree.nodes))
         self._nodes = tree.nodes[:room] + idle
         parents = tuple(node.parent for node in self._nodes)
-        proposal = Proposal(_block(parents, masks, anchors), [node.token for node in self._nodes])
-        self._spent = time.perf_counter() - began
-        return proposal
+        return Proposal(_block(parents, masks, anchors), [node.token for node in self._nodes])
 
     def _believed(self) -> _Beliefs:
         return _Beliefs(
@@ -423,7 +451,7 @@ class AdaptiveDrafts:
             last[node.parent] -= node.chance
         order = sorted(range(count + 1), key=lambda slot: -last[slot])
         worth_of_group = 0.0
-        for size, value in enumerate(self._beliefs.values if self._known.contest.full else (), start=1):
+        for size, value in enumerate(self._beliefs.values if self._way == "planned" else (), start=1):
             worth_of_group += value
             reached = gains[count]
             for taken, slot in enumerate(order[: (MOST_SLOTS - 1 - count) // size], start=1):

@@ -227,7 +227,9 @@ def run_space(
 
 
 class _Watched(AdaptiveDrafts):
-    """Adaptive drafts that note what the masks guessed for each step."""
+    """Adaptive drafts, always planned, that note what the masks guessed for each step."""
+
+    way = "planned"
 
     def __init__(self, loaded: LoadedModel, guesses: list[Sequence[int]]) -> None:
         # blocks as large as they get anywhere: where drafting does not pay on this machine, it is still to be checked

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -53,7 +55,8 @@ def test_whatever_a_step_costs_the_output_is_that_of_ar(tiny_models, family, sam
 def test_where_no_block_pays_the_steps_are_those_of_ar(tiny_models):
     found = generate(tiny_models["llama"], AdaptiveDrafts(RUINOUS, len(MASK_IDS)))
 
-    assert [step.slots for step in found.steps] == [1] * 24
+    # but for a trial of eight steps
+    assert [step.slots for step in found.steps][:16] == [1] * 16
 
 
 def test_where_slots_are_free_blocks_are_large(tiny_models):
@@ -114,29 +117,29 @@ def test_text_without_repeats_is_left_to_ar_and_the_first_repeat_is_not_missed()
     assert list(proposal.candidates[:3]) == [7, 8, 9]
 
 
-def taken_by_all_means(contest, *, steps, full, fewer):
-    """Take steps of so many tokens a second either way; return the share taken by all means."""
-    count = 0
+def shares(contest, steps, **rates):
+    """Take steps of so many tokens a second by each way; return the share of steps that each got."""
+    taken = Counter()
     for _ in range(steps):
-        count += contest.full
-        contest.took(full if contest.full else fewer, 1.0)
-    return count / steps
+        taken[contest.way] += 1
+        contest.took(rates[contest.way], 1.0)
+    return {way: taken[way] / steps for way in rates}
 
 
-@pytest.mark.parametrize(("full", "fewer"), [(2, 1), (1, 2), (1.1, 1)])
-def test_the_faster_way_to_draft_gets_nearly_all_steps(full, fewer):
-    share = taken_by_all_means(_Contest(), steps=2000, full=full, fewer=fewer)
+@pytest.mark.parametrize("best", ["planned", "chain", "copies"])
+def test_the_fastest_way_to_draft_gets_nearly_all_steps(best):
+    rates = {"planned": 1.0, "chain": 1.0, "copies": 1.0} | {best: 1.1}
 
-    assert share > 0.93 if full > fewer else share < 0.07
+    assert shares(_Contest(list(rates)), 2000, **rates)[best] > 0.9
 
 
-def test_where_the_other_way_becomes_faster_it_is_found_out():
-    contest = _Contest()
-    taken_by_all_means(contest, steps=500, full=1, fewer=2)
+def test_where_another_way_becomes_faster_it_is_found_out():
+    contest = _Contest(["planned", "chain", "copies"])
+    shares(contest, 700, planned=1, chain=3, copies=2)
 
-    taken_by_all_means(contest, steps=500, full=4, fewer=2)
+    shares(contest, 3000, planned=4, chain=3, copies=2)
 
-    assert taken_by_all_means(contest, steps=500, full=4, fewer=2) > 0.9
+    assert shares(contest, 700, planned=4, chain=3, copies=2)["planned"] > 0.9
 
 
 def test_where_copying_is_slower_than_plain_ar_it_rests_and_a_long_match_wakes_it():
