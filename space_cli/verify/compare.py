@@ -232,7 +232,6 @@ class _Watched(AdaptiveDrafts):
     way = "planned"
 
     def __init__(self, loaded: LoadedModel, guesses: list[Sequence[int]]) -> None:
-        # blocks as large as they get anywhere: where drafting does not pay on this machine, it is still to be checked
         super().__init__(ASSUMED_COSTS, loaded.masks_per_group)
         self._noted = guesses
 
@@ -242,7 +241,9 @@ class _Watched(AdaptiveDrafts):
     def following(
         self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int], seconds: float
     ) -> Proposal:
-        return self._note(super().following(rows, done, path, tokens, seconds))
+        # as if steps took what is assumed: where drafting does not pay on this machine, it is still to be checked
+        assumed = self.costs.by_slots[done.block.num_slots]
+        return self._note(super().following(rows, done, path, tokens, assumed))
 
     def _note(self, proposal: Proposal) -> Proposal:
         self._noted.append(self.guessed)
