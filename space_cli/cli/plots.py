@@ -281,7 +281,7 @@ def _draw_shares(
 def _call_costs(report: Report) -> Plot | None:
     """What a model call costs by its slots."""
     if report.profile is not None:
-        lines = {f"behind {length} tokens": dict(costs) for length, costs in report.profile.seconds.items()}
+        lines = {f"behind {length}": dict(costs) for length, costs in report.profile.seconds.items()}
         roofline: float | None = report.profile.roofline_seconds
     else:
         measured = report.environment.get("step_costs") or {}
@@ -291,11 +291,12 @@ def _call_costs(report: Report) -> Plot | None:
             return None
         lines, roofline = {"a call": seconds}, None
     least = f" Dashed: reading the weights from memory alone, {roofline * 1e3:.2f} ms." if roofline else ""
+    in_front = " Behind 256: with so many tokens in front." if report.profile is not None else ""
     slots = sorted(next(iter(lines.values())))
     return Plot(
         "costs",
         "What a model call costs by its slots",
-        f"One slot is a step of ar; the flatter, the more guesses pay.{least}",
+        f"One slot is a step of ar; the flatter, the more guesses pay.{least}{in_front}",
         ("slots", *(f"{name}, ms" for name in lines), "over 1 slot"),
         [_cost_row(lines, each) for each in slots],
         3.0,
