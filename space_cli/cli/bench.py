@@ -255,8 +255,10 @@ def _journal(json: str | None, report: Report, planned: Plan, *, resume: bool) -
     # a device or a pipe has no folder of ours beside it
     if json in (None, "-") or (Path(json).exists() and not Path(json).is_file()):
         return None
-    where = {name: value for name, value in report.environment.items() if name not in ("date", "step_costs")}
-    journal = Journal(Path(json), {**where, **report.settings, "prompts": prompts_digest(planned)})
+    # neither when it was, nor what costs were measured then; answers can be judged whether they were to be or not
+    told = report.environment | report.settings
+    run = {name: value for name, value in told.items() if name not in ("date", "step_costs", "left_out")}
+    journal = Journal(Path(json), run | {"prompts": prompts_digest(planned)})
     if resume:
         journal.resume()
         report.samples += journal.samples
