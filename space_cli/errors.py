@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 class SpaceError(Exception):
     """A problem told in one line; `exit_code` is what the process ends with."""
@@ -34,6 +39,11 @@ class RunFailed(SpaceError):
     """The run itself failed."""
 
     exit_code = 3
+
+
+def unwritten(file: Path, error: OSError) -> RunFailed:
+    """Return the error of a result that found no place on disk."""
+    return RunFailed(f"{file}: could not be written: {error.strerror or error}")
 
 
 class Interrupted(SpaceError):

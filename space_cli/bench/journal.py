@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from space_cli.bench.report import Sample
-from space_cli.errors import RunFailed, UsageProblem
+from space_cli.errors import UsageProblem, unwritten
 
 
 class Journal:
@@ -64,7 +64,7 @@ class Journal:
             if not self._kept:
                 self._write(self._run)
         except OSError as error:
-            raise self._failed(error) from error
+            raise unwritten(self.file, error) from error
         return self
 
     def add(self, samples: Sequence[Sample]) -> None:
@@ -76,15 +76,12 @@ class Journal:
         try:
             self._write([sample.model_dump() for sample in samples])
         except OSError as error:
-            raise self._failed(error) from error
+            raise unwritten(self.file, error) from error
 
     def _write(self, value: object) -> None:
         self._stream.write(json.dumps(value).encode() + b"\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())
-
-    def _failed(self, error: OSError) -> RunFailed:
-        return RunFailed(f"{self.file}: could not be written: {error.strerror or error}")
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

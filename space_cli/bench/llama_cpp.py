@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from space_cli.core.choose import Sampling
 from space_cli.core.compiled import fingerprint, why_not
-from space_cli.errors import RunFailed, UsageProblem
+from space_cli.errors import UsageProblem, unwritten
 from space_cli.models.loading import LoadedModel
 
 _FILE_FORM = 1
@@ -128,7 +128,7 @@ def _file(model: PreTrainedModel) -> Path:
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        raise RunFailed(f"{file}: could not be written: {error.strerror or error}") from error
+        raise unwritten(file, error) from error
     return file
 
 

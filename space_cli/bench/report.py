@@ -17,7 +17,7 @@ import space_cli
 from space_cli.bench.profile import Profile
 from space_cli.core.compiled import weights_digest
 from space_cli.core.costs import ASSUMED_COSTS
-from space_cli.errors import RunFailed
+from space_cli.errors import unwritten
 from space_cli.files import write_whole
 from space_cli.models.loading import LoadedModel
 
@@ -135,7 +135,7 @@ class JsonRecord(BaseModel):
         try:
             write_whole(file, self.to_json())
         except OSError as error:
-            raise RunFailed(f"{file}: could not be written: {error.strerror or error}") from error
+            raise unwritten(file, error) from error
 
 
 class Record(JsonRecord):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from space_cli.cli.console import visible
-from space_cli.errors import RunFailed
+from space_cli.errors import RunFailed, unwritten
 from space_cli.files import write_whole
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def write_plots(file: Path, drawn: Sequence[Plot]) -> None:
     try:
         write_whole(file, data.getvalue())
     except OSError as error:
-        raise RunFailed(f"{file}: could not be written: {error.strerror or error}") from error
+        raise unwritten(file, error) from error
 
 
 def _columns(drawn: Sequence[Plot]) -> list[list[Plot]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from space_cli.cli.console import visible
-from space_cli.errors import RunFailed
+from space_cli.errors import unwritten
 from space_cli.files import write_whole
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def write_page(file: Path, title: str, parts: Sequence[Part]) -> None:
     try:
         write_whole(file, as_markdown(parts) if file.suffix == ".md" else as_html(title, parts))
     except OSError as error:
-        raise RunFailed(f"{file}: could not be written: {error.strerror or error}") from error
+        raise unwritten(file, error) from error
 
 
 def as_markdown(parts: Sequence[Part]) -> str:

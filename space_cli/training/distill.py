@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from space_cli.core.choose import mix
 from space_cli.core.stream import is_repetitive
-from space_cli.errors import RunFailed
+from space_cli.errors import unwritten
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,4 +147,4 @@ def _append(file: Path, answers: dict[str, list[int]]) -> None:
             # a line that an earlier run could not finish must not swallow the first of this one
             stream.write("\n" + "\n".join(lines) + "\n")
     except OSError as error:
-        raise RunFailed(f"{file}: could not be written: {error.strerror or error}") from error
+        raise unwritten(file, error) from error
