@@ -2,10 +2,11 @@
 
 A small model's eager step is spent on dispatch, a large one's on matrix products over weights that are not packed for
 them. `torch.export` and AOTInductor answer the first: the whole call becomes one C++ library, for any number of slots.
-Two operators of our own answer the second. `space::linear` multiplies by packed weights (`kernels/linear.cpp`).
-`space::attend` appends to the cache and reads its used part only (`kernels/attend.cpp`); so the program knows neither
-the cache nor its length, and one compilation serves prompts and blocks of every size. Both give a row the same bits
-whatever rows stand beside it.
+Two operators of our own answer the second. `space::packed_linear` multiplies by packed weights (`kernels/linear.cpp`),
+those of layers with the same input, as of queries, keys and values, in one go. `space::cached_attention` appends to the
+cache and reads its used part only (`kernels/attend.cpp`); so the program knows neither the cache nor its length, and
+one compilation serves prompts and blocks of every size. Both give a row the same bits whatever rows stand beside it.
+The program has no weights in it: they are packed when it is loaded, and models of one architecture share it.
 
 Source: PyTorch's AOTInductor (`torch/_inductor/__init__.py`).
 """
@@ -14,13 +15,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import platform
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
+from functools import lru_cache
+from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -40,16 +43,8 @@ from space_cli.errors import RunFailed
 MOST_SLOTS = 128
 """Q of the largest block that a program takes."""
 _ATTENTION = "space_compiled"
-_KERNELS = [Path(__file__).parent / "kernels" / name for name in ("attend.cpp", "linear.cpp")]
-_KERNEL_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_int64
-_KERNEL_ARGUMENTS = [
-    *[_ADDRESS, _SIZE, _SIZE] * 3,
-    *[_ADDRESS] * 3,
-    ctypes.POINTER(ctypes.c_int32),
-    *[_SIZE] * 7,
-    ctypes.c_float,
-]
+_KERNELS = Path(__file__).parent / "kernels"
+_KERNEL_TYPES = (torch.float32, torch.bfloat16)
 _LANES = 16
 # inputs that stand together in a tile of weights
 _DEPTH = {torch.float32: 1, torch.bfloat16: 2}
@@ -57,25 +52,40 @@ _loaded: dict[str, ctypes.CDLL] = {}
 # what attention layers ask of their kernel beyond the plain product of softmaxes
 _FOREIGN_ARGUMENTS = ("position_bias", "s_aux", "softcap", "head_mask")
 _INDUCTOR_CONFIGS = {
-    "freezing": True,
     # a loop over a few rows is done before a second thread has woken up
     "cpp.min_chunk_size": 16384,
+    "aot_inductor.package_constants_in_so": False,
 }
+_STATES, _TOGETHER = "space_states", "space_together"
 
 
 class Program:
     """A compiled model, loaded.
 
     Args:
-        package: what `compile_program` wrote.
-        kernel: what `build_kernels` wrote.
-        dtype: of the model.
+        package: what `compile_program` wrote for a model of this architecture.
+        kernels: what `build_kernels` wrote.
+        model: whose weights it computes with.
     """
 
-    def __init__(self, package: Path, kernel: Path, dtype: torch.dtype) -> None:
-        self._kernel = load_kernel(kernel, dtype)
+    def __init__(self, package: Path, kernels: Path, model: PreTrainedModel) -> None:
+        self._kernels = load_kernels(kernels)
         # `torch._inductor.aoti_load_package` wraps this in a second of imports and a walk over each call's arguments
         self._package = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+        told = self._package.get_metadata()
+        self._states: list[list[int]] = json.loads(told[_STATES])
+        self._dtype = model.dtype
+        with torch.no_grad(), _packed_linears(model, json.loads(told[_TOGETHER])):
+            step = _Step(model)
+            tensors = {
+                name: tensor.detach()
+                for name, tensor in chain(
+                    step.named_parameters(remove_duplicate=False), step.named_buffers(remove_duplicate=False)
+                )
+            }
+        # held here: the package takes them where they lie, and kernels want them where vectors do not straddle lines
+        self._weights = {name: tensors[name] for name in self._package.get_constant_fqns()}
+        self._package.load_constants(self._weights, False, True, True)
 
     def run(self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Run a block behind what a cache holds; return (Q, V) logits. The cache then holds all slots.
@@ -86,46 +96,45 @@ class Program:
             position_ids: (1, Q) int64.
             cache: with room for the block.
         """
-        call = _Call(self._kernel, block, cache)
-        _Call.current = call
-        try:
-            # the program reads its mask's shape alone
-            mask = torch.empty(1, 1, 1, 1).expand(1, 1, block.num_slots, block.num_slots)
-            logits: torch.Tensor = self._package.boxed_run([input_ids, position_ids, mask])[0]
-        finally:
-            _Call.current = None
-        for layer in cache.layers:
+        layers = [cache.layer(index) for index in range(len(self._states))]
+        for layer, (heads, width, value_width) in zip(layers, self._states, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(
+                    torch.empty(1, heads, 0, width, dtype=self._dtype),
+                    torch.empty(1, heads, 0, value_width, dtype=self._dtype),
+                )
+            layer.make_room(layer.length + block.num_slots)
+        addresses = ctypes.c_void_p * len(layers)
+        call = _Call(
+            addresses(*[layer.keys.data_ptr() for layer in layers]),
+            addresses(*[layer.values.data_ptr() for layer in layers]),
+            (ctypes.c_int32 * block.num_slots)(*block.parents),
+            layers[0].length,
+            layers[0].keys.shape[2],
+        )
+        self._kernels.space_begin(ctypes.byref(call))
+        logits: torch.Tensor = self._package.boxed_run([input_ids, position_ids, _mask_like(block.num_slots)])[0]
+        for layer in layers:
             layer.length += block.num_slots
         return logits
 
 
-class _Call:
-    """What `space::attend` must know of the running call beyond its arguments."""
+class _Call(ctypes.Structure):
+    """What `space::cached_attention` must know of the running call beyond its arguments; as in `kernels/kernels.h`."""
 
-    current: _Call | None = None
+    _fields_ = (
+        ("keys", ctypes.POINTER(ctypes.c_void_p)),
+        ("values", ctypes.POINTER(ctypes.c_void_p)),
+        ("parents", ctypes.POINTER(ctypes.c_int32)),
+        ("length", ctypes.c_int64),
+        ("capacity", ctypes.c_int64),
+    )
 
-    def __init__(self, kernel: Any, block: Block, cache: KVCache) -> None:
-        self._kernel, self._cache = kernel, cache
-        self._parents = (ctypes.c_int32 * block.num_slots)(*block.parents)
 
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, index: int, scaling: float
-    ) -> torch.Tensor:
-        layer = self._cache.layer(index)
-        if not layer.is_initialized:
-            layer.lazy_initialization(key, value)
-        layer.make_room(layer.length + key.shape[2])
-        query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
-        _, heads, rows, width = query.shape
-        value_width = value.shape[3]
-        output = query.new_empty(1, rows, heads, value_width)
-        self._kernel(
-            *(query.data_ptr(), *query.stride()[1:3], key.data_ptr(), *key.stride()[1:3]),
-            *(value.data_ptr(), *value.stride()[1:3], layer.keys.data_ptr(), layer.values.data_ptr()),
-            *(output.data_ptr(), self._parents, rows, heads, key.shape[1], width, value_width),
-            *(layer.length, layer.keys.shape[2], scaling),
-        )
-        return output
+@lru_cache
+def _mask_like(slots: int) -> torch.Tensor:
+    """Return a mask of some shape; a program reads nothing else of it."""
+    return torch.empty(1, 1, 1, 1).expand(1, 1, slots, slots)
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -144,8 +153,9 @@ def why_not(model: PreTrainedModel) -> str | None:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Return a hash of everything that a compiled program depends on: weights, config, versions and machine."""
-    told = (model.config.to_json_string(), _toolchain(), _INDUCTOR_CONFIGS, weights_digest(model))
+    """Return a hash of everything that a compiled program depends on: architecture, versions and machine."""
+    tensors = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in _tensors(model)]
+    told = (model.config.to_json_string(), _toolchain(), _INDUCTOR_CONFIGS, tensors)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
 
@@ -153,10 +163,14 @@ def weights_digest(model: PreTrainedModel) -> str:
     """Return a hash of the weights as they are in memory."""
     digest = hashlib.sha256()
     # not state_dict: asked for it, bitsandbytes unpacks its 4-bit weights, and computes with other kernels from then on
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+    for name, tensor in _tensors(model):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
 
 
 def machine() -> tuple[str, ...]:
@@ -166,7 +180,7 @@ def machine() -> tuple[str, ...]:
 
 
 def compile_program(model: PreTrainedModel, package: Path) -> None:
-    """Compile a model for blocks of 1 to `MOST_SLOTS` slots; takes from 10 seconds up, and as much disk as its weights.
+    """Compile a model for blocks of 1 to `MOST_SLOTS` slots; takes from 10 seconds up.
 
     Raises:
         RunFailed: it cannot be exported, or there is no C++ compiler.
@@ -181,20 +195,25 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_packed_linears(model))
             stack.enter_context(warnings.catch_warnings(action="ignore"))  # torch warns of its own parts
+            together = _with_one_input(model, own)
+            stack.enter_context(_packed_linears(model, together))
             # one slot is a size like any other
             stack.enter_context(symbolic_shapes.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
             exported = torch.export.export(
                 _Step(model), example, dynamic_shapes=({1: size}, {1: size}, {2: size, 3: size}), strict=False
             )
-            # what the compiler leaves behind has the weights in it
             scratch = stack.enter_context(TemporaryDirectory(dir=package.parent))
             stack.enter_context(fresh_cache(dir=scratch))
+            told = {_STATES: json.dumps(_states_of(exported)), _TOGETHER: json.dumps(together)}
             unfinished = torch._inductor.aoti_compile_and_package(
                 exported,
                 package_path=str(Path(scratch, "program.pt2")),
-                inductor_configs=dict(_INDUCTOR_CONFIGS),
+                inductor_configs={
+                    **_INDUCTOR_CONFIGS,
+                    "aot_inductor.custom_ops_to_c_shims": _SHIMS,
+                    "aot_inductor.metadata": told,
+                },
             )
             Path(unfinished).replace(package)
     except Exception as error:  # whatever in a foreign model defeats a compiler, the eager engine runs it
@@ -202,6 +221,46 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
         raise RunFailed(f"the model could not be compiled: {type(error).__name__}: {first}") from error
     finally:
         config._attn_implementation = own
+
+
+def _states_of(exported: torch.export.ExportedProgram) -> list[list[int]]:
+    """Return by layer how many heads its keys have, their width, and that of its values."""
+    states = {}
+    for node in exported.graph.nodes:
+        if node.target is torch.ops.space.cached_attention.default:
+            _, key, value, layer, _ = node.args
+            key, value = key.meta["val"], value.meta["val"]
+            states[layer] = [int(key.shape[1]), int(key.shape[3]), int(value.shape[3])]
+    return [states[layer] for layer in range(len(states))]
+
+
+def _with_one_input(model: PreTrainedModel, attention: str) -> list[list[str]]:
+    """Return names of the linear layers that fill tiles, those together that are called on the same tensor."""
+    names = {module: name for name, module in model.named_modules() if _fills_tiles(module)}
+    calls: list[tuple[str, torch.Tensor]] = []
+    with ExitStack() as stack:
+        for module in names:
+
+            def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                calls.append((names[module], inputs[0]))
+
+            stack.callback(module.register_forward_pre_hook(note).remove)
+        own, model.config._attn_implementation = model.config._attn_implementation, attention
+        try:
+            model(input_ids=torch.ones(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
+        finally:
+            model.config._attn_implementation = own
+    together: list[list[str]] = []
+    before = None
+    for name, states in calls:
+        if states is before:
+            together[-1].append(name)
+        else:
+            together.append([name])
+        before = states
+    often = [name for names in together for name in names]
+    assert len(often) == len(set(often)), "a layer is called twice"
+    return together
 
 
 def build_kernels(folder: Path) -> Path:
@@ -216,8 +275,8 @@ def build_kernels(folder: Path) -> Path:
     unfinished = library.with_suffix(f".{os.getpid()}")
     torch_folder = Path(torch.__file__).parent
     command = [os.environ.get("CXX", "c++"), "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC"]
-    command += ["-shared", "-std=c++20", f"-I{torch_folder / 'include'}", "-o", str(unfinished), *map(str, _KERNELS)]
-    command += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    command += ["-shared", "-std=c++20", f"-I{torch_folder / 'include'}", "-o", str(unfinished)]
+    command += [*map(str, sorted(_KERNELS.glob("*.cpp"))), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -227,32 +286,57 @@ def build_kernels(folder: Path) -> Path:
     return library
 
 
-def load_kernel(library: Path, dtype: torch.dtype) -> Any:
-    """Return the attention kernel for states of a dtype, as a C function; the library registers the linear one."""
-    # an operator can be registered once in a process, and all libraries of one version are alike
+def load_kernels(library: Path) -> ctypes.CDLL:
+    """Return the library of our kernels; programs loaded later find them in it."""
+    # programs find what was loaded first, and all libraries of one version are alike
     if "kernels" not in _loaded:
-        _loaded["kernels"] = ctypes.CDLL(str(library))
-    kernel = getattr(_loaded["kernels"], f"space_attend_{_KERNEL_TYPES[dtype]}")
-    kernel.argtypes, kernel.restype = _KERNEL_ARGUMENTS, None
-    return kernel
+        _loaded["kernels"] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return _loaded["kernels"]
+
+
+class _PackedLinears(nn.Module):
+    """Linear layers over one input, with their weights in the tiles of `kernels/linear.cpp`."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        depth = _DEPTH[linears[0].weight.dtype]
+        self.register_buffer("packed", torch.cat([_tiles(linear.weight.detach(), depth) for linear in linears]))
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        self.register_buffer("bias", torch.cat([bias.detach() for bias in biases]) if biases else None)
+        self._ends = [0]
+        for linear in linears:
+            self._ends.append(self._ends[-1] + linear.out_features)
+        self._done: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+
+    def output(self, states: torch.Tensor, index: int) -> torch.Tensor:
+        """Return the (..., outputs) of one of the layers; all are computed when the first is asked for."""
+        if self._done is None or self._done[0] is not states:
+            found = torch.ops.space.packed_linear(states.contiguous(), self.packed, self.bias, self._ends[-1])
+            self._done = (states, [found[..., start:end] for start, end in pairwise(self._ends)])
+        output = self._done[1][index]
+        if index == len(self._ends) - 2:
+            self._done = None
+        return output
 
 
 class _PackedLinear(nn.Module):
-    """A linear layer with its weights in the tiles of `kernels/linear.cpp`."""
+    """Stands in the place of one of them."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linears: _PackedLinears, index: int) -> None:
         super().__init__()
-        self.outputs = linear.out_features
-        depth = _DEPTH[linear.weight.dtype]
-        tiles = linear.weight.detach().view(-1, _LANES, linear.in_features // depth, depth)
-        self.register_buffer("packed", tiles.transpose(1, 2).contiguous())
-        bias: torch.Tensor | None = linear.bias
-        self.register_buffer("bias", bias)
+        if index == 0:
+            self.linears = linears
+        # not registered twice
+        self._linears, self._index = [linears], index
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # as nn.Linear names it
         """Return (..., outputs)."""
-        output: torch.Tensor = torch.ops.space.linear(input, self.packed, self.bias, self.outputs)
-        return output
+        return self._linears[0].output(input, self._index)
+
+
+def _tiles(weight: torch.Tensor, depth: int) -> torch.Tensor:
+    """Return (outputs / 16, width / depth, 16, depth) of (outputs, width) weights."""
+    return weight.view(-1, _LANES, weight.shape[1] // depth, depth).transpose(1, 2).contiguous()
 
 
 def _fills_tiles(module: nn.Module) -> bool:
@@ -264,27 +348,24 @@ def _fills_tiles(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _packed_linears(model: nn.Module) -> Iterator[None]:
+def _packed_linears(model: nn.Module, together: Sequence[Sequence[str]]) -> Iterator[None]:
     """Put packed layers in place of a model's linear ones for a while."""
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if _fills_tiles(child)
-    ]
-    for parent, name, child in found:
-        setattr(parent, name, _PackedLinear(cast(nn.Linear, child)))
+    own = {name: cast(nn.Linear, model.get_submodule(name)) for name in chain(*together)}
+    for names in together:
+        linears = _PackedLinears([own[name] for name in names])
+        for index, name in enumerate(names):
+            model.set_submodule(name, _PackedLinear(linears, index))
     try:
         yield
     finally:
-        for parent, name, child in found:
-            setattr(parent, name, child)
+        for name, linear in own.items():
+            model.set_submodule(name, linear)
 
 
 def _toolchain() -> str:
     """Return a hash of versions, machine and kernel sources."""
     digest = hashlib.sha256(repr(machine()).encode())
-    for source in sorted(_KERNELS[0].parent.glob("*.[ch]*")):
+    for source in sorted(_KERNELS.glob("*.[ch]*")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
@@ -328,28 +409,33 @@ def _attention(
     if query.shape[3] % _LANES or value.shape[3] % _LANES:
         raise NotImplementedError(f"the width of its heads is no multiple of {_LANES}")
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    return torch.ops.space.attend(query, key, value, module.layer_idx, scaling), None
+    query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
+    return torch.ops.space.cached_attention(query, key, value, module.layer_idx, scaling), None
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int, scaling: float) -> torch.Tensor:
-    """Run `space::attend` for the call that is under way."""
-    assert _Call.current is not None
-    return _Call.current.attend(query, key, value, layer, scaling)
-
-
-def _attend_shape(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: float) -> torch.Tensor:
+def _attention_shape(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: float) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
-def _linear_shape(input: torch.Tensor, _: torch.Tensor, __: torch.Tensor | None, outputs: int) -> torch.Tensor:  # noqa: A002
-    return input.new_empty(*input.shape[:-1], outputs)
+def _linear_shape(states: torch.Tensor, _: torch.Tensor, __: torch.Tensor | None, outputs: int) -> torch.Tensor:
+    return states.new_empty(*states.shape[:-1], outputs)
 
 
+# programs call `kernels/shims.cpp` straight; there is nothing to dispatch to
 _OPERATORS = torch.library.Library("space", "DEF")  # it lives as long as this name
-_OPERATORS.define("attend(Tensor query, Tensor key, Tensor value, int layer, float scaling) -> Tensor")
-_OPERATORS.define("linear(Tensor input, Tensor packed, Tensor? bias, int outputs) -> Tensor")
-_OPERATORS.impl("attend", _attend, "CPU")
-torch.library.register_fake("space::attend", _attend_shape, lib=_OPERATORS)
-torch.library.register_fake("space::linear", _linear_shape, lib=_OPERATORS)
+_OPERATORS.define("cached_attention(Tensor query, Tensor key, Tensor value, int layer, float scaling) -> Tensor")
+_OPERATORS.define("packed_linear(Tensor input, Tensor packed, Tensor? bias, int outputs) -> Tensor")
+torch.library.register_fake("space::cached_attention", _attention_shape, lib=_OPERATORS)
+torch.library.register_fake("space::packed_linear", _linear_shape, lib=_OPERATORS)
+_SHIMS = {
+    torch.ops.space.cached_attention.default: [
+        "AOTITorchError aoti_torch_cpu_cached_attention(AtenTensorHandle query, AtenTensorHandle key, "
+        "AtenTensorHandle value, int64_t layer, double scaling, AtenTensorHandle* made)"
+    ],
+    torch.ops.space.packed_linear.default: [
+        "AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle input, AtenTensorHandle packed, "
+        "AtenTensorHandle* bias, int64_t outputs, AtenTensorHandle* made)"
+    ],
+}
 AttentionInterface.register(_ATTENTION, _attention)
 AttentionMaskInterface.register(_ATTENTION, sdpa_mask)

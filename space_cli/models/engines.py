@@ -147,7 +147,7 @@ def _checked(loaded: LoadedModel, package: Path) -> Program:
     """
     model = loaded.model
     try:
-        program = Program(package, build_kernels(package.parent), model.dtype)
+        program = Program(package, build_kernels(package.parent), model)
         prefix, tokens = [1, 2, 3], [2, 3, 1, 2]
         logits = []
         for run_by in (None, program):

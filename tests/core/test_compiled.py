@@ -1,3 +1,4 @@
+import ctypes
 import shutil
 from types import SimpleNamespace
 
@@ -12,7 +13,6 @@ from tiny import MASK_IDS, lively
 
 from space_cli.core import compiled
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.cache import Extent, PreallocatedLayer
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafts
@@ -28,12 +28,17 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory):
-    return compiled.build_kernels(tmp_path_factory.mktemp("kernel"))
+def library(tmp_path_factory):
+    return compiled.build_kernels(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="module")
+def kernels(library):
+    return compiled.load_kernels(library)
 
 
 @pytest.fixture(scope="module", params=DTYPES, ids=["float32", "bfloat16"])
-def pair(request, kernel):
+def pair(request, library):
     """A model and its program."""
     torch.manual_seed(0)
     config = tf.LlamaConfig(
@@ -49,9 +54,9 @@ def pair(request, kernel):
         pad_token_id=0,
     )
     model = lively(tf.LlamaForCausalLM(config), 0.15).to(request.param)
-    package = kernel.parent / f"{compiled.fingerprint(model)}.pt2"
+    package = library.parent / f"{compiled.fingerprint(model)}.pt2"
     compiled.compile_program(model, package)
-    return model, compiled.Program(package, kernel, model.dtype)
+    return model, compiled.Program(package, library, model)
 
 
 def generate(model, program, *, prompt=PROMPT, drafts=None, sampling=None, tokens=40):
@@ -82,21 +87,36 @@ def attention_calls(draw):
     )
 
 
-def attend(kernel, dtype, block, query, key, value, held, capacity):
-    """Call the kernel behind the (keys, values) held; return (Q, H, D)."""
-    length = held[0].shape[2]
-    layer = PreallocatedLayer(Extent(capacity))
-    layer.lazy_initialization(key, value)
-    layer.keys[:, :, :length], layer.values[:, :, :length] = held
-    layer.length = length
-    call = compiled._Call(compiled.load_kernel(kernel, dtype), block, SimpleNamespace(layer=lambda _: layer))
-    return call.attend(query, key, value, 0, key.shape[3] ** -0.5)[0], layer
+def address(tensor):
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def sizes(*values):
+    return [ctypes.c_int64(value) for value in values]
+
+
+def attend(kernels, block, query, key, value, held, capacity):
+    """Call the kernel behind the (keys, values) held; return (Q, H, D) and the buffers."""
+    _, heads, rows, width = query.shape
+    (length, value_width), key_heads = held[1].shape[2:], key.shape[1]
+    keys, values = (states.new_zeros(key_heads, capacity, states.shape[3]) for states in (key, value))
+    keys[:, :length], values[:, :length] = held[0][0], held[1][0]
+    output = query.new_empty(rows, heads, value_width)
+    call = kernels.space_attend_bfloat16 if query.dtype == torch.bfloat16 else kernels.space_attend_float32
+    states = [argument for each in (query, key, value) for argument in (address(each), *sizes(*each.stride()[1:3]))]
+    call(
+        *(*states, address(keys), address(values), address(output)),
+        (ctypes.c_int32 * rows)(*block.parents),
+        *sizes(rows, heads, key_heads, width, value_width, length, capacity),
+        ctypes.c_float(width**-0.5),
+    )
+    return output, keys, values
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=60)
 @given(call=attention_calls())
-def test_the_kernel_attends_as_torch_does_and_appends_to_the_cache(kernel, dtype, call):
+def test_the_kernel_attends_as_torch_does_and_appends_to_the_cache(kernels, dtype, call):
     generator = torch.Generator().manual_seed(call.seed)
 
     def states(heads, rows, width):
@@ -109,7 +129,7 @@ def test_the_kernel_attends_as_torch_does_and_appends_to_the_cache(kernel, dtype
     held = states(call.key_heads, call.length, call.width), states(call.key_heads, call.length, call.value_width)
 
     capacity = call.length + rows + call.spare
-    found, layer = attend(kernel, dtype, call.block, query, key, value, held, capacity)
+    found, own_keys, own_values = attend(kernels, call.block, query, key, value, held, capacity)
 
     keys, values = (torch.cat(pair, dim=2) for pair in zip(held, (key, value), strict=True))
     expected = torch.nn.functional.scaled_dot_product_attention(
@@ -120,14 +140,14 @@ def test_the_kernel_attends_as_torch_does_and_appends_to_the_cache(kernel, dtype
         enable_gqa=True,
     )[0].transpose(0, 1)
     assert torch.allclose(found.double(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2)
-    assert torch.equal(layer.keys[:, :, : call.length + rows], keys)
-    assert torch.equal(layer.values[:, :, : call.length + rows], values)
+    assert torch.equal(own_keys[:, : call.length + rows], keys[0])
+    assert torch.equal(own_values[:, : call.length + rows], values[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @settings(max_examples=60)
 @given(call=attention_calls(), slot=st.integers(0, 40))
-def test_a_row_has_the_same_bits_alone_and_in_a_block(kernel, dtype, call, slot):
+def test_a_row_has_the_same_bits_alone_and_in_a_block(kernels, dtype, call, slot):
     generator = torch.Generator().manual_seed(call.seed)
 
     def states(heads, rows, width):
@@ -138,12 +158,12 @@ def test_a_row_has_the_same_bits_alone_and_in_a_block(kernel, dtype, call, slot)
     query, key = states(call.heads, block.num_slots, call.width), states(call.key_heads, block.num_slots, call.width)
     value = states(call.key_heads, block.num_slots, call.value_width)
     held = states(call.key_heads, length, call.width), states(call.key_heads, length, call.value_width)
-    in_block, _ = attend(kernel, dtype, block, query, key, value, held, length + block.num_slots)
+    in_block, *_ = attend(kernels, block, query, key, value, held, length + block.num_slots)
 
     seen = torch.from_numpy(block.visibility[slot]).nonzero()[:-1, 0]
     before = tuple(torch.cat([pair[0], pair[1][:, :, seen]], dim=2) for pair in zip(held, (key, value), strict=True))
     own = slice(slot, slot + 1)
-    alone, _ = attend(kernel, dtype, AR_BLOCK, query[:, :, own], key[:, :, own], value[:, :, own], before, length + 64)
+    alone, *_ = attend(kernels, AR_BLOCK, query[:, :, own], key[:, :, own], value[:, :, own], before, length + 64)
 
     assert torch.equal(alone[0], in_block[slot])
 
@@ -159,22 +179,26 @@ def test_a_row_has_the_same_bits_alone_and_in_a_block(kernel, dtype, call, slot)
     seed=st.integers(0, 999),
 )
 def test_packed_weights_multiply_as_torch_does_and_each_row_as_if_alone(
-    kernel, dtype, rows, width, tiles, row, has_bias, seed
+    kernels, dtype, rows, width, tiles, row, has_bias, seed
 ):
-    compiled.load_kernel(kernel, dtype)
     torch.manual_seed(seed)
-    linear = torch.nn.Linear(2 * width, 16 * tiles, bias=has_bias).to(dtype)
-    packed, states = compiled._PackedLinear(linear), torch.randn(1, rows, 2 * width).to(dtype)
+    # two layers over one input
+    linears = [torch.nn.Linear(2 * width, 16 * count, bias=has_bias).to(dtype) for count in (tiles, 3)]
+    packed, outputs = compiled._PackedLinears(linears), 16 * (tiles + 3)
+    call = kernels.space_linear_bfloat16 if dtype == torch.bfloat16 else kernels.space_linear_float32
 
-    with torch.inference_mode():
-        found = packed(states)
-        alone = packed(states[:, row % rows : row % rows + 1])
+    def multiply(states):
+        output = states.new_empty(len(states), outputs)
+        bias = None if packed.bias is None else address(packed.bias)
+        call(address(states), address(packed.packed), bias, address(output), *sizes(len(states), 2 * width, outputs))
+        return output
 
-    bias = None if linear.bias is None else linear.bias.double()
-    expected = torch.nn.functional.linear(states.double(), linear.weight.double(), bias)
-    assert found.shape == (1, rows, 16 * tiles)
+    states = torch.randn(rows, 2 * width).to(dtype)
+    found, alone = multiply(states), multiply(states[row % rows][None].clone())
+
+    expected = torch.cat([linear.double()(states.double()) for linear in linears], dim=1)
     assert torch.allclose(found.double(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2)
-    assert torch.equal(alone[:, 0], found[:, row % rows])
+    assert torch.equal(alone[0], found[row % rows])
 
 
 @settings(max_examples=12)
@@ -265,17 +289,27 @@ def test_heads_that_the_kernel_cannot_take_are_refused_while_compiling(tmp_path)
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_other_weights_have_another_fingerprint():
-    config = tf.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = tf.LlamaForCausalLM(config)
-    before = compiled.fingerprint(model)
-    assert compiled.fingerprint(model) == before
+def test_a_program_serves_all_models_of_its_architecture(pair, library):
+    model, program = pair
+    other = lively(tf.LlamaForCausalLM(model.config), 0.2).to(model.dtype)
+    assert compiled.fingerprint(other) == compiled.fingerprint(model)
+    assert compiled.weights_digest(other) != compiled.weights_digest(model)
+    own = generate(model, program)
 
-    model.lm_head.weight.data[3, 5] += 1
+    of_other = compiled.Program(library.parent / f"{compiled.fingerprint(model)}.pt2", library, other)
 
-    assert compiled.fingerprint(model) != before
+    drafts = ChainDrafts(Block.chain(3, 2))
+    assert generate(other, of_other) == generate(other, of_other, drafts=drafts) != own
+    assert generate(model, program) == own
+    if model.dtype == torch.float32:
+        assert generate(other, of_other) == hf_greedy(other, PROMPT, 40)
+
+
+def test_another_architecture_has_another_fingerprint():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    models = [tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, intermediate_size=size)) for size in (32, 48, 32)]
+    models[2].bfloat16()
+    assert len({compiled.fingerprint(model) for model in models}) == 3
 
 
 def test_without_a_compiler_the_kernel_says_so(tmp_path, monkeypatch):

@@ -3,16 +3,19 @@
 // A row's result is a function of its query and of the keys it sees, in their order, and of nothing else: neither the
 // number of rows in the call nor the length of the buffer changes a bit. A token evaluated alone and the same token
 // evaluated in a block therefore get the same bits, in any dtype. Only the part of the cache in use is read.
-//
-// Plain C interface, loaded with ctypes: no torch headers, one second to compile.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
+#include "kernels.h"
 #include "lanes.h"
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -29,7 +32,12 @@ Floats load(const float* from) {
 Floats load(const Bfloat16* from) {
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
+#ifdef __AVX512F__
+    // compilers make four instructions of the conversion
+    Words words = (Words)_mm512_cvtepu16_epi32((__m256i)halves) << 16;
+#else
     Words words = __builtin_convertvector(halves, Words) << 16;
+#endif
     Floats values;
     std::memcpy(&values, &words, sizeof values);
     return values;
@@ -39,22 +47,56 @@ void store(float* to, Floats values) { store_float32(to, values); }
 
 void store(Bfloat16* to, Floats values) { store_bfloat16(to, values); }
 
+// lanes of two vectors, those of the second from 16 up
 #if defined(__clang__)
-#define SPACE_ROTATED(values, by)                                                                                    \
-    __builtin_shufflevector(values, values, (by), (by) + 1, (by) + 2, (by) + 3, (by) + 4, (by) + 5, (by) + 6, (by) + 7, \
-                            (by) + 8, (by) + 9, (by) + 10, (by) + 11, (by) + 12, (by) + 13, (by) + 14, (by) + 15)
+#define SPACE_MIXED(one, other, ...) __builtin_shufflevector(one, other, __VA_ARGS__)
 #else
-constexpr Ints kFirst = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#define SPACE_ROTATED(values, by) __builtin_shuffle(values, (kFirst + (by)) & (kLanes - 1))
+#define SPACE_MIXED(one, other, ...) __builtin_shuffle(one, other, Ints{__VA_ARGS__})
 #endif
 
-float sum(Floats values) {
-    values += SPACE_ROTATED(values, 8);
-    values += SPACE_ROTATED(values, 4);
-    values += SPACE_ROTATED(values, 2);
-    values += SPACE_ROTATED(values, 1);
-    return values[0];
+// the sums of 16 vectors' lanes; always by halves (lanes 8 apart, then 4, 2, 1), whichever of the vectors it is
+inline __attribute__((always_inline)) Floats sums(Floats* of) {
+#pragma GCC unroll 8
+    for (int at = 0; at < 8; ++at)
+        of[at] = SPACE_MIXED(of[at], of[at + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                 SPACE_MIXED(of[at], of[at + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+#pragma GCC unroll 4
+    for (int at = 0; at < 4; ++at)
+        of[at] = SPACE_MIXED(of[at], of[at + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+                 SPACE_MIXED(of[at], of[at + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 2
+    for (int at = 0; at < 2; ++at)
+        of[at] = SPACE_MIXED(of[at], of[at + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                 SPACE_MIXED(of[at], of[at + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return SPACE_MIXED(of[0], of[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           SPACE_MIXED(of[0], of[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
+
+float sum(Floats values) {
+    float total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += values[lane];
+    return total;
+}
+
+// total + the products of `kLanes` entries, lane by lane
+template <typename T>
+Floats product(Floats total, const T* one, const T* other) {
+    return total + load(one) * load(other);
+}
+
+// of 2 * kLanes entries, where the processor multiplies pairs
+template <typename T>
+Floats product_of_pairs(Floats total, const T* one, const T* other) {
+    return product(product(total, one, other), one + kLanes, other + kLanes);
+}
+
+#ifdef __AVX512BF16__
+template <>
+Floats product_of_pairs(Floats total, const Bfloat16* one, const Bfloat16* other) {
+    return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(one),
+                                    (__m512bh)_mm512_loadu_si512(other));
+}
+#endif
 
 // e^x for x <= 0, within 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2
 Floats exponential(Floats x) {
@@ -81,118 +123,217 @@ struct States {
     const T* at(int64_t head, int64_t row) const { return data + head * head_stride + row * row_stride; }
 };
 
-// some queries of one key head, worked on together so that a key is read once for all of them
-template <int kQueries>
-struct Queries {
-    std::vector<float> queries[kQueries];
-    std::vector<float> weights[kQueries];
-    std::vector<int64_t> tails[kQueries];  // slots of the block that a query sees, in order
+struct Sizes {
+    int64_t rows, heads, key_heads, width, value_width, length, capacity;
+    float scale;
+};
 
-    // scores[at] of these queries for one key
-    template <typename T>
-    void score(const T* key, int first, int last, int64_t at, int64_t width, float scale) {
-        Floats totals[kQueries] = {};
-        for (int64_t lane = 0; lane < width; lane += kLanes) {
-            Floats part = load(key + lane);
-            for (int query = first; query < last; ++query) totals[query] += load(&queries[query][lane]) * part;
-        }
-        for (int query = first; query < last; ++query) weights[query][at] = sum(totals[query]) * scale;
+#ifdef __AVX512BF16__
+constexpr bool kMultipliesPairs = true;
+#else
+constexpr bool kMultipliesPairs = false;
+#endif
+
+// Some queries of one key head, worked on together so that keys and values are read once for all of them.
+//
+// The keys that a query sees are numbered in their order: those of the prefix, then its own ancestors in the block.
+template <int kQueries, typename T>
+struct Queries {
+    const T* queries[kQueries];
+    std::vector<float> weights[kQueries];   // by key: scores, then shares
+    std::vector<Bfloat16> halves[kQueries];  // the shares again, where pairs are multiplied
+    std::vector<int32_t> tails[kQueries];   // slots of the block that a query sees
+    int64_t length;
+
+    int64_t count(int query) const { return length + int64_t(tails[query].size()); }
+
+    // whether all queries see the same slot as their key `at`
+    bool all_see(int64_t at) const {
+        for (int query = 0; query < kQueries; ++query)
+            if (at >= count(query) || tails[query][at - length] != tails[0][at - length]) return false;
+        return true;
     }
 
-    // turn the first `count` scores of a query into weights; return one over their sum
-    float normalise(int query, int64_t count) {
+    // row of the cache in which key `at` of a query lies
+    int64_t place(int query, int64_t at) const { return at < length ? at : length + tails[query][at - length]; }
+
+    // scores of queries `first` to `last` for kLanes keys, from `at` on, that lie in a row
+    template <int kWidth>
+    void score_tile(const T* keys, int first, int last, int64_t at, int64_t given_width, float scale) {
+        const int64_t width = kWidth ? kWidth : given_width;
+        for (int query = first; query < last; ++query) {
+            const T* own = queries[query];
+            Floats totals[kLanes];
+#pragma GCC unroll 16
+            for (int key = 0; key < kLanes; ++key) {
+                totals[key] = Floats{};
+                int64_t lane = 0;
+                for (; lane + 2 * kLanes <= width; lane += 2 * kLanes)
+                    totals[key] = product_of_pairs(totals[key], own + lane, keys + key * width + lane);
+                if (lane < width) totals[key] = product(totals[key], own + lane, keys + key * width + lane);
+            }
+            store(&weights[query][at], sums(totals) * scale);
+        }
+    }
+
+    // scores of queries `first` to `last` for the keys from `from` to `to`
+    template <int kWidth>
+    void score(const T* keys, int first, int last, int64_t from, int64_t to, const Sizes& sizes) {
+        const float scale = sizes.scale;
+        int64_t at = from;
+        for (; at < length && at + kLanes <= sizes.capacity; at += kLanes)
+            score_tile<kWidth>(keys + at * sizes.width, first, last, at, sizes.width, scale);
+        // what was read behind the prefix is no key of the query's
+        at = std::min(at, std::max(from, length));
+        thread_local std::vector<T> tile;
+        tile.resize(kLanes * sizes.width);
+        for (; at < to; at += kLanes) {
+            for (int key = 0; key < kLanes; ++key)
+                std::memcpy(&tile[key * sizes.width], keys + place(first, std::min(at + key, to - 1)) * sizes.width,
+                            sizes.width * sizeof(T));
+            score_tile<kWidth>(tile.data(), first, last, at, sizes.width, scale);
+        }
+    }
+
+    // turn the scores of a query into shares; return one over their sum
+    float normalise(int query) {
         std::vector<float>& scores = weights[query];
-        float most = -INFINITY;
-        for (int64_t key = 0; key < count; ++key) most = scores[key] > most ? scores[key] : most;
-        for (int64_t key = count; key % kLanes; ++key) scores[key] = -INFINITY;
-        Floats totals{};
-        for (int64_t key = 0; key < count; key += kLanes) {
+        const int64_t end = count(query);
+        for (int64_t key = end; key % kLanes; ++key) scores[key] = -INFINITY;
+        Floats most = load(&scores[0]);
+        for (int64_t key = kLanes; key < end; key += kLanes) {
             Floats part = load(&scores[key]);
-            Floats share = exponential(part - most);
+            most = part > most ? part : most;
+        }
+        float largest = most[0];
+        for (int lane = 1; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+        Floats totals{};
+        for (int64_t key = 0; key < end; key += kLanes) {
+            Floats part = load(&scores[key]);
+            Floats share = exponential(part - largest);
             share = part == -INFINITY ? Floats{} : share;
             totals += share;
             store(&scores[key], share);
+            if (kMultipliesPairs) store(&halves[query][key], share);
         }
         return 1.0f / sum(totals);
     }
 
-    // whether the same slot stands at `at` in all tails
-    bool all_see(size_t at) const {
-        for (int query = 0; query < kQueries; ++query)
-            if (at >= tails[query].size() || tails[query][at] != tails[0][at]) return false;
-        return true;
-    }
-
-    // place of the key that query `query` sees at `at`
-    int64_t place(int query, int64_t at, int64_t length) const {
-        return at < length ? at : length + tails[query][at - length];
-    }
-
     // the weighted sum of `kParts` vectors of the values, from lane `lane` on; all see the first `shared` keys
-    template <int kParts, typename T>
-    void mix(const T* values, int64_t length, int64_t shared, int64_t width, int64_t lane, const float* inverses,
-             T* const* outputs) {
+    template <int kParts>
+    void mix(const T* values, int64_t shared, int64_t width, int64_t lane, const float* inverses, T* const* outputs) {
         Floats mixed[kQueries][kParts] = {};
-        for (int64_t at = 0; at < shared; ++at)
+        const float* shares[kQueries];
+        for (int query = 0; query < kQueries; ++query) shares[query] = weights[query].data();
+        const auto add = [&](auto first, auto last, int64_t at, const T* from) __attribute__((always_inline)) {
+#pragma GCC unroll 4
             for (int part = 0; part < kParts; ++part) {
-                Floats value = load(values + place(0, at, length) * width + lane + part * kLanes);
-                for (int query = 0; query < kQueries; ++query) mixed[query][part] += value * weights[query][at];
+                const Floats value = load(from + part * kLanes);
+#pragma GCC unroll 4
+                for (int query = first; query < last; ++query) mixed[query][part] += value * shares[query][at];
             }
+        };
+        for (int64_t at = 0; at < shared; ++at) add(0, kQueries, at, values + place(0, at) * width + lane);
+#pragma GCC unroll 4
         for (int query = 0; query < kQueries; ++query)
-            for (int64_t at = shared; at < length + int64_t(tails[query].size()); ++at)
-                for (int part = 0; part < kParts; ++part) {
-                    Floats value = load(values + place(query, at, length) * width + lane + part * kLanes);
-                    mixed[query][part] += value * weights[query][at];
-                }
+            for (int64_t at = shared; at < count(query); ++at)
+                add(query, query + 1, at, values + place(query, at) * width + lane);
         for (int query = 0; query < kQueries; ++query)
             for (int part = 0; part < kParts; ++part)
                 store(outputs[query] + lane + part * kLanes, mixed[query][part] * inverses[query]);
     }
-};
 
-struct Sizes {
-    int64_t rows, heads, key_heads, width, value_width, length, capacity;
+#ifdef __AVX512BF16__
+    // the same of 4 vectors of bfloat16, two keys at a time; shares are rounded to bfloat16 as well
+    void mix_pairs(const T* values, int64_t shared, int64_t width, int64_t lane, const float* inverses,
+                   T* const* outputs) {
+        __m512 mixed[kQueries][4] = {};
+        const auto add = [&](int first, int last, int64_t at, const T* one, const T* other)
+                             __attribute__((always_inline)) {
+            __m512bh pairs[4];
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+                const __m512i of_one = _mm512_loadu_si512(one + half * 2 * kLanes);
+                const __m512i of_other = _mm512_loadu_si512(other + half * 2 * kLanes);
+                pairs[2 * half] = (__m512bh)_mm512_unpacklo_epi16(of_one, of_other);
+                pairs[2 * half + 1] = (__m512bh)_mm512_unpackhi_epi16(of_one, of_other);
+            }
+#pragma GCC unroll 4
+            for (int query = first; query < last; ++query) {
+                int share;
+                std::memcpy(&share, &halves[query][at], sizeof share);
+#pragma GCC unroll 4
+                for (int part = 0; part < 4; ++part)
+                    mixed[query][part] =
+                        _mm512_dpbf16_ps(mixed[query][part], pairs[part], (__m512bh)_mm512_set1_epi32(share));
+            }
+        };
+        const T* own = values + lane;
+        const int64_t before = std::min(shared, length) & ~1, together = shared & ~1;
+        for (int64_t at = 0; at < before; at += 2) add(0, kQueries, at, own + at * width, own + (at + 1) * width);
+        for (int64_t at = before; at < together; at += 2)
+            add(0, kQueries, at, own + place(0, at) * width, own + place(0, at + 1) * width);
+#pragma GCC unroll 4
+        for (int query = 0; query < kQueries; ++query)
+            for (int64_t at = together; at < count(query); at += 2)  // the share behind an odd last key is 0
+                add(query, query + 1, at, own + place(query, at) * width,
+                    own + place(query, std::min(at + 1, count(query) - 1)) * width);
+        for (int query = 0; query < kQueries; ++query)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+                const Floats low = (Floats)mixed[query][2 * half], high = (Floats)mixed[query][2 * half + 1];
+                T* to = outputs[query] + lane + half * 2 * kLanes;
+                store(to, SPACE_MIXED(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23) * inverses[query]);
+                store(to + kLanes, SPACE_MIXED(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31) *
+                                       inverses[query]);
+            }
+    }
+#endif
 };
 
 // attend with queries `first` to `first + kQueries` of a key head; query i is row i / per_group of head i % per_group
-template <int kQueries, typename T>
+template <int kQueries, int kWidth, typename T>
 void attend_some(States<T> query, const T* keys, const T* values, T* output, const int32_t* parents, const Sizes& sizes,
-                 int64_t key_head, int64_t first, float scale) {
-    thread_local Queries<kQueries> some;
-    const int64_t per_group = sizes.heads / sizes.key_heads, length = sizes.length;
+                 int64_t key_head, int64_t first) {
+    thread_local Queries<kQueries, T> some;
+    const int64_t per_group = sizes.heads / sizes.key_heads;
     T* outputs[kQueries];
     float inverses[kQueries];
+    some.length = sizes.length;
     for (int each = 0; each < kQueries; ++each) {
         const int64_t row = (first + each) / per_group, head = key_head * per_group + (first + each) % per_group;
         outputs[each] = output + (row * sizes.heads + head) * sizes.value_width;
-        some.queries[each].resize(sizes.width);
-        for (int64_t lane = 0; lane < sizes.width; lane += kLanes)
-            store(&some.queries[each][lane], load(query.at(head, row) + lane));
+        some.queries[each] = query.at(head, row);
         some.tails[each].clear();
         for (int32_t slot = row; slot >= 0; slot = parents[slot]) some.tails[each].push_back(slot);
         std::reverse(some.tails[each].begin(), some.tails[each].end());
-        some.weights[each].resize(length + sizes.rows + kLanes);
+        some.weights[each].resize(sizes.length + sizes.rows + 2 * kLanes);
+        if (kMultipliesPairs) some.halves[each].resize(sizes.length + sizes.rows + 2 * kLanes);
     }
-    int64_t shared = length;
-    while (some.all_see(shared - length)) ++shared;
-    for (int64_t at = 0; at < shared; ++at)
-        some.score(keys + some.place(0, at, length) * sizes.width, 0, kQueries, at, sizes.width, scale);
+    int64_t shared = sizes.length;
+    while (some.all_see(shared)) ++shared;
+    some.template score<kWidth>(keys, 0, kQueries, 0, shared, sizes);
     for (int each = 0; each < kQueries; ++each) {
-        const int64_t count = length + some.tails[each].size();
-        for (int64_t at = shared; at < count; ++at)
-            some.score(keys + some.place(each, at, length) * sizes.width, each, each + 1, at, sizes.width, scale);
-        inverses[each] = some.normalise(each, count);
+        some.template score<kWidth>(keys, each, each + 1, shared, some.count(each), sizes);
+        inverses[each] = some.normalise(each);
     }
     int64_t lane = 0;
-    for (; lane + 4 * kLanes <= sizes.value_width; lane += 4 * kLanes)
-        some.template mix<4>(values, length, shared, sizes.value_width, lane, inverses, outputs);
+    for (; lane + 4 * kLanes <= sizes.value_width; lane += 4 * kLanes) {
+#ifdef __AVX512BF16__
+        if constexpr (std::is_same_v<T, Bfloat16>) {
+            some.mix_pairs(values, shared, sizes.value_width, lane, inverses, outputs);
+            continue;
+        }
+#endif
+        some.template mix<4>(values, shared, sizes.value_width, lane, inverses, outputs);
+    }
     for (; lane < sizes.value_width; lane += kLanes)
-        some.template mix<1>(values, length, shared, sizes.value_width, lane, inverses, outputs);
+        some.template mix<1>(values, shared, sizes.value_width, lane, inverses, outputs);
 }
 
 template <typename T>
 void attend(States<T> query, States<T> key, States<T> value, T* keys, T* values, T* output, const int32_t* parents,
-            const Sizes& sizes, float scale) {
+            const Sizes& sizes) {
     const int64_t keys_of_head = sizes.capacity * sizes.width, values_of_head = sizes.capacity * sizes.value_width;
     for (int64_t head = 0; head < sizes.key_heads; ++head)
         for (int64_t row = 0; row < sizes.rows; ++row) {
@@ -202,35 +343,40 @@ void attend(States<T> query, States<T> key, States<T> value, T* keys, T* values,
                         sizes.value_width * sizeof(T));
         }
     constexpr int kTogether = 4;
-    const int64_t queries = sizes.rows * sizes.heads / sizes.key_heads, whole = queries / kTogether;
-    const int64_t calls = whole + queries % kTogether;
+    const int64_t queries = sizes.rows * sizes.heads / sizes.key_heads, calls = (queries + kTogether - 1) / kTogether;
     // waking a second thread costs some microseconds
     const bool pays = sizes.heads * sizes.rows * (sizes.length + sizes.rows) * (sizes.width + sizes.value_width) > 400000;
 #pragma omp parallel for collapse(2) schedule(static) if (pays)
     for (int64_t head = 0; head < sizes.key_heads; ++head)
         for (int64_t call = 0; call < calls; ++call) {
-            const T *own_keys = keys + head * keys_of_head, *own_values = values + head * values_of_head;
-            if (call < whole)
-                attend_some<kTogether>(query, own_keys, own_values, output, parents, sizes, head, call * kTogether, scale);
-            else
-                attend_some<1>(query, own_keys, own_values, output, parents, sizes, head,
-                               whole * kTogether + call - whole, scale);
+            int64_t first = call * kTogether;
+            const int64_t last = std::min(first + kTogether, queries);
+            const auto run = [&](auto count) {
+                constexpr int kQueries = decltype(count)::value;
+                const T *own_keys = keys + head * keys_of_head, *own_values = values + head * values_of_head;
+                // the usual widths, known to the compiler
+                const auto some = sizes.width == 64    ? attend_some<kQueries, 64, T>
+                                  : sizes.width == 128 ? attend_some<kQueries, 128, T>
+                                                       : attend_some<kQueries, 0, T>;
+                some(query, own_keys, own_values, output, parents, sizes, head, first);
+                first += kQueries;
+            };
+            if (last - first == kTogether) run(std::integral_constant<int, kTogether>());
+            if (last - first >= 2) run(std::integral_constant<int, 2>());
+            if (last - first >= 1) run(std::integral_constant<int, 1>());
         }
 }
 
 }  // namespace
 
-// query (heads, rows, width), key and value (key_heads, rows, ...), each with a stride per head and per row; keys and
-// values (key_heads, capacity, ...) contiguous; output (rows, heads, value_width) contiguous; parents (rows), -1 the root
-#define SPACE_ATTEND(NAME, TYPE)                                                                                        \
-    extern "C" void NAME(const TYPE* query, int64_t query_head, int64_t query_row, const TYPE* key, int64_t key_head,   \
-                         int64_t key_row, const TYPE* value, int64_t value_head, int64_t value_row, TYPE* keys,         \
-                         TYPE* values, TYPE* output, const int32_t* parents, int64_t rows, int64_t heads,               \
-                         int64_t key_heads, int64_t width, int64_t value_width, int64_t length, int64_t capacity,       \
-                         float scale) {                                                                                 \
-        attend<TYPE>({query, query_head, query_row}, {key, key_head, key_row}, {value, value_head, value_row}, keys,    \
-                     values, output, parents, {rows, heads, key_heads, width, value_width, length, capacity}, scale);   \
+#define SPACE_ATTEND_OF(NAME, TYPE)                                                                                   \
+    SPACE_ATTEND(NAME) {                                                                                              \
+        attend<TYPE>({static_cast<const TYPE*>(query), query_head, query_row},                                        \
+                     {static_cast<const TYPE*>(key), key_head, key_row},                                              \
+                     {static_cast<const TYPE*>(value), value_head, value_row}, static_cast<TYPE*>(keys),              \
+                     static_cast<TYPE*>(values), static_cast<TYPE*>(output), parents,                                 \
+                     {rows, heads, key_heads, width, value_width, length, capacity, scale});                          \
     }
 
-SPACE_ATTEND(space_attend_float32, float)
-SPACE_ATTEND(space_attend_bfloat16, Bfloat16)
+SPACE_ATTEND_OF(space_attend_float32, float)
+SPACE_ATTEND_OF(space_attend_bfloat16, Bfloat16)

@@ -4,24 +4,17 @@
 // and the same token evaluated in a block get the same bits, in any dtype. Weights lie in tiles of 16 outputs, so that a
 // step reads them once, in order, and is done when memory is.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <cstring>
-#include <optional>
 #include <type_traits>
-#include <vector>
 
+#include "kernels.h"
 #include "lanes.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int kTile = kLanes;
 
@@ -105,11 +98,8 @@ void multiply_rows(const typename Type::Value* input, const typename Type::Value
 }
 
 template <typename Type>
-void linear_of(const Tensor& input, const Tensor& packed, const typename Type::Value* bias, Tensor& output,
-               int64_t rows, int64_t width, int64_t outputs) {
-    const auto* from = static_cast<const typename Type::Value*>(input.data_ptr());
-    const auto* weights = static_cast<const typename Type::Value*>(packed.data_ptr());
-    auto* to = static_cast<typename Type::Value*>(output.data_ptr());
+void linear(const typename Type::Value* from, const typename Type::Value* weights, const typename Type::Value* bias,
+            typename Type::Value* to, int64_t rows, int64_t width, int64_t outputs) {
     constexpr int kTogether = 4;
     const int64_t tiles = outputs / kTile, groups = (tiles + kTogether - 1) / kTogether;
     // waking a second thread costs some microseconds
@@ -131,21 +121,14 @@ void linear_of(const Tensor& input, const Tensor& packed, const typename Type::V
     }
 }
 
-Tensor linear(const Tensor& given, const Tensor& packed, const std::optional<Tensor>& bias, int64_t outputs) {
-    const Tensor input = given.is_contiguous() ? given : torch::stable::contiguous(given);
-    const int64_t width = input.size(input.dim() - 1), rows = input.numel() / width;
-    std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
-    shape.back() = outputs;
-    Tensor output = torch::stable::new_empty(input, shape);
-    const void* shift = bias ? bias->data_ptr() : nullptr;
-    if (input.element_size() == 2)
-        linear_of<Bfloat16>(input, packed, static_cast<const uint16_t*>(shift), output, rows, width, outputs);
-    else
-        linear_of<Float32>(input, packed, static_cast<const float*>(shift), output, rows, width, outputs);
-    return output;
-}
-
 }  // namespace
 
-// input (..., width), packed (outputs / 16, width / depth, 16, depth), bias (outputs); its schema stands in compiled.py
-STABLE_TORCH_LIBRARY_IMPL(space, CPU, library) { library.impl("linear", TORCH_BOX(&linear)); }
+#define SPACE_LINEAR_OF(NAME, TYPE)                                                                              \
+    SPACE_LINEAR(NAME) {                                                                                         \
+        typedef TYPE::Value Value;                                                                               \
+        linear<TYPE>(static_cast<const Value*>(input), static_cast<const Value*>(packed),                        \
+                     static_cast<const Value*>(bias), static_cast<Value*>(output), rows, width, outputs);        \
+    }
+
+SPACE_LINEAR_OF(space_linear_float32, Float32)
+SPACE_LINEAR_OF(space_linear_bfloat16, Bfloat16)

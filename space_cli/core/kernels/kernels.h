@@ -1,0 +1,37 @@
+// The kernels' C interface; `compiled.py` and `shims.cpp` call it.
+
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// what a layer's attention must know of a call: buffers (key_heads, capacity, ...) by layer, `length` slots of which are
+// in use, and the parent of each of the call's slots, -1 the root
+struct SpaceCall {
+    void* const* keys;
+    void* const* values;
+    const int32_t* parents;
+    int64_t length, capacity;
+};
+
+// of the calls to come in this thread
+void space_begin(const SpaceCall* call);
+
+// query (heads, rows, width), key and value (key_heads, rows, ...), each with a stride per head and per row; keys and
+// values (key_heads, capacity, ...) contiguous; output (rows, heads, value_width) contiguous
+#define SPACE_ATTEND(NAME)                                                                                           \
+    void NAME(const void* query, int64_t query_head, int64_t query_row, const void* key, int64_t key_head,           \
+              int64_t key_row, const void* value, int64_t value_head, int64_t value_row, void* keys, void* values,   \
+              void* output, const int32_t* parents, int64_t rows, int64_t heads, int64_t key_heads, int64_t width,   \
+              int64_t value_width, int64_t length, int64_t capacity, float scale)
+SPACE_ATTEND(space_attend_float32);
+SPACE_ATTEND(space_attend_bfloat16);
+
+// input (rows, width), packed (outputs / 16, width / depth, 16, depth), bias (outputs) or null, output (rows, outputs)
+#define SPACE_LINEAR(NAME)                                                                                         \
+    void NAME(const void* input, const void* packed, const void* bias, void* output, int64_t rows, int64_t width, \
+              int64_t outputs)
+SPACE_LINEAR(space_linear_float32);
+SPACE_LINEAR(space_linear_bfloat16);
+}

@@ -1,0 +1,89 @@
+// What a compiled program calls: tensors unpacked for the kernels, and what the running call knows beyond its arguments.
+//
+// Source: AOTInductor's C shims (`torch/csrc/inductor/aoti_torch/c/shim.h`); a program finds these by name when loaded.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace {
+
+// of the call that is under way in this thread
+thread_local SpaceCall current{};
+
+struct View {
+    void* data;
+    const int64_t *sizes, *strides;
+    int64_t dims;
+
+    explicit View(AtenTensorHandle tensor) {
+        int64_t* found;
+        aoti_torch_get_data_ptr(tensor, &data);
+        aoti_torch_get_sizes(tensor, &found);
+        sizes = found;
+        aoti_torch_get_strides(tensor, &found);
+        strides = found;
+        aoti_torch_get_dim(tensor, &dims);
+    }
+};
+
+// a contiguous tensor (1, rows, ...) of the dtype of another
+AOTITorchError make(AtenTensorHandle like, const int64_t* sizes, int64_t dims, AtenTensorHandle* made) {
+    int64_t strides[4], stride = 1;
+    for (int64_t dim = dims - 1; dim >= 0; --dim) {
+        strides[dim] = stride;
+        stride *= sizes[dim];
+    }
+    int32_t dtype;
+    aoti_torch_get_dtype(like, &dtype);
+    return aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, made);
+}
+
+bool is_half(AtenTensorHandle tensor) {
+    int32_t dtype;
+    aoti_torch_get_dtype(tensor, &dtype);
+    return dtype == aoti_torch_dtype_bfloat16();
+}
+
+}  // namespace
+
+extern "C" {
+
+void space_begin(const SpaceCall* call) { current = *call; }
+
+// input (1, rows, width) contiguous, packed as `linear.cpp` has it, bias (outputs); makes (1, rows, outputs)
+AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle input, AtenTensorHandle packed, AtenTensorHandle* bias,
+                                            int64_t outputs, AtenTensorHandle* made) {
+    const View from(input);
+    int64_t sizes[4] = {1, 1, 1, 1};
+    if (from.dims > 4) return AOTI_TORCH_FAILURE;
+    int64_t rows = 1;
+    for (int64_t dim = 0; dim < from.dims - 1; ++dim) rows *= sizes[dim] = from.sizes[dim];
+    sizes[from.dims - 1] = outputs;
+    const AOTITorchError failed = make(input, sizes, from.dims, made);
+    if (failed) return failed;
+    const auto run = is_half(input) ? space_linear_bfloat16 : space_linear_float32;
+    run(from.data, View(packed).data, bias ? View(*bias).data : nullptr, View(*made).data, rows,
+        from.sizes[from.dims - 1], outputs);
+    return AOTI_TORCH_SUCCESS;
+}
+
+// query (1, heads, rows, width), key and value (1, key_heads, rows, ...); makes (1, rows, heads, value_width)
+AOTITorchError aoti_torch_cpu_cached_attention(AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value,
+                                               int64_t layer, double scaling, AtenTensorHandle* made) {
+    const View queries(query), keys(key), values(value);
+    if (queries.strides[3] != 1 || keys.strides[3] != 1 || values.strides[3] != 1) return AOTI_TORCH_FAILURE;
+    const int64_t rows = queries.sizes[2], heads = queries.sizes[1], value_width = values.sizes[3];
+    const int64_t sizes[4] = {1, rows, heads, value_width};
+    const AOTITorchError failed = make(query, sizes, 4, made);
+    if (failed) return failed;
+    const auto run = is_half(query) ? space_attend_bfloat16 : space_attend_float32;
+    run(queries.data, queries.strides[1], queries.strides[2], keys.data, keys.strides[1], keys.strides[2], values.data,
+        values.strides[1], values.strides[2], current.keys[layer], current.values[layer], View(*made).data,
+        current.parents, rows, heads, keys.sizes[1], queries.sizes[3], value_width, current.length, current.capacity,
+        float(scaling));
+    return AOTI_TORCH_SUCCESS;
+}
+}
