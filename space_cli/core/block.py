@@ -125,8 +125,9 @@ class Block:
         return tuple(offsets)
 
     @cached_property
-    def _offset_ids(self) -> torch.Tensor:
-        return torch.tensor([self.offsets], dtype=torch.int64)
+    def offset_ids(self) -> np.ndarray:
+        """(Q) int64, the offsets once more."""
+        return np.array(self.offsets, dtype=np.int64)
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
@@ -167,7 +168,7 @@ class Block:
 
     def position_ids(self, prefix_length: int) -> torch.Tensor:
         """Return (1, Q) int64 positions for a head at position `prefix_length`, the number of settled tokens."""
-        return self._offset_ids + prefix_length
+        return torch.from_numpy(self.offset_ids)[None] + prefix_length
 
     def attention_mask(self, prefix_length: int) -> torch.Tensor:
         """Return the (1, 1, Q, L + Q) bool mask, True = may attend; every slot sees the whole prefix."""

@@ -18,10 +18,12 @@ class Extent:
     Attributes:
         capacity: slots a buffer must have, made longer when next written to.
         multiple: the used part is shown rounded up to it.
+        allocations: buffers made so far; while it stays, they stay where they are.
     """
 
     capacity: int = 0
     multiple: int = 1
+    allocations: int = 0
 
     def of(self, used: int) -> int:
         """Return the number of slots shown when `used` are in use."""
@@ -50,6 +52,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.keys = key_states.new_zeros((*key_states.shape[:2], self.extent.capacity, key_states.shape[3]))
         self.values = value_states.new_zeros((*value_states.shape[:2], self.extent.capacity, value_states.shape[3]))
         self.is_initialized = True
+        self.extent.allocations += 1
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -74,6 +77,7 @@ class PreallocatedLayer(CacheLayerMixin):
             longer = held.new_zeros((*held.shape[:2], self.extent.capacity, held.shape[3]))
             longer[:, :, : self.length] = held[:, :, : self.length]
             setattr(self, name, longer)
+        self.extent.allocations += 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return number of keys and offset of the first, as transformers' masks need them."""

@@ -20,6 +20,7 @@ import os
 import platform
 import subprocess
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -86,6 +87,7 @@ class Program:
         # held here: the package takes them where they lie, and kernels want them where vectors do not straddle lines
         self._weights = {name: tensors[name] for name in self._package.get_constant_fqns()}
         self._package.load_constants(self._weights, False, True, True)
+        self._known: tuple[weakref.ref[KVCache], int, _Call] | None = None
 
     def run(self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Run a block behind what a cache holds; return (Q, V) logits. The cache then holds all slots.
@@ -96,27 +98,35 @@ class Program:
             position_ids: (1, Q) int64.
             cache: with room for the block.
         """
+        call = self._call(cache, block.num_slots)
+        call.parents, call.length = _parents(block), cache.length
+        self._kernels.space_begin(ctypes.byref(call))
+        logits: torch.Tensor = self._package.boxed_run([input_ids, position_ids, _mask_like(block.num_slots)])[0]
+        for layer in cache.layers:
+            layer.length += block.num_slots
+        return logits
+
+    def _call(self, cache: KVCache, slots: int) -> _Call:
+        """Return where a cache's buffers are, which have room for so many slots more."""
+        if self._known is not None:
+            known, allocations, call = self._known
+            fits = cache.length + slots <= call.capacity
+            if known() is cache and cache.extent.allocations == allocations and fits:
+                return call
         layers = [cache.layer(index) for index in range(len(self._states))]
         for layer, (heads, width, value_width) in zip(layers, self._states, strict=True):
             if not layer.is_initialized:
-                layer.lazy_initialization(
-                    torch.empty(1, heads, 0, width, dtype=self._dtype),
-                    torch.empty(1, heads, 0, value_width, dtype=self._dtype),
-                )
-            layer.make_room(layer.length + block.num_slots)
+                keys, values = (torch.empty(1, heads, 0, size, dtype=self._dtype) for size in (width, value_width))
+                layer.lazy_initialization(keys, values)
+            layer.make_room(layer.length + slots)
         addresses = ctypes.c_void_p * len(layers)
         call = _Call(
-            addresses(*[layer.keys.data_ptr() for layer in layers]),
-            addresses(*[layer.values.data_ptr() for layer in layers]),
-            (ctypes.c_int32 * block.num_slots)(*block.parents),
-            layers[0].length,
-            layers[0].keys.shape[2],
+            keys=addresses(*[layer.keys.data_ptr() for layer in layers]),
+            values=addresses(*[layer.values.data_ptr() for layer in layers]),
+            capacity=layers[0].keys.shape[2],
         )
-        self._kernels.space_begin(ctypes.byref(call))
-        logits: torch.Tensor = self._package.boxed_run([input_ids, position_ids, _mask_like(block.num_slots)])[0]
-        for layer in layers:
-            layer.length += block.num_slots
-        return logits
+        self._known = weakref.ref(cache), cache.extent.allocations, call
+        return call
 
 
 class _Call(ctypes.Structure):
@@ -129,6 +139,11 @@ class _Call(ctypes.Structure):
         ("length", ctypes.c_int64),
         ("capacity", ctypes.c_int64),
     )
+
+
+@lru_cache(maxsize=4096)
+def _parents(block: Block) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * block.num_slots)(*block.parents)
 
 
 @lru_cache

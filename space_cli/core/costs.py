@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 
 from space_cli.core.block import Block
+from space_cli.core.choose import largest
 from space_cli.core.engine import EagerEngine
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32)
@@ -73,7 +74,7 @@ def measure_costs(engine: EagerEngine, prefix_length: int) -> StepCosts:
         for call in range(_MOST_CALLS):
             began = time.perf_counter()
             # the chosen tokens off the device: a step ends when they are known
-            engine.run(block, [0] * size).max(dim=-1).indices.tolist()
+            largest(engine.run(block, [0] * size))
             ended = time.perf_counter()
             engine.abandon()
             if call >= _WARM_UP or ended - began > _SECONDS:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -108,17 +109,12 @@ class EagerEngine:
             slot_ids: the token id in each slot, Q of them.
         """
         self._slot_ids = slot_ids
-        input_ids = torch.tensor([slot_ids], device=self.model.device)
-        position_ids = block.position_ids(self.length).clamp_(max=self._last_position).to(self.model.device)
-        return self._logits(block, input_ids, position_ids)
-
-    def _logits(self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         self.cache.extent.multiple = self._tile
         with self._attention():
             logits: torch.Tensor = self.model(
-                input_ids=input_ids,
+                input_ids=torch.tensor([slot_ids], device=self.model.device),
                 attention_mask=self._mask(block),
-                position_ids=position_ids,
+                position_ids=block.position_ids(self.length).clamp_(max=self._last_position).to(self.model.device),
                 past_key_values=self.cache.past_key_values,
                 use_cache=True,
             ).logits
@@ -159,15 +155,38 @@ class CompiledEngine(EagerEngine):
     def __init__(self, model: PreTrainedModel, program: Program, **arguments: Any) -> None:
         super().__init__(model, **arguments)
         self._program = program
+        self.cache.extent.multiple = 1
+        self._inputs: dict[int, _Inputs] = {}
 
     def _extend(self, token_ids: Sequence[int]) -> None:
         for start in range(0, len(token_ids), MOST_SLOTS):
             some = token_ids[start : start + MOST_SLOTS]
             self.run(Block.chain(len(some) - 1, 0), some)
 
-    def _logits(self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        self.cache.extent.multiple = 1
-        return self._program.run(block, input_ids, position_ids, self.cache)
+    def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
+        """Run a block behind the settled prefix; return (Q, V) logits. The cache then holds all slots."""
+        self._slot_ids = slot_ids
+        inputs = self._inputs.get(block.num_slots)
+        if inputs is None:
+            inputs = self._inputs[block.num_slots] = _Inputs(block.num_slots)
+        inputs.ids[:] = slot_ids
+        np.add(block.offset_ids, self.length, out=inputs.positions)
+        np.minimum(inputs.positions, self._last_position, out=inputs.positions)
+        return self._program.run(block, *inputs.tensors, self.cache)
+
+
+class _Inputs:
+    """Token ids and positions of calls of one size, written in place: tensors take longer to make than a small layer.
+
+    Attributes:
+        ids: (Q) int64.
+        positions: (Q) int64.
+        tensors: the same memory, (1, Q) each.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.ids, self.positions = np.zeros((2, slots), dtype=np.int64)
+        self.tensors = torch.from_numpy(self.ids)[None], torch.from_numpy(self.positions)[None]
 
 
 def engine_for(model: PreTrainedModel, program: Program | None, **arguments: Any) -> EagerEngine:
