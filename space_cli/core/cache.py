@@ -122,11 +122,11 @@ class KVCache:
             layer.length = length
 
     def keep(self, start: int, slots: Sequence[int]) -> None:
-        """Keep the first `start` tokens and, behind them, only those of the block's `slots` that stand there.
+        """Keep the first `start` tokens and, behind them, only those of the block's ascending `slots` that stand there.
 
         Slots that already stand in a row, as the accepted candidates of a chain do, cost nothing.
         """
-        if list(slots) != list(range(len(slots))):
+        if slots[-1] != len(slots) - 1:
             for layer in self.layers:
                 for states in (layer.keys, layer.values):
                     source = torch.tensor(slots, device=states.device) + start
@@ -143,4 +143,4 @@ class KVCache:
     @property
     def layers(self) -> list[PreallocatedLayer]:
         """The layers, once something was computed."""
-        return [layer for layer in self.past_key_values.layers if isinstance(layer, PreallocatedLayer)]
+        return cast(list[PreallocatedLayer], self.past_key_values.layers)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from transformers import (
@@ -22,8 +22,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+LIKELY = 4
 _NOISE_ROWS_KEPT = 64
 _MASK64 = (1 << 64) - 1
+
+
+class Likely(NamedTuple):
+    """The `LIKELY` likeliest tokens of each row of a call, largest first, where the engine finds them on its way.
+
+    Attributes:
+        tokens: (Q, LIKELY) int64, of equal logits the first.
+        shares: (Q, LIKELY) float32, of the softmax.
+    """
+
+    tokens: torch.Tensor
+    shares: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +89,28 @@ class Chooser:
         """Return the chooser that `sampling` describes."""
         return cls(sampling.processors(), seed=sampling.seed if sampling.temperature else None)
 
-    def rows(self, logits: torch.Tensor) -> Rows:
+    def rows(self, logits: torch.Tensor, likely: Likely | None = None) -> Rows:
         """Return the rows of one model call, to choose from one by one.
 
         Args:
             logits: (Q, V) of any float type.
+            likely: what is known of them already.
         """
-        return Rows(logits, self._processors, self._noise)
+        return Rows(logits, likely, self._processors, self._noise)
 
 
 class Rows:
     """The logits of one model call; a row is processed only when its token is asked for."""
 
-    def __init__(self, logits: torch.Tensor, processors: LogitsProcessorList, noise: _Noise | None) -> None:
+    def __init__(
+        self, logits: torch.Tensor, likely: Likely | None, processors: LogitsProcessorList, noise: _Noise | None
+    ) -> None:
         self._logits, self._processors, self._noise = logits, processors, noise
-        self._greedy: list[int] | None = None if processors or noise else largest(logits)
+        plain = not (processors or noise)
+        self._likely = likely if plain else None
+        self._greedy: list[int] | None = None
+        if plain:
+            self._greedy = largest(logits) if likely is None else likely.tokens[:, 0].tolist()
 
     def token(self, row: int, history: Sequence[int]) -> int:
         """Return the token that follows `history` (prompt included) by the logits of `row`."""
@@ -117,6 +137,9 @@ class Rows:
         The first row's token follows `history`, the next one's the token after it, and so on. Drafts, not verdicts:
         processors see `history` alone.
         """
+        if self._likely is not None and count <= LIKELY:
+            known = (each[rows.start : rows.stop, :count].tolist() for each in self._likely)
+            return [list(zip(*pair, strict=True)) for pair in zip(*known, strict=True)]
         scores = self._logits[rows.start : rows.stop]
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if self._processors:

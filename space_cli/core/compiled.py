@@ -39,6 +39,7 @@ from transformers.masking_utils import sdpa_mask
 from space_cli.core.attention import has_replaceable_attention
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
+from space_cli.core.choose import LIKELY, Likely
 from space_cli.errors import RunFailed
 
 MOST_SLOTS = 128
@@ -89,8 +90,10 @@ class Program:
         self._package.load_constants(self._weights, False, True, True)
         self._known: tuple[weakref.ref[KVCache], int, _Call] | None = None
 
-    def run(self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Run a block behind what a cache holds; return (Q, V) logits. The cache then holds all slots.
+    def run(
+        self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache
+    ) -> tuple[torch.Tensor, Likely]:
+        """Run a block behind what a cache holds; return (Q, V) logits, and which are largest. It then holds all slots.
 
         Args:
             block: its shape.
@@ -101,10 +104,10 @@ class Program:
         call = self._call(cache, block.num_slots)
         call.parents, call.length = _parents(block), cache.length
         self._kernels.space_begin(ctypes.byref(call))
-        logits: torch.Tensor = self._package.boxed_run([input_ids, position_ids, _mask_like(block.num_slots)])[0]
+        logits, tokens, shares = self._package.boxed_run([input_ids, position_ids, _mask_like(block.num_slots)])
         for layer in cache.layers:
             layer.length += block.num_slots
-        return logits
+        return logits, Likely(tokens, shares)
 
     def _call(self, cache: KVCache, slots: int) -> _Call:
         """Return where a cache's buffers are, which have room for so many slots more."""
@@ -392,11 +395,13 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return (Q, V) logits; the mask's shape alone is read."""
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return (Q, V) logits, the likeliest tokens of each row and their shares; the mask's shape alone is read."""
         call = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask, "use_cache": False}
-        logits: torch.Tensor = self.model(**call).logits
-        return logits[0]
+        logits = self.model(**call).logits[0].contiguous()
+        return logits, *torch.ops.space.likely(logits)
 
 
 def _processor_flags() -> str:
@@ -436,12 +441,19 @@ def _linear_shape(states: torch.Tensor, _: torch.Tensor, __: torch.Tensor | None
     return states.new_empty(*states.shape[:-1], outputs)
 
 
+def _likely_shape(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (logits.shape[0], LIKELY)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
+
+
 # programs call `kernels/shims.cpp` straight; there is nothing to dispatch to
 _OPERATORS = torch.library.Library("space", "DEF")  # it lives as long as this name
 _OPERATORS.define("cached_attention(Tensor query, Tensor key, Tensor value, int layer, float scaling) -> Tensor")
 _OPERATORS.define("packed_linear(Tensor input, Tensor packed, Tensor? bias, int outputs) -> Tensor")
+_OPERATORS.define("likely(Tensor logits) -> (Tensor, Tensor)")
 torch.library.register_fake("space::cached_attention", _attention_shape, lib=_OPERATORS)
 torch.library.register_fake("space::packed_linear", _linear_shape, lib=_OPERATORS)
+torch.library.register_fake("space::likely", _likely_shape, lib=_OPERATORS)
 _SHIMS = {
     torch.ops.space.cached_attention.default: [
         "AOTITorchError aoti_torch_cpu_cached_attention(AtenTensorHandle query, AtenTensorHandle key, "
@@ -450,6 +462,10 @@ _SHIMS = {
     torch.ops.space.packed_linear.default: [
         "AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle input, AtenTensorHandle packed, "
         "AtenTensorHandle* bias, int64_t outputs, AtenTensorHandle* made)"
+    ],
+    torch.ops.space.likely.default: [
+        "AOTITorchError aoti_torch_cpu_likely(AtenTensorHandle logits, AtenTensorHandle* tokens, "
+        "AtenTensorHandle* shares)"
     ],
 }
 AttentionInterface.register(_ATTENTION, _attention)

@@ -88,7 +88,7 @@ def decode(
             began = time.perf_counter()
             logits = engine.run(block, [tokens[-1], *candidates, *mask_ids])
             ran = time.perf_counter()
-            rows = chooser.rows(logits)
+            rows = chooser.rows(logits, engine.likely)
             path, emitted = _verify(rows, block, candidates, tokens)
             chose = time.perf_counter()
             engine.settle(path)

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from space_cli.core.attention import KEY_TILE, can_be_invariant, invariant_attention_of
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
+from space_cli.core.choose import Likely
 from space_cli.core.compiled import MOST_SLOTS, Program
 from space_cli.core.stream import in_common
 
@@ -52,6 +53,9 @@ class EagerEngine:
         max_slots: Q of the largest block.
         numerics: None is the model's default.
         cache: of an earlier generation with the same model, to go on from; None starts with an empty one.
+
+    Attributes:
+        likely: the likeliest tokens of the last call, where they are known without looking at its logits.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class EagerEngine:
         # slots beyond the context hold nothing that can still be emitted, and learned positions have no row for them
         self._last_position = (context_length(model.config) or max_length + max_slots) - 1
         self._slot_ids: Sequence[int] = ()
+        self.likely: Likely | None = None
 
     @property
     def length(self) -> int:
@@ -172,7 +177,8 @@ class CompiledEngine(EagerEngine):
         inputs.ids[:] = slot_ids
         np.add(block.offset_ids, self.length, out=inputs.positions)
         np.minimum(inputs.positions, self._last_position, out=inputs.positions)
-        return self._program.run(block, *inputs.tensors, self.cache)
+        logits, self.likely = self._program.run(block, *inputs.tensors, self.cache)
+        return logits
 
 
 class _Inputs:

@@ -13,39 +13,8 @@
 
 #include "kernels.h"
 #include "lanes.h"
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 namespace {
-
-struct Bfloat16 {
-    uint16_t bits;
-};
-
-Floats load(const float* from) {
-    Floats values;
-    std::memcpy(&values, from, sizeof values);
-    return values;
-}
-
-Floats load(const Bfloat16* from) {
-    Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-#ifdef __AVX512F__
-    // compilers make four instructions of the conversion
-    Words words = (Words)_mm512_cvtepu16_epi32((__m256i)halves) << 16;
-#else
-    Words words = __builtin_convertvector(halves, Words) << 16;
-#endif
-    Floats values;
-    std::memcpy(&values, &words, sizeof values);
-    return values;
-}
-
-void store(float* to, Floats values) { store_float32(to, values); }
-
-void store(Bfloat16* to, Floats values) { store_bfloat16(to, values); }
 
 // lanes of two vectors, those of the second from 16 up
 #if defined(__clang__)
@@ -97,24 +66,6 @@ Floats product_of_pairs(Floats total, const Bfloat16* one, const Bfloat16* other
                                     (__m512bh)_mm512_loadu_si512(other));
 }
 #endif
-
-// e^x for x <= 0, within 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2
-Floats exponential(Floats x) {
-    x = x < -87.0f ? Floats{} - 87.0f : x;
-    Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
-    Floats whole = __builtin_convertvector(n, Floats);
-    Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    Ints power = (n + 127) << 23;
-    Floats scale;
-    std::memcpy(&scale, &power, sizeof scale);
-    return y * scale;
-}
 
 template <typename T>
 struct States {

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kTile = kLanes;
 
-struct Float32 {
+struct InFloat32 {
     typedef float Value;
     static constexpr int kDepth = 1;  // inputs of one entry of a tile
     typedef Floats Entry;
@@ -32,7 +32,7 @@ struct Float32 {
     static float widened(Value value) { return value; }
 };
 
-struct Bfloat16 {
+struct InBfloat16 {
     typedef uint16_t Value;
     static constexpr int kDepth = 2;
     typedef Words Entry;
@@ -130,5 +130,5 @@ void linear(const typename Type::Value* from, const typename Type::Value* weight
                      static_cast<const Value*>(bias), static_cast<Value*>(output), rows, width, outputs);        \
     }
 
-SPACE_LINEAR_OF(space_linear_float32, Float32)
-SPACE_LINEAR_OF(space_linear_bfloat16, Bfloat16)
+SPACE_LINEAR_OF(space_linear_float32, InFloat32)
+SPACE_LINEAR_OF(space_linear_bfloat16, InBfloat16)

@@ -29,23 +29,23 @@ struct View {
     }
 };
 
-// a contiguous tensor (1, rows, ...) of the dtype of another
-AOTITorchError make(AtenTensorHandle like, const int64_t* sizes, int64_t dims, AtenTensorHandle* made) {
+int32_t dtype_of(AtenTensorHandle tensor) {
+    int32_t dtype;
+    aoti_torch_get_dtype(tensor, &dtype);
+    return dtype;
+}
+
+// a contiguous tensor of at most 4 dimensions
+AOTITorchError make(const int64_t* sizes, int64_t dims, int32_t dtype, AtenTensorHandle* made) {
     int64_t strides[4], stride = 1;
     for (int64_t dim = dims - 1; dim >= 0; --dim) {
         strides[dim] = stride;
         stride *= sizes[dim];
     }
-    int32_t dtype;
-    aoti_torch_get_dtype(like, &dtype);
     return aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, made);
 }
 
-bool is_half(AtenTensorHandle tensor) {
-    int32_t dtype;
-    aoti_torch_get_dtype(tensor, &dtype);
-    return dtype == aoti_torch_dtype_bfloat16();
-}
+bool is_half(AtenTensorHandle tensor) { return dtype_of(tensor) == aoti_torch_dtype_bfloat16(); }
 
 }  // namespace
 
@@ -58,11 +58,11 @@ AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle input, AtenTensorHa
                                             int64_t outputs, AtenTensorHandle* made) {
     const View from(input);
     int64_t sizes[4] = {1, 1, 1, 1};
-    if (from.dims > 4) return AOTI_TORCH_FAILURE;
+    if (from.dims > 4 || from.strides[from.dims - 1] != 1) return AOTI_TORCH_FAILURE;
     int64_t rows = 1;
     for (int64_t dim = 0; dim < from.dims - 1; ++dim) rows *= sizes[dim] = from.sizes[dim];
     sizes[from.dims - 1] = outputs;
-    const AOTITorchError failed = make(input, sizes, from.dims, made);
+    const AOTITorchError failed = make(sizes, from.dims, dtype_of(input), made);
     if (failed) return failed;
     const auto run = is_half(input) ? space_linear_bfloat16 : space_linear_float32;
     run(from.data, View(packed).data, bias ? View(*bias).data : nullptr, View(*made).data, rows,
@@ -77,13 +77,27 @@ AOTITorchError aoti_torch_cpu_cached_attention(AtenTensorHandle query, AtenTenso
     if (queries.strides[3] != 1 || keys.strides[3] != 1 || values.strides[3] != 1) return AOTI_TORCH_FAILURE;
     const int64_t rows = queries.sizes[2], heads = queries.sizes[1], value_width = values.sizes[3];
     const int64_t sizes[4] = {1, rows, heads, value_width};
-    const AOTITorchError failed = make(query, sizes, 4, made);
+    const AOTITorchError failed = make(sizes, 4, dtype_of(query), made);
     if (failed) return failed;
     const auto run = is_half(query) ? space_attend_bfloat16 : space_attend_float32;
     run(queries.data, queries.strides[1], queries.strides[2], keys.data, keys.strides[1], keys.strides[2], values.data,
         values.strides[1], values.strides[2], current.keys[layer], current.values[layer], View(*made).data,
         current.parents, rows, heads, keys.sizes[1], queries.sizes[3], value_width, current.length, current.capacity,
         float(scaling));
+    return AOTI_TORCH_SUCCESS;
+}
+
+// logits (rows, width) contiguous; makes tokens and shares (rows, kSpaceLikely)
+AOTITorchError aoti_torch_cpu_likely(AtenTensorHandle logits, AtenTensorHandle* tokens, AtenTensorHandle* shares) {
+    const View from(logits);
+    if (from.dims != 2 || from.strides[1] != 1 || from.strides[0] != from.sizes[1]) return AOTI_TORCH_FAILURE;
+    const int64_t sizes[2] = {from.sizes[0], kSpaceLikely};
+    AOTITorchError failed = make(sizes, 2, aoti_torch_dtype_int64(), tokens);
+    if (!failed) failed = make(sizes, 2, aoti_torch_dtype_float32(), shares);
+    if (failed) return failed;
+    const auto run = is_half(logits) ? space_likely_bfloat16 : space_likely_float32;
+    run(from.data, static_cast<int64_t*>(View(*tokens).data), static_cast<float*>(View(*shares).data), from.sizes[0],
+        from.sizes[1]);
     return AOTI_TORCH_SUCCESS;
 }
 }
