@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -49,8 +51,7 @@ class PreallocatedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate (B, H, capacity, D) buffers of the states' dtype and device."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros((*key_states.shape[:2], self.extent.capacity, key_states.shape[3]))
-        self.values = value_states.new_zeros((*value_states.shape[:2], self.extent.capacity, value_states.shape[3]))
+        self.keys, self.values = (_zeros(states, self.extent.capacity) for states in (key_states, value_states))
         self.is_initialized = True
         self.extent.allocations += 1
 
@@ -74,7 +75,7 @@ class PreallocatedLayer(CacheLayerMixin):
             return
         for name in ("keys", "values"):
             held = getattr(self, name)
-            longer = held.new_zeros((*held.shape[:2], self.extent.capacity, held.shape[3]))
+            longer = _zeros(held, self.extent.capacity)
             longer[:, :, : self.length] = held[:, :, : self.length]
             setattr(self, name, longer)
         self.extent.allocations += 1
@@ -90,6 +91,16 @@ class PreallocatedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Return the length of the buffer."""
         return self.extent.capacity
+
+
+def _zeros(states: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Return (B, H, capacity, D) zeros of the dtype and device of (B, H, Q, D) states."""
+    shape = (*states.shape[:2], capacity, states.shape[3])
+    if states.device.type != "cpu":
+        return states.new_zeros(shape)
+    # the system hands out zeroed pages as they are written to; filling them takes longer than a short prompt
+    size = math.prod(shape) * states.element_size()
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(states.dtype).view(shape)
 
 
 class KVCache:

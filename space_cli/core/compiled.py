@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -56,6 +57,8 @@ _FOREIGN_ARGUMENTS = ("position_bias", "s_aux", "softcap", "head_mask")
 _INDUCTOR_CONFIGS = {
     # a loop over a few rows is done before a second thread has woken up
     "cpp.min_chunk_size": 16384,
+    # else every layer computes the cosines of its positions anew
+    "realize_cpu_opcount_threshold": 6,
     "aot_inductor.package_constants_in_so": False,
 }
 _STATES, _TOGETHER = "space_states", "space_together"
@@ -91,20 +94,22 @@ class Program:
         self._known: tuple[weakref.ref[KVCache], int, _Call] | None = None
 
     def run(
-        self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache
+        self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache, *, wanted: int
     ) -> tuple[torch.Tensor, Likely]:
-        """Run a block behind what a cache holds; return (Q, V) logits, and which are largest. It then holds all slots.
+        """Run a block behind what a cache holds; return logits, and which are largest. The cache then holds all slots.
 
         Args:
             block: its shape.
             input_ids: (1, Q) int64.
             position_ids: (1, Q) int64.
             cache: with room for the block.
+            wanted: W, of how many slots logits (W, V) are to be computed, from the first one on.
         """
         call = self._call(cache, block.num_slots)
         call.parents, call.length = _parents(block), cache.length
         self._kernels.space_begin(ctypes.byref(call))
-        logits, tokens, shares = self._package.boxed_run([input_ids, position_ids, _mask_like(block.num_slots)])
+        inputs = [input_ids, position_ids, _mask_like(block.num_slots), _first(wanted)]
+        logits, tokens, shares = self._package.boxed_run(inputs)
         for layer in cache.layers:
             layer.length += block.num_slots
         return logits, Likely(tokens, shares)
@@ -153,6 +158,11 @@ def _parents(block: Block) -> ctypes.Array[ctypes.c_int32]:
 def _mask_like(slots: int) -> torch.Tensor:
     """Return a mask of some shape; a program reads nothing else of it."""
     return torch.empty(1, 1, 1, 1).expand(1, 1, slots, slots)
+
+
+@lru_cache
+def _first(rows: int) -> torch.Tensor:
+    return torch.arange(rows)
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -209,7 +219,8 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
     own, config._attn_implementation = config._attn_implementation, _ATTENTION
     slots = 8
     example = (torch.ones(1, slots, dtype=torch.int64), torch.arange(slots)[None], torch.zeros(1, 1, slots, slots))
-    size = torch.export.Dim("slots", min=1, max=MOST_SLOTS)
+    size, wanted = (torch.export.Dim(name, min=1, max=MOST_SLOTS) for name in ("slots", "wanted"))
+    shapes = ({1: size}, {1: size}, {2: size, 3: size}, {0: wanted})
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -219,7 +230,7 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
             # one slot is a size like any other
             stack.enter_context(symbolic_shapes.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
             exported = torch.export.export(
-                _Step(model), example, dynamic_shapes=({1: size}, {1: size}, {2: size, 3: size}), strict=False
+                _Step(model), (*example, _first(slots - 1)), dynamic_shapes=shapes, strict=False
             )
             scratch = stack.enter_context(TemporaryDirectory(dir=package.parent))
             stack.enter_context(fresh_cache(dir=scratch))
@@ -298,8 +309,9 @@ def build_kernels(folder: Path) -> Path:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        raise RunFailed(f"no C++ compiler that works: {said.strip().splitlines()[0]}") from error
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        first = next((line for line in said if "error" in line), said[0])
+        raise RunFailed(f"no C++ compiler that works: {first}") from error
     unfinished.replace(library)
     return library
 
@@ -381,9 +393,9 @@ def _packed_linears(model: nn.Module, together: Sequence[Sequence[str]]) -> Iter
 
 
 def _toolchain() -> str:
-    """Return a hash of versions, machine and kernel sources."""
+    """Return a hash of versions, machine and sources, of what calls the program too."""
     digest = hashlib.sha256(repr(machine()).encode())
-    for source in sorted(_KERNELS.glob("*.[ch]*")):
+    for source in (Path(__file__), *sorted(_KERNELS.glob("*.[ch]*"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
@@ -396,10 +408,15 @@ class _Step(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return (Q, V) logits, the likeliest tokens of each row and their shares; the mask's shape alone is read."""
+        """Return (W, V) logits of the slots wanted, the likeliest tokens of each and their shares.
+
+        The mask's shape alone is read. A model that cannot leave logits out computes those of all slots.
+        """
         call = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask, "use_cache": False}
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            call["logits_to_keep"] = wanted
         logits = self.model(**call).logits[0].contiguous()
         return logits, *torch.ops.space.likely(logits)
 

@@ -209,7 +209,7 @@ class Experience:
         self.calibration = [_Average(1.0) for _ in range(masks)]
         self.values = [_Average(_FIRST_VALUE ** (depth + 1)) for depth in range(masks)]
         self.matches = {length: _Average(prior) for length, prior in _FIRST_MATCH.items()}
-        self.contest = _Contest(("planned", "chain", "copies") if masks else ("planned", "none"))
+        self.contest = _Contest(("planned", "chain", "copies", "none") if masks else ("planned", "none"))
         self.pace = _Average(1.0)
         self.paces = {size: _Average(1.0) for size in SIZES}
 
@@ -486,8 +486,8 @@ class _Context:
 
     def _copied_from(self, tokens: Sequence[int], end: int) -> list[int]:
         """Return what follows `end`; a text that runs into its own end goes on as it did, as loops do."""
-        period = len(tokens) - end
-        return [tokens[end + at % period] for at in range(_LOOKUP_TOKENS)]
+        copied = list(tokens[end : end + _LOOKUP_TOKENS])
+        return copied if len(copied) == _LOOKUP_TOKENS else (copied * _LOOKUP_TOKENS)[:_LOOKUP_TOKENS]
 
 
 def _cheapest(seconds: Sequence[float]) -> float:

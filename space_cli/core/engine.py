@@ -166,18 +166,22 @@ class CompiledEngine(EagerEngine):
     def _extend(self, token_ids: Sequence[int]) -> None:
         for start in range(0, len(token_ids), MOST_SLOTS):
             some = token_ids[start : start + MOST_SLOTS]
-            self.run(Block.chain(len(some) - 1, 0), some)
+            # what a prompt's tokens are followed by is known
+            self._run(Block.chain(len(some) - 1, 0), some, wanted=1)
 
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
         """Run a block behind the settled prefix; return (Q, V) logits. The cache then holds all slots."""
         self._slot_ids = slot_ids
+        return self._run(block, slot_ids, wanted=block.num_slots)
+
+    def _run(self, block: Block, slot_ids: Sequence[int], *, wanted: int) -> torch.Tensor:
         inputs = self._inputs.get(block.num_slots)
         if inputs is None:
             inputs = self._inputs[block.num_slots] = _Inputs(block.num_slots)
         inputs.ids[:] = slot_ids
         np.add(block.offset_ids, self.length, out=inputs.positions)
         np.minimum(inputs.positions, self._last_position, out=inputs.positions)
-        logits, self.likely = self._program.run(block, *inputs.tensors, self.cache)
+        logits, self.likely = self._program.run(block, *inputs.tensors, self.cache, wanted=wanted)
         return logits
 
 
