@@ -137,7 +137,7 @@ class KVCache:
 
         Slots that already stand in a row, as the accepted candidates of a chain do, cost nothing.
         """
-        if slots[-1] != len(slots) - 1:
+        if slots and slots[-1] != len(slots) - 1:
             for layer in self.layers:
                 for states in (layer.keys, layer.values):
                     source = torch.tensor(slots, device=states.device) + start

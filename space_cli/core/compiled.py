@@ -14,6 +14,7 @@ Source: PyTorch's AOTInductor (`torch/_inductor/__init__.py`).
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import inspect
 import json
@@ -34,6 +35,7 @@ import torch
 import transformers
 from torch import nn
 from torch.fx.experimental import _config as symbolic_shapes
+from torch.fx.experimental import proxy_tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
@@ -226,7 +228,7 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
             stack.enter_context(torch.no_grad())
             stack.enter_context(warnings.catch_warnings(action="ignore"))  # torch warns of its own parts
             together = _with_one_input(model, own)
-            stack.enter_context(_packed_linears(model, together))
+            stack.enter_context(_packed_linears(model, together, hollow=True))
             # one slot is a size like any other
             stack.enter_context(symbolic_shapes.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
             exported = torch.export.export(
@@ -250,6 +252,9 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
         raise RunFailed(f"the model could not be compiled: {type(error).__name__}: {first}") from error
     finally:
         config._attn_implementation = own
+        # it keeps the graph, and copies of all weights with it
+        proxy_tensor._FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT.clear()
+        gc.collect()
 
 
 def _states_of(exported: torch.export.ExportedProgram) -> list[list[int]]:
@@ -264,7 +269,7 @@ def _states_of(exported: torch.export.ExportedProgram) -> list[list[int]]:
 
 
 def _with_one_input(model: PreTrainedModel, attention: str) -> list[list[str]]:
-    """Return names of the linear layers that fill tiles, those together that are called on the same tensor."""
+    """Return names of the linear layers that fill tiles, those together that one after another take the same tensor."""
     names = {module: name for name, module in model.named_modules() if _fills_tiles(module)}
     calls: list[tuple[str, torch.Tensor]] = []
     with ExitStack() as stack:
@@ -279,16 +284,17 @@ def _with_one_input(model: PreTrainedModel, attention: str) -> list[list[str]]:
             model(input_ids=torch.ones(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
         finally:
             model.config._attn_implementation = own
+    if len(calls) > len({name for name, _ in calls}):  # layers that are called twice may have other company each time
+        return [[name] for name in dict(calls)]
     together: list[list[str]] = []
     before = None
     for name, states in calls:
-        if states is before:
+        kind = id(states), _has_bias(cast(nn.Linear, model.get_submodule(name)))
+        if kind == before:
             together[-1].append(name)
         else:
             together.append([name])
-        before = states
-    often = [name for names in together for name in names]
-    assert len(often) == len(set(often)), "a layer is called twice"
+        before = kind
     return together
 
 
@@ -327,12 +333,17 @@ def load_kernels(library: Path) -> ctypes.CDLL:
 class _PackedLinears(nn.Module):
     """Linear layers over one input, with their weights in the tiles of `kernels/linear.cpp`."""
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], *, hollow: bool) -> None:
         super().__init__()
-        depth = _DEPTH[linears[0].weight.dtype]
-        self.register_buffer("packed", torch.cat([_tiles(linear.weight.detach(), depth) for linear in linears]))
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        self.register_buffer("bias", torch.cat([bias.detach() for bias in biases]) if biases else None)
+        weight, depth = linears[0].weight, _DEPTH[linears[0].weight.dtype]
+        if hollow:  # memory that is not written to takes no room
+            tiles = sum(linear.out_features for linear in linears) // _LANES
+            packed = weight.new_empty(tiles, weight.shape[1] // depth, _LANES, depth)
+        else:
+            packed = torch.cat([_tiles(linear.weight.detach(), depth) for linear in linears])
+        self.register_buffer("packed", packed)
+        biases = [linear.bias.detach() for linear in linears if _has_bias(linear)]
+        self.register_buffer("bias", torch.cat(biases) if biases else None)
         self._ends = [0]
         for linear in linears:
             self._ends.append(self._ends[-1] + linear.out_features)
@@ -364,6 +375,11 @@ class _PackedLinear(nn.Module):
         return self._linears[0].output(input, self._index)
 
 
+def _has_bias(linear: nn.Linear) -> bool:
+    bias: torch.Tensor | None = linear.bias
+    return bias is not None
+
+
 def _tiles(weight: torch.Tensor, depth: int) -> torch.Tensor:
     """Return (outputs / 16, width / depth, 16, depth) of (outputs, width) weights."""
     return weight.view(-1, _LANES, weight.shape[1] // depth, depth).transpose(1, 2).contiguous()
@@ -378,11 +394,11 @@ def _fills_tiles(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _packed_linears(model: nn.Module, together: Sequence[Sequence[str]]) -> Iterator[None]:
-    """Put packed layers in place of a model's linear ones for a while."""
+def _packed_linears(model: nn.Module, together: Sequence[Sequence[str]], *, hollow: bool = False) -> Iterator[None]:
+    """Put packed layers in place of a model's linear ones for a while; hollow ones have shapes, but no weights."""
     own = {name: cast(nn.Linear, model.get_submodule(name)) for name in chain(*together)}
     for names in together:
-        linears = _PackedLinears([own[name] for name in names])
+        linears = _PackedLinears([own[name] for name in names], hollow=hollow)
         for index, name in enumerate(names):
             model.set_submodule(name, _PackedLinear(linears, index))
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -35,8 +34,8 @@ EngineName = Literal["auto", "eager", "compiled"]
 already, or where so many tokens are to come that compiling pays."""
 
 _TOKENS_WORTH_COMPILING = 4000
-# weights that a compilation holds at once: the model's own, the packed ones, and the library with them inside
-_COPIES_IN_MEMORY, _COPIES_ON_DISK = 4, 3
+# weights in memory when a program has been compiled and loaded: the model's own, packed ones, and what is not given back
+_COPIES = 3
 _PREFIX_LENGTH, _PROBE_LENGTH, _PROBE_TOKENS, _PROBE_SECONDS = 256, 4, 48, 0.4
 
 
@@ -112,7 +111,7 @@ def _program(loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: C
     try:
         package.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not package.exists():
-            _check_room(loaded, package.parent)
+            _check_room(loaded)
             on_compile()
             compile_program(loaded.model, package)
         return _checked(loaded, package)
@@ -123,19 +122,15 @@ def _program(loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: C
         return None
 
 
-def _check_room(loaded: LoadedModel, folder: Path) -> None:
-    """Refuse to compile what would not fit into memory or onto the disk."""
-    size = sum(tensor.nbytes for tensor in loaded.model.state_dict().values())
-    places = (
-        ("memory", _COPIES_IN_MEMORY - 1, psutil.virtual_memory().available),
-        ("disk", _COPIES_ON_DISK, shutil.disk_usage(folder).free),
-    )
-    for what, copies, free in places:
-        if size * copies > free:
-            raise RunFailed(
-                f"compiling {loaded.name} needs {size * copies / 2**30:.1f} GiB of {what}, {free / 2**30:.1f} are free",
-                hint="use --engine eager",
-            )
+def _check_room(loaded: LoadedModel) -> None:
+    """Refuse to compile what would not fit into memory."""
+    size = sum(tensor.nbytes for tensor in loaded.model.parameters())
+    needed, free = (_COPIES - 1) * size, psutil.virtual_memory().available
+    if needed > free:
+        raise RunFailed(
+            f"compiling {loaded.name} needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free",
+            hint="use --engine eager",
+        )
 
 
 @torch.inference_mode()
@@ -174,9 +169,9 @@ def _folder() -> Path:
 
 def _speed_key(loaded: LoadedModel) -> str:
     """Return a hash of what the cost of a step depends on."""
-    engine = "eager" if loaded.program is None else "compiled"
+    program = None if loaded.program is None else fingerprint(loaded.model)
     config = loaded.model.config.to_json_string()
-    told = (machine(), loaded.device, loaded.dtype, torch.get_num_threads(), engine, config)
+    told = (machine(), loaded.device, loaded.dtype, torch.get_num_threads(), program, config)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
 

@@ -184,7 +184,7 @@ def test_packed_weights_multiply_as_torch_does_and_each_row_as_if_alone(
     torch.manual_seed(seed)
     # two layers over one input
     linears = [torch.nn.Linear(2 * width, 16 * count, bias=has_bias).to(dtype) for count in (tiles, 3)]
-    packed, outputs = compiled._PackedLinears(linears), 16 * (tiles + 3)
+    packed, outputs = compiled._PackedLinears(linears, hollow=False), 16 * (tiles + 3)
     call = kernels.space_linear_bfloat16 if dtype == torch.bfloat16 else kernels.space_linear_float32
 
     def multiply(states):

@@ -1,7 +1,9 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import transformers as tf
@@ -24,13 +26,12 @@ ENOUGH = 1_000_000
 STEP = Step((1,), 0, (), (), 1, 0.25)
 
 
-def loaded_model(*, seed=0):
-    torch.manual_seed(seed)
+def loaded_model(**changes):
+    torch.manual_seed(0)
     config = tf.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, **changes
     )
     model = lively(tf.LlamaForCausalLM(config))
-    model.get_input_embeddings().weight.data += seed
     return LoadedModel(
         name="tiny",
         source="tiny",
@@ -110,6 +111,17 @@ def test_auto_compiles_only_where_enough_tokens_are_to_come():
 
 
 @pytest.mark.usefixtures("filled")
+def test_a_tuned_model_takes_the_program_of_its_base():
+    tuned = loaded_model()
+    with torch.no_grad():
+        tuned.model.lm_head.weight.neg_()
+
+    own = tokens_of(tuned)
+    assert own != tokens_of(loaded_model())
+    assert tokens_of(prepare(tuned, engine="compiled", on_compile=never)) == own
+
+
+@pytest.mark.usefixtures("filled")
 def test_eager_leaves_the_program_alone():
     assert prepare(loaded_model(), engine="eager").program is None
 
@@ -167,7 +179,7 @@ def test_a_damaged_program_is_removed_and_told(filled):
 
 
 def test_a_program_that_computes_something_else_is_never_used(filled):
-    other = loaded_model(seed=1)
+    other = loaded_model(hidden_act="relu")
     file = filled("program")
     shutil.copy(file, file.with_name(f"program-{engines.fingerprint(other.model)}.pt2"))
 
@@ -188,9 +200,9 @@ def test_without_a_compiler_auto_goes_on_eager_and_does_not_try_again(monkeypatc
 
 @pytest.mark.usefixtures("empty")
 def test_what_does_not_fit_is_not_compiled(monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
 
-    with pytest.raises(RunFailed, match="of disk"):
+    with pytest.raises(RunFailed, match="of memory"):
         prepare(loaded_model(), engine="compiled", on_compile=never)
 
 
