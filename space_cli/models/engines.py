@@ -34,7 +34,7 @@ EngineName = Literal["auto", "eager", "compiled"]
 already, or where so many tokens are to come that compiling pays."""
 
 _TOKENS_WORTH_COMPILING = 4000
-# weights in memory when a program has been compiled and loaded: the model's own, packed ones, and what is not given back
+# of the weights in memory once a program is compiled and loaded: the model, packed ones, what is not given back
 _COPIES = 3
 _PREFIX_LENGTH, _PROBE_LENGTH, _PROBE_TOKENS, _PROBE_SECONDS = 256, 4, 48, 0.4
 
