@@ -198,7 +198,11 @@ struct Queries {
     // the same of 4 vectors of bfloat16, two keys at a time; shares are rounded to bfloat16 as well
     void mix_pairs(const T* values, int64_t shared, int64_t width, int64_t lane, const float* inverses,
                    T* const* outputs) {
-        __m512 mixed[kQueries][4] = {};
+        __m512 mixed[kQueries][4];
+#pragma GCC unroll 4
+        for (int query = 0; query < kQueries; ++query)
+#pragma GCC unroll 4
+            for (int part = 0; part < 4; ++part) mixed[query][part] = _mm512_setzero_ps();
         const auto add = [&](int first, int last, int64_t at, const T* one, const T* other)
                              __attribute__((always_inline)) {
             __m512bh pairs[4];

@@ -65,7 +65,11 @@ struct InBfloat16 {
 template <typename Type, int kTiles, int kRows>
 void multiply(const typename Type::Value* input, const typename Type::Value* packed, const typename Type::Value* bias,
               typename Type::Value* output, int64_t width, int64_t outputs) {
-    Floats totals[kTiles][kRows] = {};
+    Floats totals[kTiles][kRows];
+#pragma GCC unroll 4
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma GCC unroll 6
+        for (int row = 0; row < kRows; ++row) totals[tile][row] = Floats{};
     for (int64_t at = 0; at < width; at += Type::kDepth)
         for (int tile = 0; tile < kTiles; ++tile) {
             const typename Type::Entry weights = Type::entry(packed + (tile * width + at) * kTile);
