@@ -43,6 +43,8 @@ _FRESH = 8
 _LONGEST_HICCUP = 3.0
 # steps by the way that is faster, twice as many each time it wins, and steps by the other between them
 _FIRST_STRETCH, _LONGEST_STRETCH, _TRIAL = 16, 256, 8
+# what a trial must gain to be believed: steps of the same kind differ by as much
+_CLEARLY = 1.05
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ class _Contest:
             self._seconds[self.way] /= 2
         else:
             # tokens over seconds, crosswise
-            if self._tokens[self.way] * self._seconds[self._best] > self._tokens[self._best] * self._seconds[self.way]:
+            best = self._tokens[self._best] * self._seconds[self.way]
+            if self._tokens[self.way] * self._seconds[self._best] > _CLEARLY * best:
                 self._best, self._stretch, self._trials = self.way, _FIRST_STRETCH, 0
             elif self._trials % len(others) == 0:
                 self._stretch = min(2 * self._stretch, _LONGEST_STRETCH)
