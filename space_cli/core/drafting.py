@@ -199,6 +199,7 @@ class Experience:
 
     Args:
         masks: m, the longest mask group.
+        accepted: how often 1, 2, ... guesses of a group were accepted before; a figure of ours where it is not known.
 
     Attributes:
         calibration: by depth, right guesses over those expected from the masks' own probabilities.
@@ -208,9 +209,10 @@ class Experience:
         contest: between ways to draft.
     """
 
-    def __init__(self, masks: int) -> None:
+    def __init__(self, masks: int, accepted: Sequence[float] = ()) -> None:
         self.calibration = [_Average(1.0) for _ in range(masks)]
-        self.values = [_Average(_FIRST_VALUE ** (depth + 1)) for depth in range(masks)]
+        values = [*accepted, *(_FIRST_VALUE**depth for depth in range(len(accepted) + 1, masks + 1))]
+        self.values = [_Average(value) for value in values[:masks]]
         self.matches = {length: _Average(prior) for length, prior in _FIRST_MATCH.items()}
         self.contest = _Contest(("planned", "chain", "copies", "none") if masks else ("planned", "none"))
         self.pace = _Average(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,13 @@ class SpaceConfig(BaseModel):
     training: dict[str, Any] = Field(default_factory=dict)
     acceptance: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def accepted_by_depth(self) -> list[float]:
+        """How often a step accepted 1, 2, ... of the masks' guesses when last measured; empty if it never was."""
+        found = [each.get("accepted_by_depth") for each in self.acceptance.values() if isinstance(each, dict)]
+        known = [shares for shares in found if isinstance(shares, list)]
+        return list(takewhile(_is_share, known[-1])) if known else []
+
     @model_validator(mode="after")
     def _ids_match_masks(self) -> SpaceConfig:
         if len(self.mask_token_ids) not in (1, self.masks_per_group):
@@ -66,3 +74,7 @@ class SpaceConfig(BaseModel):
     def save(self, folder: Path) -> None:
         """Write the config into a folder, whole or not at all."""
         write_whole(folder / SPACE_CONFIG_NAME, self.model_dump_json(indent=2) + "\n")
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1

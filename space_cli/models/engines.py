@@ -59,7 +59,8 @@ def prepare(
         RunFailed: engine is compiled and there is no compiler, no room for the program, or it computes something else.
     """
     program = _program(loaded, engine, tokens, on_compile)
-    return replace(loaded, program=program, experience=Experience(loaded.masks_per_group))
+    accepted = () if loaded.space is None else loaded.space.accepted_by_depth
+    return replace(loaded, program=program, experience=Experience(loaded.masks_per_group, accepted))
 
 
 def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:

@@ -24,6 +24,7 @@ class Acceptance(BaseModel):
         tokens_per_step: of all answers, tokens over steps.
         tokens_per_step_plain: of those that do not repeat themselves; None where all do.
         repetitive: answers that repeat themselves.
+        accepted_by_depth: of the steps of the other answers, the share that accepted so many candidates: 1, 2, ... k.
     """
 
     candidates: int
@@ -33,6 +34,7 @@ class Acceptance(BaseModel):
     tokens_per_step: float
     tokens_per_step_plain: float | None
     repetitive: int
+    accepted_by_depth: list[float] = []
     answer_loss: float | None = None
 
 
@@ -72,8 +74,16 @@ def measure_acceptance(
         tokens_per_step=_tokens_per_step(generations),
         tokens_per_step_plain=_tokens_per_step(plain) if plain else None,
         repetitive=len(generations) - len(plain),
+        accepted_by_depth=_accepted_by_depth(plain, candidates),
     )
 
 
 def _tokens_per_step(generations: Sequence[Generation]) -> float:
     return sum(len(generation.tokens) for generation in generations) / sum(len(each.steps) for each in generations)
+
+
+def _accepted_by_depth(generations: Sequence[Generation], candidates: int) -> list[float]:
+    # the first step had no guesses to accept
+    accepted = [step.accepted for generation in generations for step in generation.steps[1:]]
+    depths = range(1, candidates + 1) if accepted else ()
+    return [sum(count >= depth for count in accepted) / len(accepted) for depth in depths]

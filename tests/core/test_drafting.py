@@ -86,6 +86,13 @@ def test_a_text_that_repeats_itself_comes_in_ever_longer_steps():
     assert max(lengths) > 20
 
 
+def test_experience_begins_with_what_a_checkpoint_says_was_accepted():
+    ours, told = Experience(3), Experience(3, [0.9, 0.7, 0.6, 0.5])
+
+    assert [average.value for average in told.values] == [0.9, 0.7, 0.6]
+    assert [average.value for average in Experience(3, [0.9]).values][1:] == [each.value for each in ours.values][1:]
+
+
 def test_experience_of_one_answer_serves_the_next():
     # a text of few words at random: copies seem likely and hardly ever hold
     text = torch.randint(0, 14, (300,), generator=torch.Generator().manual_seed(0)).tolist()

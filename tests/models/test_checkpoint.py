@@ -29,6 +29,20 @@ def test_what_is_saved_is_loaded(tmp_path_factory, masks, distinct, acceptance):
 
 
 @pytest.mark.parametrize(
+    ("acceptance", "known"),
+    [
+        ({}, []),
+        ({"suite": 3.0, "after": {"tokens": 7}}, []),
+        ({"before": {"accepted_by_depth": []}, "after": {"accepted_by_depth": [0.5, 0.25]}}, [0.5, 0.25]),
+        ({"after": {"accepted_by_depth": "many"}}, []),
+        ({"after": {"accepted_by_depth": [0.5, "few", 7, -1]}}, [0.5]),
+    ],
+)
+def test_what_was_accepted_before_is_read_where_it_is_known(acceptance, known):
+    assert SpaceConfig(**FIELDS, acceptance=acceptance).accepted_by_depth == known
+
+
+@pytest.mark.parametrize(
     ("changed", "told"),
     [
         ({"format": 2}, "format: Input should be 1"),

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tiny import lively, more_tiny_configs, tiny_configs
 
 from space_cli.cli.app import run
+from space_cli.models.checkpoint import SpaceConfig
 from space_cli.training import trainer
 
 CONFIGS = tiny_configs() | {name: more_tiny_configs()[name] for name in ("Falcon", "Gemma2", "Cohere2", "Olmoe")}
@@ -79,6 +80,9 @@ def test_a_family_trains_saves_loads_and_is_lossless(make_base, data, tmp_path, 
     assert config["method"] == method
     assert config["candidates"] == config["masks_per_group"] == len(config["mask_token_ids"]) == 3
     assert config["acceptance"]["after"]["tokens_per_step"] >= 1
+    shares = config["acceptance"]["after"]["accepted_by_depth"]
+    assert shares == sorted(shares, reverse=True)
+    assert SpaceConfig.load(output).accepted_by_depth == shares
     assert not list(output.glob("*.bin"))
 
 
