@@ -90,8 +90,12 @@ class Program:
                     step.named_parameters(remove_duplicate=False), step.named_buffers(remove_duplicate=False)
                 )
             }
+        asked = self._package.get_constant_fqns()
+        unknown = [name for name in asked if name not in tensors]
+        if unknown:
+            raise RuntimeError(f"it asks for {unknown[0]}, which the model does not have")
         # held here: the package takes them where they lie, and kernels want them where vectors do not straddle lines
-        self._weights = {name: tensors[name] for name in self._package.get_constant_fqns()}
+        self._weights = {name: tensors[name] for name in asked}
         self._package.load_constants(self._weights, False, True, True)
         self._known: tuple[weakref.ref[KVCache], int, _Call] | None = None
 

@@ -27,6 +27,15 @@ struct View {
         strides = found;
         aoti_torch_get_dim(tensor, &dims);
     }
+
+    bool is_contiguous() const {
+        int64_t stride = 1;
+        for (int64_t dim = dims - 1; dim >= 0; --dim) {
+            if (sizes[dim] != 1 && strides[dim] != stride) return false;
+            stride *= sizes[dim];
+        }
+        return true;
+    }
 };
 
 int32_t dtype_of(AtenTensorHandle tensor) {
@@ -58,7 +67,7 @@ AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle input, AtenTensorHa
                                             int64_t outputs, AtenTensorHandle* made) {
     const View from(input);
     int64_t sizes[4] = {1, 1, 1, 1};
-    if (from.dims > 4 || from.strides[from.dims - 1] != 1) return AOTI_TORCH_FAILURE;
+    if (from.dims > 4 || !from.is_contiguous()) return AOTI_TORCH_FAILURE;
     int64_t rows = 1;
     for (int64_t dim = 0; dim < from.dims - 1; ++dim) rows *= sizes[dim] = from.sizes[dim];
     sizes[from.dims - 1] = outputs;
@@ -90,7 +99,7 @@ AOTITorchError aoti_torch_cpu_cached_attention(AtenTensorHandle query, AtenTenso
 // logits (rows, width) contiguous; makes tokens and shares (rows, kSpaceLikely)
 AOTITorchError aoti_torch_cpu_likely(AtenTensorHandle logits, AtenTensorHandle* tokens, AtenTensorHandle* shares) {
     const View from(logits);
-    if (from.dims != 2 || from.strides[1] != 1 || from.strides[0] != from.sizes[1]) return AOTI_TORCH_FAILURE;
+    if (from.dims != 2 || !from.is_contiguous()) return AOTI_TORCH_FAILURE;
     const int64_t sizes[2] = {from.sizes[0], kSpaceLikely};
     AOTITorchError failed = make(sizes, 2, aoti_torch_dtype_int64(), tokens);
     if (!failed) failed = make(sizes, 2, aoti_torch_dtype_float32(), shares);
