@@ -188,11 +188,6 @@ class _Contest:
             self.way, self._left = self._best, self._stretch
         self._begun = False
 
-    def rate(self, otherwise: float) -> float:
-        """Return tokens per second of late, the present way, or what is assumed where nothing is known."""
-        seconds = self._seconds[self.way]
-        return self._tokens[self.way] / seconds if seconds else otherwise
-
 
 class Experience:
     """How often guesses of a model have been right of late; may serve one generation after another.
@@ -207,6 +202,7 @@ class Experience:
         matches: how often a copied token was right, by the length of the match in front of it.
         pace: seconds of a step over those measured beforehand; paces are the same by number of slots.
         contest: between ways to draft.
+        yields: tokens over the time of a plain step, of late.
     """
 
     def __init__(self, masks: int, accepted: Sequence[float] = ()) -> None:
@@ -215,6 +211,7 @@ class Experience:
         self.values = [_Average(value) for value in values[:masks]]
         self.matches = {length: _Average(prior) for length, prior in _FIRST_MATCH.items()}
         self.contest = _Contest(("planned", "chain", "copies", "none") if masks else ("planned", "none"))
+        self.yields = _Average(_FIRST_TOKENS)
         self.pace = _Average(1.0)
         self.paces = {size: _Average(1.0) for size in SIZES}
 
@@ -329,6 +326,7 @@ class AdaptiveDrafts:
         self._copied: list[int] = []
         self._spent, self._planned = 0.0, 0
         self._way: Way = "planned"
+        self._forced = False
         self._guesses: list[set[int]] = []
 
     @property
@@ -382,7 +380,9 @@ class AdaptiveDrafts:
         seconds = min(seconds, _LONGEST_HICCUP * self._seconds(slots))
         for pace in (self._known.pace, self._known.paces[slots]):
             pace.add(seconds / self.costs.by_slots[slots])
-        self._known.contest.took(tokens, seconds)
+        self._known.yields.add(tokens, seconds / self.costs.by_slots[1])
+        if not self._forced:
+            self._known.contest.took(tokens, seconds)
 
     def _seconds(self, slots: int) -> float:
         """Return the seconds to expect of a step of such a size."""
@@ -391,7 +391,9 @@ class AdaptiveDrafts:
     def _proposal(self, rows: Rows | None, group: range, tokens: Sequence[int]) -> Proposal:
         began = time.perf_counter()
         self._copied, match = self._context.continuation(tokens) if self.lookup else ([], 0)
-        self._way = self.way if match < _LONGEST_MATCH else "planned"
+        # a long match is copied in all ways, and says nothing of any of them
+        self._forced = match >= _LONGEST_MATCH
+        self._way = "planned" if self._forced else self.way
         self.guessed = []
         if self._way == "none":
             proposal = _REST
@@ -413,7 +415,7 @@ class AdaptiveDrafts:
             self._beliefs = self._believed()
         self._planned += 1
         # tokens per second at which a step is worth its time
-        rate, seconds = self._known.contest.rate(_FIRST_TOKENS / self.costs.by_slots[1]), self._beliefs.seconds
+        rate, seconds = self._known.yields.value / self.costs.by_slots[1], self._beliefs.seconds
         tree = self._tree(guesses, match)
         # what brings less than the cheapest slot costs is at most worth a slot that costs nothing
         tree.grow(max(_LEAST_CHANCE, rate * _cheapest(seconds)), MOST_SLOTS - 1)
