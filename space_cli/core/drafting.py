@@ -390,7 +390,9 @@ class AdaptiveDrafts:
 
     def _proposal(self, rows: Rows | None, group: range, tokens: Sequence[int]) -> Proposal:
         began = time.perf_counter()
-        self._copied, match = self._context.continuation(tokens) if self.lookup else ([], 0)
+        copied, match = self._context.continuation(tokens) if self.lookup else ([], 0)
+        # twice as far each time it holds: most of what a large block costs is lost where a match was chance
+        self._copied = copied[: 2 * match]
         # a long match is copied in all ways, and says nothing of any of them
         self._forced = match >= _LONGEST_MATCH
         self._way = "planned" if self._forced else self.way
