@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
@@ -115,7 +117,7 @@ class KVCache:
         self.extent = Extent()
         self.token_ids: list[int] = []
         # transformers calls it once per layer of the model
-        self.past_key_values = Cache(layer_class_to_replicate=cast(Any, partial(PreallocatedLayer, self.extent)))
+        self.cache = Cache(layer_class_to_replicate=cast(Any, partial(PreallocatedLayer, self.extent)))
 
     def reserve(self, max_length: int) -> None:
         """Make room for so many tokens at once, the slots of a block included; what is held stays."""
@@ -146,7 +148,7 @@ class KVCache:
 
     def layer(self, index: int) -> PreallocatedLayer:
         """Return a layer, made where the model has not asked for it yet."""
-        layers = self.past_key_values.layers
+        layers = self.cache.layers
         while len(layers) <= index:
             layers.append(PreallocatedLayer(self.extent))
         return cast(PreallocatedLayer, layers[index])
@@ -154,4 +156,14 @@ class KVCache:
     @property
     def layers(self) -> list[PreallocatedLayer]:
         """The layers, once something was computed."""
-        return cast(list[PreallocatedLayer], self.past_key_values.layers)
+        return cast(list[PreallocatedLayer], self.cache.layers)
+
+
+def cache_arguments(module: nn.Module, cache: Cache) -> dict[str, Any]:
+    """Return the arguments that hand a cache to a transformers model, which renamed the first in version 5.24."""
+    return {_cache_parameter(type(module)): cache, "use_cache": True}
+
+
+@lru_cache
+def _cache_parameter(kind: type[nn.Module]) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"

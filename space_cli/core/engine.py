@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from space_cli.core.attention import KEY_TILE, can_be_invariant, invariant_attention_of
 from space_cli.core.block import Block
-from space_cli.core.cache import KVCache
+from space_cli.core.cache import KVCache, cache_arguments
 from space_cli.core.choose import Likely
 from space_cli.core.compiled import MOST_SLOTS, Program
 from space_cli.core.stream import in_common
@@ -102,8 +102,7 @@ class EagerEngine:
             self.model.base_model(
                 input_ids=torch.tensor([list(token_ids)], device=self.model.device),
                 position_ids=torch.arange(start, start + len(token_ids), device=self.model.device)[None],
-                past_key_values=self.cache.past_key_values,
-                use_cache=True,
+                **cache_arguments(self.model.base_model, self.cache.cache),
             )
 
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
@@ -120,8 +119,7 @@ class EagerEngine:
                 input_ids=torch.tensor([slot_ids], device=self.model.device),
                 attention_mask=self._mask(block),
                 position_ids=block.position_ids(self.length).clamp_(max=self._last_position).to(self.model.device),
-                past_key_values=self.cache.past_key_values,
-                use_cache=True,
+                **cache_arguments(self.model, self.cache.cache),
             ).logits
         return logits[0]
 

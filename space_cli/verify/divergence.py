@@ -14,6 +14,7 @@ import psutil
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from space_cli.core.cache import cache_arguments
 from space_cli.core.choose import Chooser
 from space_cli.verify.record import Verdict
 
@@ -86,8 +87,8 @@ class Anatomist:
         """Return (V,) logits of the last token evaluated as a call of one row, as AR does."""
         cache = DynamicCache(config=self._model.config)
         if ids.shape[1] > 1:
-            self._model.base_model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
-        logits: torch.Tensor = self._model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+            self._model.base_model(input_ids=ids[:, :-1], **cache_arguments(self._model.base_model, cache))
+        logits: torch.Tensor = self._model(input_ids=ids[:, -1:], **cache_arguments(self._model, cache)).logits
         return logits[0, -1]
 
     @cached_property

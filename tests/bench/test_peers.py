@@ -224,6 +224,18 @@ def test_the_file_for_llama_cpp_is_written_once_and_whole(loaded, cache, monkeyp
 
 
 @pytest.mark.usefixtures("_llama_cpp")
+def test_llama_cpp_runs_the_weights_of_a_tuned_model_and_not_those_of_its_base(loaded, cache):
+    base, tuned = llama(loaded), llama(loaded)
+    with torch.no_grad():
+        tuned.model.lm_head.weight.neg_()
+
+    samples = [run(each, ["ar", "llama-cpp"]) for each in (base, tuned)]
+
+    assert all(sample.identical for each in samples for sample in each)
+    assert len([*cache.iterdir()]) == 2
+
+
+@pytest.mark.usefixtures("_llama_cpp")
 def test_what_llama_cpp_cannot_run_is_told(loaded, tiny_models):
     yarn = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}
     refused = {
