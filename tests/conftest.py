@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import running
 from hypothesis import HealthCheck, settings
-from tiny import MASK_IDS, VOCABULARY, lively, tiny_configs
+from tiny import MASK_IDS, VOCABULARY, tiny_configs, tiny_model
 
 # libraries read these when they are imported; the folder goes with the process
 _home = tempfile.TemporaryDirectory(prefix="space-tests-")
@@ -83,13 +83,9 @@ def stop_space(clean_env):
 def tiny_models():
     """Tiny random float32 models by family."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    return {
-        family: lively(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-        for family, config in tiny_configs().items()
-    }
+    return {family: tiny_model(family) for family in tiny_configs()}
 
 
 @pytest.fixture(scope="session")

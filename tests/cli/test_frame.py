@@ -170,5 +170,5 @@ def test_known_attacks_become_visible():
     assert visible("\x1b]8;;http://x\x07a\x9b31m\r\x00\u202e\ud800") == ("␛]8;;http://x␇a\\x9b31m␍␀\\u202e\\ud800")
 
 
-def test_package_runs_as_a_module(run_space):
-    assert run_space("--version").stdout.startswith("space ")
+def test_package_runs_as_a_module(run_space_apart):
+    assert run_space_apart("--version").stdout.startswith("space ")
