@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -16,29 +17,32 @@
 
 namespace {
 
-// lanes of two vectors, those of the second from 16 up
+// lanes of two vectors, those of the second from kLanes up
 #if defined(__clang__)
 #define SPACE_MIXED(one, other, ...) __builtin_shufflevector(one, other, __VA_ARGS__)
 #else
 #define SPACE_MIXED(one, other, ...) __builtin_shuffle(one, other, Ints{__VA_ARGS__})
 #endif
 
-// the sums of 16 vectors' lanes; always by halves (lanes 8 apart, then 4, 2, 1), whichever of the vectors it is
+// of runs of 2 * kHalf lanes the first halves of both vectors (kSecond 0), or the second halves
+template <int kHalf, int kSecond, int... kLane>
+inline __attribute__((always_inline)) Floats halves_of(Floats one, Floats other, std::integer_sequence<int, kLane...>) {
+    return SPACE_MIXED(one, other, (kLane % (2 * kHalf) % kHalf + kLane / (2 * kHalf) * 2 * kHalf + kSecond * kHalf +
+                                    (kLane % (2 * kHalf) < kHalf ? 0 : kLanes))...);
+}
+
+// The sums of kLanes vectors' lanes: by halves (lanes kLanes / 2 apart, then half as far, down to neighbours), whichever
+// of the vectors it is.
+template <int kHalf = kLanes / 2>
 inline __attribute__((always_inline)) Floats sums(Floats* of) {
+    constexpr auto kAll = std::make_integer_sequence<int, kLanes>();
 #pragma GCC unroll 8
-    for (int at = 0; at < 8; ++at)
-        of[at] = SPACE_MIXED(of[at], of[at + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                 SPACE_MIXED(of[at], of[at + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-#pragma GCC unroll 4
-    for (int at = 0; at < 4; ++at)
-        of[at] = SPACE_MIXED(of[at], of[at + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-                 SPACE_MIXED(of[at], of[at + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-#pragma GCC unroll 2
-    for (int at = 0; at < 2; ++at)
-        of[at] = SPACE_MIXED(of[at], of[at + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                 SPACE_MIXED(of[at], of[at + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    return SPACE_MIXED(of[0], of[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           SPACE_MIXED(of[0], of[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    for (int at = 0; at < kHalf; ++at)
+        of[at] = halves_of<kHalf, 0>(of[at], of[at + kHalf], kAll) + halves_of<kHalf, 1>(of[at], of[at + kHalf], kAll);
+    if constexpr (kHalf == 1)
+        return of[0];
+    else
+        return sums<kHalf / 2>(of);
 }
 
 float sum(Floats values) {
