@@ -46,7 +46,7 @@ _Stats = Annotated[bool, typer.Option("--stats", help="Say on standard error wha
 
 
 def chat(
-    model: options.Model = "nano",
+    model: options.Model = None,
     prompt: _Prompt = None,
     raw: _Raw = False,
     system: _System = None,
@@ -82,6 +82,7 @@ def chat(
     if raw and template is not None:
         raise UsageProblem("--raw and --template exclude each other")
     system = _system(system, system_file)
+    model = options.named_model(model, quiet=quiet)
     state = _state_folder()
 
     from space_cli.cli.console import err, plain, quiet_libraries

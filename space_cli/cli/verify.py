@@ -63,7 +63,7 @@ _Strict = Annotated[bool, typer.Option("--strict", help="Ties fail too.")]
 
 
 def verify_lossless(
-    model: options.Model = "nano",
+    model: options.Model = None,
     suite: options.Suite = None,
     field: options.Field = None,
     limit: options.Limit = None,
@@ -112,6 +112,7 @@ def verify_lossless(
     from space_cli.verify.compare import Comparison
 
     view = run_view(quiet=quiet)
+    model = options.named_model(model, quiet=quiet)
     view.loading(model)
     load = partial(load_model, models_file=models_file, dtype=dtype, device=device, quantization=quantization)
     loaded = load(model, revision=revision)
