@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GgufConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    modeling_gguf_pytorch_utils,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
 
 from space_cli.errors import UsageProblem
+from space_cli.models.gguf_dense import load_dense
 from space_cli.models.gguf_file import GgufFile
 from space_cli.models.gguf_tokenizer import end_ids
 
@@ -107,27 +100,7 @@ def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> 
     Raises:
         UsageProblem: weights are absent.
     """
-    model = _weighted(gguf, config, dtype)
+    model = load_dense(gguf, config, dtype)
     generation = model.generation_config
     generation.eos_token_id = sorted(end_ids(gguf.metadata)) or None
-    return model
-
-
-def _weighted(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model with all weights in one dtype."""
-    file = Path(gguf.files[0])
-    if len(gguf.files) > 1:
-        raise UsageProblem(f"{file}: models of several shards cannot be read yet")
-    loader: Any = modeling_gguf_pytorch_utils
-    bar, loader.tqdm = loader.tqdm, lambda tensors, **_: tensors
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(file.parent),
-            gguf_file=file.name,
-            config=config,
-            dtype=dtype,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-    finally:
-        loader.tqdm = bar
     return model
