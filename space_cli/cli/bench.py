@@ -339,6 +339,7 @@ def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) 
         settings={
             "model": loaded.name,
             "source": loaded.source,
+            "masks_per_group": loaded.masks_per_group,
             "draft_model": draft.name if draft is not None else None,
             **asdict(settings),
         },

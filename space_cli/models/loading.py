@@ -68,7 +68,10 @@ class LoadedModel:
     gguf: Path | None = None
 
     def drafts(self, candidates: int | None = None) -> Drafts:
-        """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best."""
+        """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best.
+
+        A model without masks drafts what it copies from the context.
+        """
         if candidates is not None:
             return ChainDrafts(Block.chain(candidates, candidates))
         return AdaptiveDrafts(self.costs, self.masks_per_group, experience=self.experience)
