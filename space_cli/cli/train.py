@@ -155,8 +155,8 @@ def train(
     model = options.named_model(model, quiet=quiet or process not in (None, "0"))
     view.note(f"loading {model}")
     loaded = load_model(
-        weights="dense",
         model,
+        weights="dense",
         models_file=models_file,
         dtype=dtype,
         device=_own_device(device, process),
