@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: greedy decoding of the GGUF file that the model came from, or of one it is written as.
+"""llama.cpp as a peer: decodes the GGUF file that a model came from, or one that it is written as.
 
 Tokens are known by their ids alone, so what is written has no vocabulary. `llama_cpp` and `gguf` are no dependencies of ours:
 they are imported by name, late, so that mypy finds the same with and without them.

@@ -27,6 +27,7 @@ class ModelEntry(BaseModel):
 
     Attributes:
         otherwise: where it is if `source` names a package that is not installed.
+        completes: it is a base model: suites that have two forms give it texts to go on with.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -39,6 +40,7 @@ class ModelEntry(BaseModel):
     candidates: int | None = Field(default=None, ge=1)
     masks_per_group: int | None = Field(default=None, ge=1)
     prompt_template: str | None = None
+    completes: bool = False
 
     @property
     def is_bundled(self) -> bool:
