@@ -146,7 +146,7 @@ def test_every_split_is_llama_cpps(free, tmp_path, pre):
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_is_llama_cpps(tmp_path, prefix):
     draw = random.Random(3)
-    letters = list("▁abcdefghijklmnopqrstuvwxyzIDNT'12340()[]:+=.\n") + ["日", "本", "é"]
+    letters = [*"▁abcdefghijklmnopqrstuvwxyzIDNT'12340()[]:+=.\n日本é"]
     made = {"".join(draw.choices(letters, k=draw.randint(2, 4))) for _ in range(4000)}
     words = [*letters, *sorted(made - set(letters))]
     draw.shuffle(words)
