@@ -13,27 +13,21 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from platformdirs import user_cache_path
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser
-from space_cli.core.compiled import (
-    Program,
-    build_kernels,
-    compile_program,
-    fingerprint,
-    load_kernels,
-    machine,
-    why_not,
-)
+from space_cli.core.compiled import Program, compile_program, fingerprint, why_not
 from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AdaptiveDrafts, Drafts, Experience
 from space_cli.core.engine import EagerEngine, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
+from space_cli.core.toolchain import build_kernels, load_kernels, machine
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.files import write_whole
+from space_cli.models.adapter import adapter_updates
+from space_cli.models.kernels import engine_folder
 from space_cli.models.loading import LoadedModel
 from space_cli.models.memory import available_memory
 from space_cli.models.refusals import is_refused, note_refusal
@@ -77,7 +71,7 @@ def prepare(
 def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
     """Return the model with the costs of its steps: those on disk, or measured now where there are none or `fresh`."""
     program = None if loaded.program is None else fingerprint(loaded.model)
-    file = _folder() / f"costs-{_speed_key(loaded, program)}.json"
+    file = engine_folder() / f"costs-{_speed_key(loaded, program)}.json"
     costs = None if fresh else _read_costs(file)
     if costs is None:
         limit = loaded.context_length or _PREFIX_LENGTH + MOST_SLOTS
@@ -118,8 +112,8 @@ def _program(loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: C
             raise UsageProblem(f"--engine compiled: {loaded.name}: {reason}", hint="use --engine eager")
         return None
     program_key = fingerprint(loaded.model)
-    package = _folder() / f"program-{program_key}.pt2"
-    refused, timed = package.with_suffix(".refused"), _folder() / f"speeds-{_speed_key(loaded, program_key)}.json"
+    package = engine_folder() / f"program-{program_key}.pt2"
+    refused, timed = package.with_suffix(".refused"), engine_folder() / f"speeds-{_speed_key(loaded, program_key)}.json"
     is_asked_for = engine == "compiled"
     may_compile = is_asked_for or (_is_worth_compiling(loaded, tokens) and not is_refused(refused))
     if not is_asked_for:
@@ -179,7 +173,7 @@ def _ready(loaded: LoadedModel, package: Path, refused: Path, *, on_compile: Cal
     on_compile()
     try:
         load_kernels(build_kernels(package.parent))
-        compile_program(loaded.model, package)
+        compile_program(loaded.model, package, adapter_updates(loaded.model))
         program = _checked(loaded, package)
     except RunFailed as error:
         note_refusal(refused, str(error))
@@ -207,7 +201,7 @@ def _checked(loaded: LoadedModel, package: Path) -> Program:
     """
     model = loaded.model
     try:
-        program = Program(package, build_kernels(package.parent), model)
+        program = Program(package, build_kernels(package.parent), model, adapter_updates(model))
         prefix, tokens = [1, 2, 3], [2, 3, 1, 2]
         logits = []
         for run_by in (None, program):
@@ -226,10 +220,6 @@ def _checked(loaded: LoadedModel, package: Path) -> Program:
         package.unlink(missing_ok=True)
         raise RunFailed(f"{loaded.name}, compiled, computes something else", hint="use --engine eager")
     return program
-
-
-def _folder() -> Path:
-    return user_cache_path("space") / "engines"
 
 
 def _speed_key(loaded: LoadedModel, program: str | None) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from space_cli.core import compiled
+from space_cli.core import toolchain
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler, which the compiled engine needs")
 
-SOURCES = [compiled.KERNELS / name for name in ("linear.cpp", "attend.cpp", "likely.cpp")]
+SOURCES = [toolchain.KERNELS / name for name in ("linear.cpp", "attend.cpp", "likely.cpp")]
 NEEDS = {"x86-64": "sse2", "x86-64-v3": "fma avx2 bmi2", "x86-64-v4": "avx512f avx512vl avx512dq", "native": ""}
 ROWS = [*range(1, 41), 128]
 DTYPES = ["float32", "bfloat16"]
@@ -87,7 +87,7 @@ def built_for(processor, folder):
     if not set(NEEDS[processor].split()) <= set(known.split()):
         pytest.skip(f"this machine does not run {processor}")
     library = folder / "kernels.so"
-    subprocess.run([*compiled.compiler_command(processor), "-o", str(library), *map(str, SOURCES)], check=True)
+    subprocess.run([*toolchain.compiler_command(processor), "-o", str(library), *map(str, SOURCES)], check=True)
     return Loaded(library)
 
 
@@ -95,10 +95,10 @@ def emulated(folder):
     compiler = shutil.which("aarch64-linux-gnu-g++")
     if compiler is None or shutil.which("qemu-aarch64") is None:
         pytest.skip("no cross compiler for aarch64, or no qemu-user")
-    flags = [flag for flag in compiled.compiler_command("armv8-a")[1:] if flag not in ("-shared", "-fPIC")]
+    flags = [flag for flag in toolchain.compiler_command("armv8-a")[1:] if flag not in ("-shared", "-fPIC")]
     runner, program = Path(__file__).with_name("kernels_runner.cpp"), folder / "runner"
     sources = map(str, [runner, *SOURCES])
-    subprocess.run([compiler, *flags, "-static", f"-I{compiled.KERNELS}", "-o", str(program), *sources], check=True)
+    subprocess.run([compiler, *flags, "-static", f"-I{toolchain.KERNELS}", "-o", str(program), *sources], check=True)
     return Emulated(program)
 
 
