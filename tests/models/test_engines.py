@@ -11,16 +11,16 @@ import torch
 import transformers as tf
 from tiny import MASK_IDS, lively
 
-from space_cli.core import compiled
+from space_cli.core import toolchain
 from space_cli.core.block import Block
 from space_cli.core.choose import Chooser
-from space_cli.core.compiled import build_kernels
 from space_cli.core.costs import ASSUMED_COSTS, SIZES
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafts
 from space_cli.core.engine import CompiledEngine, EagerEngine, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
+from space_cli.core.toolchain import build_kernels
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.models import engines, refusals
 from space_cli.models.engines import measured, prepare
@@ -211,13 +211,23 @@ def test_a_library_that_cannot_be_loaded_is_told_and_costs_auto_nothing(filled, 
     def refuse(*_, **__):
         raise OSError("failed to map segment from shared object")  # as on a file system mounted noexec
 
-    monkeypatch.setattr(compiled, "_loaded", {})
-    monkeypatch.setattr(compiled.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(toolchain, "_loaded", {})
+    monkeypatch.setattr(toolchain.ctypes, "CDLL", refuse)
 
     assert prepare(loaded_model(), on_compile=never).program is None
     with pytest.raises(RunFailed, match="kernels cannot be loaded: failed to map segment"):
         prepare(loaded_model(), engine="compiled", on_compile=never)
     assert filled("program").exists()
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_processor_that_this_one_is_not_is_told_before_anything_is_compiled(monkeypatch):
+    monkeypatch.setenv("SPACE_CPU", "x86-64-v4")
+    monkeypatch.setattr(toolchain, "_processor_flags", lambda: "flags: sse2 fma avx2 bmi2 avx512f")
+
+    assert prepare(loaded_model(), tokens=ENOUGH).program is None
+    with pytest.raises(RunFailed, match="x86-64-v4: this processor does not have avx512bw, avx512dq, avx512vl"):
+        prepare(loaded_model(), engine="compiled")
 
 
 def timed(monkeypatch, *, eager, program):
