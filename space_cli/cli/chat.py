@@ -12,6 +12,7 @@ import typer
 
 from space_cli.cli import options
 from space_cli.errors import Interrupted, UsageProblem
+from space_cli.text import prose, well_formed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,7 +30,9 @@ _Prompt = Annotated[
 ]
 _Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the model goes on behind the prompt.")]
 _System = Annotated[str | None, typer.Option("--system", help="What the model is told before all else.")]
-_SystemFile = Annotated[Path | None, typer.Option("--system-file", help="The same, from a file.")]
+_SystemFile = Annotated[
+    Path | None, typer.Option("--system-file", callback=options.at_home, help="The same, from a file.")
+]
 _Mode = Annotated[
     Literal["auto", "space", "ar"],
     typer.Option("--mode", help="space, or one token at a time; auto: space where the model was trained for it."),
@@ -41,7 +44,9 @@ _Live = Annotated[
     Literal["text", "steps"], typer.Option("--live", help="Show the answer, or every step with what was guessed.")
 ]
 _Continue = Annotated[bool, typer.Option("--continue", "-c", help="Go on with the newest conversation.")]
-_Load = Annotated[Path | None, typer.Option("--load", help="Go on with a saved conversation.")]
+_Load = Annotated[
+    Path | None, typer.Option("--load", callback=options.at_home, help="Go on with a saved conversation.")
+]
 _Stats = Annotated[bool, typer.Option("--stats", help="Say on standard error what one answer cost.")]
 
 
@@ -152,11 +157,12 @@ def _without_collecting() -> Iterator[None]:
 
 def _one_prompt(prompt: str | None) -> str | None:
     """Return the one prompt to answer, or None to converse: what was given, what is piped in, or both."""
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
-    if prompt in (None, "-"):
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else prose(sys.stdin.buffer.read(), "standard input")
+    if prompt is None or prompt == "-":
         if not piped and (prompt == "-" or sys.stdin is None or not sys.stdin.isatty()):
             raise UsageProblem("standard input is empty", hint="give --prompt TEXT, or run it in a terminal")
         return piped or None
+    prompt = well_formed(prompt, "--prompt")
     return f"{prompt}\n\n{piped}" if piped and prompt else prompt or piped
 
 
@@ -164,11 +170,11 @@ def _system(system: str | None, file: Path | None) -> str:
     if system is not None and file is not None:
         raise UsageProblem("--system and --system-file exclude each other")
     if file is None:
-        return system or ""
+        return well_formed(system or "", "--system")
     try:
-        return file.read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageProblem(f"--system-file {file}: {getattr(error, 'strerror', None) or error}") from error
+        return prose(file.read_bytes(), str(file)).strip()
+    except OSError as error:
+        raise UsageProblem(f"--system-file {file}: {error.strerror or error}") from error
 
 
 def _state_folder() -> Path:

@@ -9,6 +9,7 @@ import typer
 
 from space_cli.cli import options
 from space_cli.errors import UsageProblem
+from space_cli.files import expanded
 
 if TYPE_CHECKING:
     from space_cli.models.inventory import ModelStatus
@@ -63,6 +64,7 @@ def add(
         ids = [int(part) for part in mask_token_ids.split(",")] if mask_token_ids else None
     except ValueError as error:
         raise UsageProblem(f"--mask-token-ids {mask_token_ids}: not numbers", hint="give them as 5,6,7") from error
+    source = expanded(source)
     if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise UsageProblem(f"{source}: neither a folder nor a Hub id (org/model)")
     entry = ModelEntry(

@@ -28,6 +28,7 @@ from space_cli.core.stream import Generation
 from space_cli.errors import SpaceError, UsageProblem
 from space_cli.models.chat import load_turns
 from space_cli.models.prompting import Turn
+from space_cli.text import well_formed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -127,7 +128,7 @@ class Repl:
         self._say("Ask something; /help lists commands, Ctrl-D leaves. Alt-Enter begins a new line.")
 
     def _take(self, text: str) -> None:
-        if not text.strip():
+        if not well_formed(text, "what was typed").strip():
             return
         if not text.startswith("/") or "\n" in text.split(" ")[0]:
             self._session.chat.turns.append(Turn("user", text))

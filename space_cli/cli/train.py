@@ -10,6 +10,7 @@ import typer
 
 from space_cli.cli import options
 from space_cli.errors import Interrupted, UsageProblem
+from space_cli.files import expanded
 
 if TYPE_CHECKING:
     from space_cli.models.loading import LoadedModel
@@ -31,7 +32,7 @@ _Data = Annotated[
         metavar="DATA",
     ),
 ]
-_Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint.")]
+_Output = Annotated[Path, typer.Option("--output", "-o", callback=options.at_home, help="Folder of the checkpoint.")]
 _Method = Annotated[
     Literal["auto", "full", "adapter"],
     typer.Option("--method", help="full: all weights. adapter: the base stays as it is. auto: adapter from 1B on."),
@@ -280,4 +281,5 @@ def _method(loaded: LoadedModel, method: str, quantization: str) -> Method:
 
 def _base_name(model: str) -> str:
     """Return the model's name as a checkpoint elsewhere will find it: folders by their full path."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    folder = Path(expanded(model))
+    return str(folder.resolve()) if folder.is_dir() else model
