@@ -28,7 +28,7 @@ _Data = Annotated[
     list[str],
     typer.Option(
         "--data",
-        help="A .jsonl, .json, .parquet or .csv file (.gz too), or a Hub dataset id; repeatable.",
+        help="A .jsonl, .json, .parquet, .csv or .txt file (.gz too), or a Hub dataset id; repeatable.",
         metavar="DATA",
     ),
 ]
@@ -202,7 +202,7 @@ def train(
         },
     )
     for source in sources:
-        view.note(f"{source.source}: {len(source.examples)} examples, format {source.format}")
+        view.note(source.told)
     view.example(rendered(examples[0], loaded.tokenizer, template=template))
     view.begin(loaded, prepared, recipe)
     if dry_run:
