@@ -14,7 +14,7 @@ from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
-from space_cli.cli.console import plain, print_wrapped, visible
+from space_cli.cli.console import is_screen, plain, print_wrapped, visible
 from space_cli.cli.live import Tally, named_histogram, newest_lines, tally_of
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def view_of(session: Session, console: Console) -> PlainAnswer:
     """Return the view for the settings and for where the answer goes."""
     if session.settings.live == "steps":
         return StepsAnswer(session, console)
-    return LiveAnswer(session, console) if console.is_terminal else PlainAnswer(session)
+    return LiveAnswer(session, console) if is_screen(console) else PlainAnswer(session)
 
 
 def summary(session: Session, generation: Generation, *, speedup: float | None, context: str) -> str:

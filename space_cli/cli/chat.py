@@ -89,10 +89,10 @@ def chat(
     system = _system(system, system_file)
     state = _state_folder()
 
-    from space_cli.cli.console import err, plain, quiet_libraries
+    from space_cli.cli.console import err, is_screen, plain, quiet_libraries
 
     console = err()
-    loading = console.status(plain(f"loading {model}")) if console.is_terminal and not quiet else nullcontext()
+    loading = console.status(plain(f"loading {model}")) if is_screen(console) and not quiet else nullcontext()
     with loading, _without_collecting():
         quiet_libraries()
 
@@ -186,7 +186,7 @@ def _state_folder() -> Path:
 def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, quiet: bool) -> int:
     """Answer one prompt on standard output, or as JSON."""
     from space_cli.cli.answer import summary, view_of
-    from space_cli.cli.console import err, out, plain, print_wrapped
+    from space_cli.cli.console import err, is_screen, out, plain, print_wrapped
     from space_cli.cli.session import record_of
     from space_cli.cli.tables import write_record
     from space_cli.core.stream import Generation
@@ -207,7 +207,7 @@ def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, 
         if generation.steps:
             write_record(record_of(session, asked, generation), json)
     session.conclude(asked, generation)
-    if (stats or out().is_terminal) and not quiet:
+    if (stats or is_screen(out())) and not quiet:
         told = summary(session, generation, speedup=session.speedup(), context="")
         print_wrapped(err(), plain(told, style="dim"))
     return 0

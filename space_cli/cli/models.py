@@ -132,22 +132,23 @@ def _write(record: dict[str, Any], json: str | None) -> None:
     """Write a record as --json asks: - is standard output."""
     from json import dumps
 
+    from space_cli.cli.console import echo_json
     from space_cli.files import write_whole
 
     text = dumps(record, indent=2) + "\n"
     if json == "-":
-        typer.echo(text, nl=False)
+        echo_json(text)
     elif json is not None:
         write_whole(Path(json), text)
 
 
 def _show(statuses: list[ModelStatus]) -> None:
     """Print a table in a terminal, and elsewhere rows with tabs between, which cut and awk can read."""
-    from space_cli.cli.console import out, plain
+    from space_cli.cli.console import is_screen, out, plain
 
     console = out()
     rows = [_row(status) for status in statuses]
-    if not console.is_terminal:
+    if not is_screen(console):
         for row in (_HEADINGS, *rows):
             typer.echo("\t".join(row))
         return

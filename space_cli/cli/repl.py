@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from space_cli.cli.answer import counted, shades_of, summary, view_of
-from space_cli.cli.console import out, plain, print_wrapped, unechoed, visible
+from space_cli.cli.console import is_screen, out, plain, print_wrapped, unechoed, visible
 from space_cli.cli.live import named_histogram, tally_of
 from space_cli.core.stream import Generation
 from space_cli.errors import SpaceError, UsageProblem
@@ -273,7 +273,7 @@ class Repl:
         if not name:
             raise UsageProblem("/model needs a name", hint="`space models list` shows some")
         console = self._console()
-        with console.status(plain(f"loading {name}")) if console.is_terminal else nullcontext():
+        with console.status(plain(f"loading {name}")) if is_screen(console) else nullcontext():
             loaded = self._load(name)
         self._session.take(loaded, self._session.chat.turns)
         self._say(f"{name}; the conversation goes on")

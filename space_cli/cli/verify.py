@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from space_cli.cli import options
-from space_cli.errors import UsageProblem
+from space_cli.errors import RunFailed, UsageProblem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -140,6 +140,9 @@ def verify_lossless(
         record.complete = True
     except KeyboardInterrupt:
         return 130
+    except RunFailed:
+        record.broken = True
+        raise
     finally:
         # what is done is shown and kept, whatever ended the run
         if record.answers:

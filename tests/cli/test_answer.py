@@ -14,6 +14,11 @@ RIGHT_THEN_OWN = Step(tuple(map(ord, "ab\n")), 2, tuple(map(ord, "abx")), (ord("
 OWN_ALONE = Step((ord("c"),), 0, (), (), 1, 0.1, "length")
 
 
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def session(*, mode="space", live="text"):
     def decode(token_ids, **_):
         return "".join(map(chr, token_ids))
@@ -30,7 +35,7 @@ def screen(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
 
     def show(steps, *, live="text", width=60, no_color=False):
-        file = io.StringIO()
+        file = Screen()
         console = Console(file=file, force_terminal=True, width=width, height=24, no_color=no_color)
         with answer.view_of(session(live=live), console) as view:
             for step in steps:
