@@ -195,7 +195,7 @@ def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, 
     session.chat.turns.append(Turn("user", text))
     asked, generation = session.request(), Generation()
     try:
-        with nullcontext() if json == "-" else view_of(session, out()) as view:
+        with nullcontext() if json == "-" else view_of(session, out(), asked.token_ids) as view:
             for step in session.steps(asked):
                 generation.steps.append(step)
                 if view is not None:

@@ -158,7 +158,7 @@ class Repl:
             raise
         stopped, broke = False, ""
         try:
-            with unechoed(), view_of(session, console) as view:
+            with unechoed(), view_of(session, console, asked.token_ids) as view:
                 for step in session.steps(asked):
                     generation.steps.append(step)
                     view.step(step)

@@ -144,6 +144,11 @@ def train(
 
     quiet_libraries()
 
+    from space_cli.training.choices import check_optimizer, check_reporting
+
+    check_optimizer(optim)
+    check_reporting(report_to)
+
     from space_cli.cli.train_view import training_view
     from space_cli.models.loading import load_model
     from space_cli.training.chat_format import rendered

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from space_cli.core.stopping import text_behind
 from space_cli.errors import UsageProblem
 from space_cli.files import write_whole
 from space_cli.models.prompting import Known, Role, Turn, request
@@ -68,8 +70,9 @@ class Chat:
 
     def answered(self, asked: Known, token_ids: Sequence[int]) -> None:
         """Add the model's answer to a request; its tokens are remembered as they are."""
-        self.turns.append(Turn("assistant", self.loaded.decode(list(token_ids), skip_special_tokens=True)))
-        said = asked.text + self.loaded.decode(list(token_ids))
+        shown = partial(self.loaded.decode, skip_special_tokens=True)
+        self.turns.append(Turn("assistant", text_behind(shown, asked.token_ids, token_ids)))
+        said = asked.text + text_behind(self.loaded.decode, asked.token_ids, token_ids)
         self._known.append(Known(said, [*asked.token_ids, *token_ids]))
 
     def undo(self) -> str | None:

@@ -27,7 +27,9 @@ from space_cli.core.engine import context_length, embedding_rows
 from space_cli.errors import UsageProblem
 from space_cli.models import support
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
+from space_cli.models.prompting import encode
 from space_cli.models.registry import ModelEntry, resolve
+from space_cli.models.stops import stop_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,8 +73,8 @@ class LoadedModel:
         return AdaptiveDrafts(self.costs, self.masks_per_group, experience=self.experience)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text` with the special tokens the tokenizer puts in front."""
-        return list(self.tokenizer(text)["input_ids"])
+        """Return the token ids of `text` with the special tokens the tokenizer puts in front, and none behind."""
+        return encode(text, self.tokenizer)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of `token_ids`."""
@@ -140,7 +142,7 @@ def load_model(
         dtype=chosen_dtype,
         device=chosen_device,
         context_length=context_length(config),
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=stop_ids(tokenizer, model.generation_config),
         prompt_template=entry.prompt_template,
         **_mask_fields(name, model, space, entry),
     )
@@ -234,13 +236,6 @@ def _mask_fields(name: str, model: PreTrainedModel, space: SpaceConfig | None, e
         "candidates": candidates,
         "masks_per_group": (known.masks_per_group or candidates) if ids else 0,
     }
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end `generate`, or the tokenizer's where the model names none."""
-    ids = model.generation_config.eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return frozenset([ids] if isinstance(ids, int) else ids or ())
 
 
 def _not_loaded(name: str, entry: ModelEntry, error: OSError) -> UsageProblem:

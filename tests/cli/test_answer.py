@@ -37,7 +37,7 @@ def screen(monkeypatch):
     def show(steps, *, live="text", width=60, no_color=False):
         file = Screen()
         console = Console(file=file, force_terminal=True, width=width, height=24, no_color=no_color)
-        with answer.view_of(session(live=live), console) as view:
+        with answer.view_of(session(live=live), console, ()) as view:
             for step in steps:
                 view.step(step)
         styled = file.getvalue()
