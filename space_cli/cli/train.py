@@ -138,15 +138,7 @@ def train(
     from space_cli.training.data import read_examples
 
     sources = [read_examples(source, limit=limit) for source in dict.fromkeys(data)]
-
-    from space_cli.cli.console import quiet_libraries
-
-    quiet_libraries()
-
-    from space_cli.training.choices import check_optimizer, check_reporting
-
-    check_optimizer(optim)
-    check_reporting(report_to)
+    _check_names(optim, report_to)
 
     from space_cli.cli.train_view import training_view
     from space_cli.models.loading import load_model
@@ -160,8 +152,8 @@ def train(
     model = options.named_model(model, quiet=quiet or process not in (None, "0"))
     view.note(f"loading {model}")
     loaded = load_model(
-        weights="dense",
         model,
+        weights="dense",
         models_file=models_file,
         dtype=dtype,
         device=_own_device(device, process),
@@ -249,6 +241,16 @@ def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageProblem(f"--output {output}: no training to resume", hint="leave --resume out")
     if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
         raise UsageProblem(f"--output {output}: is not empty", hint="give --resume to go on with it, or --overwrite")
+
+
+def _check_names(optim: str, report_to: str) -> None:
+    from space_cli.cli.console import quiet_libraries
+
+    quiet_libraries()
+
+    from space_cli.training.choices import check_names
+
+    check_names(optim=optim, report_to=report_to)
 
 
 def _own_device(device: str, process: str | None) -> str:

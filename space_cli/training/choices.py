@@ -13,12 +13,18 @@ from transformers.training_args import OptimizerNames
 from space_cli.errors import UsageProblem
 
 
-def check_optimizer(name: str) -> None:
-    """Refuse an optimizer that is none of transformers', or whose package is missing.
+def check_names(*, optim: str, report_to: str) -> None:
+    """Refuse an optimizer or a service to report to that cannot be used here.
 
     Raises:
-        UsageProblem: with the names that look alike, or what is missing.
+        UsageProblem: which one, and what there is.
     """
+    _check_optimizer(optim)
+    _check_reporting(report_to)
+
+
+def _check_optimizer(name: str) -> None:
+    """Refuse an optimizer that is none of transformers', or whose package is missing."""
     names = [each.value for each in OptimizerNames]
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or ["adamw_torch", "adafactor", "sgd"]
@@ -32,12 +38,8 @@ def check_optimizer(name: str) -> None:
         raise UsageProblem(f"--optim {name}: cannot be used here: {told}", hint="use adamw_torch") from error
 
 
-def check_reporting(name: str) -> None:
-    """Refuse a service to report to that Trainer does not know, or whose package is missing.
-
-    Raises:
-        UsageProblem: with the names there are.
-    """
+def _check_reporting(name: str) -> None:
+    """Refuse a service to report to that Trainer does not know, or whose package is missing."""
     if name in ("none", "all"):
         return
     if name not in INTEGRATION_TO_CALLBACK:
