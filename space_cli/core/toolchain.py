@@ -48,7 +48,8 @@ def build_kernels(folder: Path) -> Path:
         RunFailed: there is no C++ compiler, or it fails.
     """
     library = folder / f"kernels-{toolchain_digest()[:16]}.so"
-    if library.exists():
+    seal = library.with_suffix(".sha256")
+    if (digest := _digest(library)) is not None and digest == _content(seal):
         return library
     unfinished = library.with_suffix(f".{os.getpid()}")
     torch_folder = Path(torch.__file__).parent
@@ -59,16 +60,41 @@ def build_kernels(folder: Path) -> Path:
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         first = next((line for line in said if "error" in line), said[0])
+        unfinished.unlink(missing_ok=True)
         raise RunFailed(f"no C++ compiler that works: {first}") from error
-    unfinished.replace(library)
+    try:
+        seal.write_bytes(_digest(unfinished) or b"")
+        unfinished.replace(library)
+    except OSError as error:
+        raise RunFailed(f"{library}: {error.strerror}") from error
     return library
 
 
+def _content(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
+def _digest(file: Path) -> bytes | None:
+    """Return a file's hash: half a library would end the process that loads it."""
+    content = _content(file)
+    return None if content is None else hashlib.sha256(content).hexdigest().encode()
+
+
 def load_kernels(library: Path) -> ctypes.CDLL:
-    """Return the library of our kernels; programs loaded later find them in it."""
+    """Return the library of our kernels; programs loaded later find them in it.
+
+    Raises:
+        RunFailed: it is no library for this machine, or lies where none may be loaded from.
+    """
     # programs find what was loaded first, and all libraries of one version are alike
     if "kernels" not in _loaded:
-        _loaded["kernels"] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        try:
+            _loaded["kernels"] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise RunFailed(f"the kernels cannot be loaded: {error}", hint="use --engine eager") from error
         use_kernels(_loaded["kernels"])
     return _loaded["kernels"]
 
