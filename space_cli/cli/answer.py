@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from functools import partial
@@ -10,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
 from space_cli.cli.console import is_screen, plain, print_wrapped, visible
 from space_cli.cli.live import Tally, named_histogram, newest_lines, tally_of, without_masks
+from space_cli.cli.markdown import styled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +28,6 @@ _SHADES = ("color(32)", "color(133)")
 # of 16 colours the nearest to that purple is white
 _BASIC_SHADES = ("cyan", "magenta")
 _COLOURLESS_SHADES = ("underline", "bold")
-# what code has too is no sign of Markdown: `# comment`, `2**n`
-_MARKDOWN = re.compile(r"^(```|#{2,4} \S|[-*] \S|\d+\. \S|> )|(?<!\w)\*\*\w([^*\n]*[\w.!?:])?\*\*(?!\w)", re.MULTILINE)
 
 
 def shades_of(console: Console) -> tuple[str, str]:
@@ -105,14 +102,10 @@ class LiveAnswer(PlainAnswer):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Leave the answer; what reads as Markdown is set as such."""
+        """Leave the answer, as it came."""
         self._shaded.finish()
         self._live.stop()
-        text = self._shaded.text
-        if _MARKDOWN.search(text.plain):
-            self._console.print(Markdown(text.plain, hyperlinks=False))
-        else:
-            self._console.print(text, soft_wrap=True)
+        self._console.print(styled(self._shaded.text), soft_wrap=True)
 
     def step(self, step: Step) -> None:
         """Add a step's text."""

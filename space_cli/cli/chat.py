@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from space_cli.cli.session import Session
     from space_cli.models.loading import LoadedModel
+    from space_cli.models.prompting import Turn
 
 EPILOG = (
     "Example: space chat    Example: space chat --prompt 'def add(a, b):' --raw    Example: cat notes.txt | space chat"
@@ -87,8 +88,12 @@ def chat(
     if raw and template is not None:
         raise UsageProblem("--raw and --template exclude each other")
     system = _system(system, system_file)
-    model = options.named_model(model, quiet=quiet)
     state = _state_folder()
+    turns, partner = _saved(state / "newest.json" if go_on else load)
+    if partner and model is not None and not quiet and _differ(partner, model):
+        _say(f"the conversation was with {partner}; {model} goes on with it")
+    # a conversation goes on with the model it was had with
+    model = options.named_model(model or partner, quiet=quiet)
 
     from space_cli.cli.console import err, is_screen, plain, quiet_libraries
 
@@ -99,7 +104,6 @@ def chat(
 
         from space_cli.cli.live import COMPILING
         from space_cli.cli.session import ChatSettings, Session
-        from space_cli.models.chat import load_turns
         from space_cli.models.engines import prepare
         from space_cli.models.loading import load_model
 
@@ -119,7 +123,6 @@ def chat(
             # what steps cost is measured once an answer needs it: the prompt comes sooner
             return prepare(loaded, engine=engine, on_compile=compiling)
 
-        turns = load_turns(state / "newest.json") if go_on else load_turns(load) if load else []
         loaded = loaded_by(model)
         settings = ChatSettings.of(
             temperature=temperature,
@@ -176,6 +179,28 @@ def _system(system: str | None, file: Path | None) -> str:
         return prose(file.read_bytes(), str(file)).strip()
     except OSError as error:
         raise UsageProblem(f"--system-file {file}: {error.strerror or error}") from error
+
+
+def _saved(file: Path | None) -> tuple[list[Turn], str | None]:
+    """Return the turns of a saved conversation and the model it was had with; nothing without a file."""
+    if file is None:
+        return [], None
+
+    from space_cli.models.chat import load_turns
+
+    return load_turns(file)
+
+
+def _differ(one: str, other: str) -> bool:
+    from space_cli.models.registry import located
+
+    return located(one) != located(other)
+
+
+def _say(text: str) -> None:
+    from space_cli.cli.console import err, plain
+
+    err().print(plain(text, style="dim"), soft_wrap=True)
 
 
 def _state_folder() -> Path:

@@ -28,6 +28,7 @@ from space_cli.core.stream import Generation
 from space_cli.errors import SpaceError, UsageProblem
 from space_cli.models.chat import load_turns
 from space_cli.models.prompting import Turn
+from space_cli.models.registry import located
 from space_cli.text import well_formed
 
 if TYPE_CHECKING:
@@ -284,11 +285,13 @@ class Repl:
     def _load_file(self, name: str) -> None:
         if not name:
             raise UsageProblem("/load needs a file")
-        turns = load_turns(Path(name).expanduser())
+        turns, partner = load_turns(Path(name).expanduser())
         self._session.chat.turns = turns
         self._session.last = None
         self._own_files.add(Path(name).expanduser().resolve())
         self._say(f"{len(turns)} turns; the last: {_short(turns[-1].content) if turns else ''}")
+        if partner != located(self._session.loaded.name):
+            self._say(f"they were had with {partner}; `/model {partner}` goes on with that")
 
     def _copy(self, _: str) -> None:
         answer = next((turn.content for turn in reversed(self._session.chat.turns) if turn.role == "assistant"), None)
