@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import running
 from hypothesis import HealthCheck, settings
+from inside import space  # noqa: F401  # a fixture for all
 from tiny import MASK_IDS, VOCABULARY, tiny_configs, tiny_model
 
 # libraries read these when they are imported; the folder goes with the process

@@ -88,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; print an error as one line and return the exit code."""
+    from space_cli.cli.console import never_fail_for_a_character
+
+    never_fail_for_a_character()
     try:
         returned = app(args=list(arguments), prog_name="space", standalone_mode=False)
         sys.stdout.flush()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Collection
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -152,7 +153,7 @@ def run(
         "metrics": {each.name: each.metric for each in suites},
         "seeds": seeds,
         "sweep": sweep,
-        "left_out": left_out | planned.left_out | not_judged,
+        "left_out": left_out | planned.left_out | not_judged | _no_pictures(report_file),
     }
     view.left_out(report.settings["left_out"])
     journal = _journal(json, report, planned, resume=resume)
@@ -305,6 +306,13 @@ def _add(
 
         view.note("judging answers")
         judge_all(report.samples, suites, missing=not_judged)
+
+
+def _no_pictures(report_file: Path | None) -> dict[str, str]:
+    """Return why a page will have no pictures, as what is left out of a run."""
+    if report_file is None or report_file.suffix != ".html" or find_spec("matplotlib") is not None:
+        return {}
+    return {"pictures of --report": "need matplotlib: pip install 'space-decoding[plot]'"}
 
 
 def _list() -> int:

@@ -12,12 +12,14 @@ import typer
 
 from space_cli.cli import options
 from space_cli.errors import Interrupted, UsageProblem
+from space_cli.text import prose, well_formed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from space_cli.cli.session import Session
     from space_cli.models.loading import LoadedModel
+    from space_cli.models.prompting import Turn
 
 EPILOG = (
     "Example: space chat    Example: space chat --prompt 'def add(a, b):' --raw    Example: cat notes.txt | space chat"
@@ -29,7 +31,9 @@ _Prompt = Annotated[
 ]
 _Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the model goes on behind the prompt.")]
 _System = Annotated[str | None, typer.Option("--system", help="What the model is told before all else.")]
-_SystemFile = Annotated[Path | None, typer.Option("--system-file", help="The same, from a file.")]
+_SystemFile = Annotated[
+    Path | None, typer.Option("--system-file", callback=options.at_home, help="The same, from a file.")
+]
 _Mode = Annotated[
     Literal["space", "ar"],
     typer.Option("--mode", help="space, or one token at a time."),
@@ -41,7 +45,9 @@ _Live = Annotated[
     Literal["text", "steps"], typer.Option("--live", help="Show the answer, or every step with what was guessed.")
 ]
 _Continue = Annotated[bool, typer.Option("--continue", "-c", help="Go on with the newest conversation.")]
-_Load = Annotated[Path | None, typer.Option("--load", help="Go on with a saved conversation.")]
+_Load = Annotated[
+    Path | None, typer.Option("--load", callback=options.at_home, help="Go on with a saved conversation.")
+]
 _Stats = Annotated[bool, typer.Option("--stats", help="Say on standard error what one answer cost.")]
 
 
@@ -82,19 +88,22 @@ def chat(
     if raw and template is not None:
         raise UsageProblem("--raw and --template exclude each other")
     system = _system(system, system_file)
-    model = options.named_model(model, quiet=quiet)
     state = _state_folder()
+    turns, partner = _saved(state / "newest.json" if go_on else load)
+    if partner and model is not None and not quiet and _differ(partner, model):
+        _say(f"the conversation was with {partner}; {model} goes on with it")
+    # a conversation goes on with the model it was had with
+    model = options.named_model(model or partner, quiet=quiet)
 
-    from space_cli.cli.console import err, plain, quiet_libraries
+    from space_cli.cli.console import err, is_screen, plain, quiet_libraries
 
     console = err()
-    loading = console.status(plain(f"loading {model}")) if console.is_terminal and not quiet else nullcontext()
+    loading = console.status(plain(f"loading {model}")) if is_screen(console) and not quiet else nullcontext()
     with loading, _without_collecting():
         quiet_libraries()
 
         from space_cli.cli.live import COMPILING
         from space_cli.cli.session import ChatSettings, Session
-        from space_cli.models.chat import load_turns
         from space_cli.models.engines import prepare
         from space_cli.models.loading import load_model
 
@@ -114,7 +123,6 @@ def chat(
             # what steps cost is measured once an answer needs it: the prompt comes sooner
             return prepare(loaded, engine=engine, on_compile=compiling)
 
-        turns = load_turns(state / "newest.json") if go_on else load_turns(load) if load else []
         loaded = loaded_by(model)
         settings = ChatSettings.of(
             temperature=temperature,
@@ -153,11 +161,12 @@ def _without_collecting() -> Iterator[None]:
 
 def _one_prompt(prompt: str | None) -> str | None:
     """Return the one prompt to answer, or None to converse: what was given, what is piped in, or both."""
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
-    if prompt in (None, "-"):
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else prose(sys.stdin.buffer.read(), "standard input")
+    if prompt is None or prompt == "-":
         if not piped and (prompt == "-" or sys.stdin is None or not sys.stdin.isatty()):
             raise UsageProblem("standard input is empty", hint="give --prompt TEXT, or run it in a terminal")
         return piped or None
+    prompt = well_formed(prompt, "--prompt")
     return f"{prompt}\n\n{piped}" if piped and prompt else prompt or piped
 
 
@@ -165,11 +174,33 @@ def _system(system: str | None, file: Path | None) -> str:
     if system is not None and file is not None:
         raise UsageProblem("--system and --system-file exclude each other")
     if file is None:
-        return system or ""
+        return well_formed(system or "", "--system")
     try:
-        return file.read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageProblem(f"--system-file {file}: {getattr(error, 'strerror', None) or error}") from error
+        return prose(file.read_bytes(), str(file)).strip()
+    except OSError as error:
+        raise UsageProblem(f"--system-file {file}: {error.strerror or error}") from error
+
+
+def _saved(file: Path | None) -> tuple[list[Turn], str | None]:
+    """Return the turns of a saved conversation and the model it was had with; nothing without a file."""
+    if file is None:
+        return [], None
+
+    from space_cli.models.chat import load_turns
+
+    return load_turns(file)
+
+
+def _differ(one: str, other: str) -> bool:
+    from space_cli.models.registry import located
+
+    return located(one) != located(other)
+
+
+def _say(text: str) -> None:
+    from space_cli.cli.console import err, plain
+
+    err().print(plain(text, style="dim"), soft_wrap=True)
 
 
 def _state_folder() -> Path:
@@ -181,7 +212,7 @@ def _state_folder() -> Path:
 def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, quiet: bool) -> int:
     """Answer one prompt on standard output, or as JSON."""
     from space_cli.cli.answer import summary, view_of
-    from space_cli.cli.console import err, out, plain, print_wrapped
+    from space_cli.cli.console import err, is_screen, out, plain, print_wrapped
     from space_cli.cli.session import record_of
     from space_cli.cli.tables import write_record
     from space_cli.core.stream import Generation
@@ -190,7 +221,7 @@ def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, 
     session.chat.turns.append(Turn("user", text))
     asked, generation = session.request(), Generation()
     try:
-        with nullcontext() if json == "-" else view_of(session, out()) as view:
+        with nullcontext() if json == "-" else view_of(session, out(), asked.token_ids) as view:
             for step in session.steps(asked):
                 generation.steps.append(step)
                 if view is not None:
@@ -202,7 +233,7 @@ def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, 
         if generation.steps:
             write_record(record_of(session, asked, generation), json)
     session.conclude(asked, generation)
-    if (stats or out().is_terminal) and not quiet:
+    if (stats or is_screen(out())) and not quiet:
         told = summary(session, generation, speedup=session.speedup(), context="")
         print_wrapped(err(), plain(told, style="dim"))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,7 +16,7 @@ from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import Drafts
-from space_cli.core.stopping import StopRule
+from space_cli.core.stopping import StopRule, text_behind
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
 from space_cli.models.chat import Chat
@@ -254,7 +255,7 @@ def record_of(session: Session, asked: Known, generation: Generation) -> AnswerR
     token_ids, seconds = generation.tokens, generation.seconds
     return AnswerRecord(
         complete=generation.finish_reason is not None,
-        text=session.loaded.decode(token_ids, skip_special_tokens=True),
+        text=text_behind(partial(session.loaded.decode, skip_special_tokens=True), asked.token_ids, token_ids),
         token_ids=token_ids,
         accepted_per_step=[len(step.tokens) for step in generation.steps],
         prompt_tokens=len(asked.token_ids),

@@ -27,11 +27,11 @@ _Data = Annotated[
     list[str],
     typer.Option(
         "--data",
-        help="A .jsonl, .json, .parquet or .csv file (.gz too), or a Hub dataset id; repeatable.",
+        help="A .jsonl, .json, .parquet, .csv or .txt file (.gz too), or a Hub dataset id; repeatable.",
         metavar="DATA",
     ),
 ]
-_Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint.")]
+_Output = Annotated[Path, typer.Option("--output", "-o", callback=options.at_home, help="Folder of the checkpoint.")]
 _Method = Annotated[
     Literal["auto", "full", "adapter"],
     typer.Option("--method", help="full: all weights. adapter: the base stays as it is. auto: adapter from 1B on."),
@@ -138,10 +138,7 @@ def train(
     from space_cli.training.data import read_examples
 
     sources = [read_examples(source, limit=limit) for source in dict.fromkeys(data)]
-
-    from space_cli.cli.console import quiet_libraries
-
-    quiet_libraries()
+    _check_names(optim, report_to)
 
     from space_cli.cli.train_view import training_view
     from space_cli.models.loading import load_model
@@ -203,7 +200,7 @@ def train(
         },
     )
     for source in sources:
-        view.note(f"{source.source}: {len(source.examples)} examples, format {source.format}")
+        view.note(source.told)
     view.example(rendered(examples[0], loaded.tokenizer, template=template))
     view.begin(loaded, prepared, recipe)
     if dry_run:
@@ -244,6 +241,16 @@ def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageProblem(f"--output {output}: no training to resume", hint="leave --resume out")
     if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
         raise UsageProblem(f"--output {output}: is not empty", hint="give --resume to go on with it, or --overwrite")
+
+
+def _check_names(optim: str, report_to: str) -> None:
+    from space_cli.cli.console import quiet_libraries
+
+    quiet_libraries()
+
+    from space_cli.training.choices import check_names
+
+    check_names(optim=optim, report_to=report_to)
 
 
 def _own_device(device: str, process: str | None) -> str:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from space_cli.cli.console import err, out, plain
+from space_cli.cli.console import err, is_screen, out, plain
 
 if TYPE_CHECKING:
     from space_cli.models.checkpoint import SpaceConfig
@@ -190,7 +190,7 @@ class LiveTrainView(TrainView):
 def training_view(*, quiet: bool) -> TrainView:
     """Return the view for where standard error goes."""
     console = err()
-    if quiet or not console.is_terminal or console.is_dumb_terminal:
+    if quiet or not is_screen(console):
         return TrainView(console, quiet=quiet)
     return LiveTrainView(console)
 

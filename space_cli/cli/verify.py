@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from space_cli.cli import options
-from space_cli.errors import UsageProblem
+from space_cli.errors import RunFailed, UsageProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from space_cli.bench.measure import Planned, Settings
     from space_cli.cli.live import RunView
@@ -137,7 +138,7 @@ def verify_lossless(
     run_names = ["ar", "space", *(["hf"] if "hf" in names and not temperature else []), *(["base"] if base else [])]
     view.begin(loaded, run_names, planned.turns * seeds, unit="answers")
     try:
-        with view:
+        with view, _noting_a_break(record):
             _run(record, planned.prompts, comparison, view, draws=draws)
         record.complete = True
     except KeyboardInterrupt:
@@ -148,6 +149,16 @@ def verify_lossless(
             record.conclude(candidates=None if drafts == "adaptive" else block.num_candidates, strict=strict)
             _hand_out(record, json, report, view)
     return 0 if record.lossless else 1
+
+
+@contextmanager
+def _noting_a_break(record: Verification) -> Iterator[None]:
+    """From answers before an error nothing follows for the model: it gets no verdict."""
+    try:
+        yield
+    except RunFailed:
+        record.broken = True
+        raise
 
 
 def _load_base(loaded: LoadedModel, load: Callable[[str], LoadedModel], view: RunView) -> LoadedModel:

@@ -24,7 +24,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from space_cli.errors import RunFailed
+
 LIKELY = 4
+_NONE = -1
+_INFINITE = 0x7F80
+"""The exponent's bits of a bfloat16 that is infinite or no number."""
 _NOISE_ROWS_KEPT = 64
 _MASK64 = (1 << 64) - 1
 # of splitmix64
@@ -140,13 +145,21 @@ class Rows:
         self._likely = likely if plain else None
         self._greedy: list[int] | None = None
         if plain:
-            self._greedy = largest(logits) if likely is None else likely.tokens[:, 0].tolist()
+            self._greedy = largest(logits) if likely is None else _first(likely)
 
     def token(self, row: int, history: Sequence[int]) -> int:
-        """Return the token that follows `history` (prompt included) by the logits of `row`."""
-        if self._greedy is not None:
-            return self._greedy[row]
-        return largest(self.scores(row, history)[None])[0]
+        """Return the token that follows `history` (prompt included) by the logits of `row`.
+
+        Raises:
+            RunFailed: its logits are not finite, so that none is the largest.
+        """
+        token = largest(self.scores(row, history)[None])[0] if self._greedy is None else self._greedy[row]
+        if token == _NONE:
+            raise RunFailed(
+                f"the model's logits behind {len(history)} tokens are not finite",
+                hint="its weights are damaged, or --dtype is too narrow for them: try float32",
+            )
+        return token
 
     def scores(self, row: int, history: Sequence[int]) -> torch.Tensor:
         """Return the (V,) scores of `row` whose largest is chosen: processed logits, and noise if sampled.
@@ -180,14 +193,29 @@ class Rows:
 
 
 def largest(logits: torch.Tensor) -> list[int]:
-    """Return the token of the largest logit of each row of (Q, V): one copy off the device, and no other of a step."""
+    """Return the token of the largest logit of each row of (Q, V), -1 where that is no finite number.
+
+    One copy off the device, and no other of a step.
+    """
     if logits.device.type != "cpu":
-        return cast(list[int], logits.argmax(dim=-1).tolist())
+        values, tokens = logits.max(dim=-1)
+        return cast(list[int], torch.where(values.isfinite(), tokens, _NONE).tolist())
+    rows = np.arange(len(logits))
     if logits.dtype != torch.bfloat16:
-        return cast(list[int], logits.numpy().argmax(axis=-1).tolist())
-    # numpy has no bfloat16; as integers they have the same order once the magnitude of negative ones is turned over
-    bits = logits.view(torch.int16).numpy()
-    return cast(list[int], (bits ^ (bits >> 15 & 0x7FFF)).argmax(axis=-1).tolist())
+        numbers = logits.numpy()
+        places = numbers.argmax(axis=-1)
+        finite = np.isfinite(numbers[rows, places])
+    else:
+        # numpy has no bfloat16; as integers they have the same order once the magnitude of negative ones is turned over
+        bits = logits.view(torch.int16).numpy()
+        places = (bits ^ (bits >> 15 & 0x7FFF)).argmax(axis=-1)
+        finite = bits[rows, places] & _INFINITE != _INFINITE
+    return cast(list[int], np.where(finite, places, _NONE).tolist())
+
+
+def _first(likely: Likely) -> list[int]:
+    """Return the likeliest token of each row, -1 where the shares are no numbers."""
+    return np.where(np.isfinite(likely.shares[:, 0].numpy()), likely.tokens[:, 0].numpy(), _NONE).tolist()
 
 
 class _Noise:

@@ -77,7 +77,7 @@ def decode(
     engine = engine_for(
         model, program, max_length=max_length, max_slots=drafts.max_slots, numerics=numerics, cache=cache
     )
-    state = stop.begin()
+    state = stop.begin(prompt_ids)
     # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head comes with the first step
     computed = engine.prefill(tokens[:-1])
     proposal = drafts.first(tokens)

@@ -10,6 +10,8 @@ from space_cli.core.stream import FinishReason
 Decode = Callable[[list[int]], str]
 """Text of token ids, as a tokenizer's `decode` gives it."""
 
+_TAIL = 16
+
 
 class TextStream:
     """Text of a growing token sequence, in pieces that never change afterwards.
@@ -18,12 +20,17 @@ class TextStream:
     fallback, merged spaces), and an unfinished multi-byte character must wait for its last byte.
 
     Source: the offsets of text-generation-inference and vLLM (`detokenize_incrementally`).
+
+    Args:
+        decode: gives the text of token ids.
+        before: the tokens that the text goes on from: a prompt's, as SentencePiece shows a leading space behind others
+            alone.
     """
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._tail: list[int] = []
-        self._shown = 0
+        self._tail = tail_of(decode, before)
+        self._shown = len(self._tail)
 
     def push(self, token: int) -> str:
         """Return the text that has become final with `token`; empty while a character is unfinished."""
@@ -33,7 +40,9 @@ class TextStream:
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         piece = text[len(before) :]
-        self._tail = self._tail[self._shown :]
+        # what shows nothing alone, as special tokens, is no place to go on from
+        if self._decode(self._tail[self._shown :]):
+            self._tail = self._tail[self._shown :]
         self._shown = len(self._tail)
         return piece
 
@@ -42,6 +51,20 @@ class TextStream:
         piece = self._decode(self._tail)[len(self._decode(self._tail[: self._shown])) :]
         self._tail, self._shown = [], 0
         return piece
+
+
+def tail_of(decode: Decode, token_ids: Sequence[int]) -> list[int]:
+    """Return the end of `token_ids`, as much of it as shows a text to go on from."""
+    count = _TAIL
+    while count < len(token_ids) and not decode(list(token_ids[-count:])).strip():
+        count *= 2
+    return list(token_ids[-count:])
+
+
+def text_behind(decode: Decode, before: Sequence[int], token_ids: Sequence[int]) -> str:
+    """Return the text of `token_ids` as it stands behind the tokens `before`."""
+    tail = tail_of(decode, before)
+    return decode([*tail, *token_ids])[len(decode(tail)) :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +91,20 @@ class StopRule:
         if "" in self.stop_strings:
             raise ValueError("a stop string cannot be empty")
 
-    def begin(self) -> StopState:
-        """Return the state of one generation under these rules."""
-        return StopState(self)
+    def begin(self, prompt_ids: Sequence[int] = ()) -> StopState:
+        """Return the state of one generation behind a prompt under these rules."""
+        return StopState(self, prompt_ids)
 
 
 class StopState:
     """How far one generation is from its end."""
 
-    def __init__(self, rule: StopRule) -> None:
+    def __init__(self, rule: StopRule, prompt_ids: Sequence[int] = ()) -> None:
         self._rule = rule
         self._count = 0
         self._text = ""
         self._keep = max(map(len, rule.stop_strings), default=0) - 1
-        self._stream = TextStream(rule.decode) if rule.stop_strings and rule.decode else None
+        self._stream = TextStream(rule.decode, prompt_ids) if rule.stop_strings and rule.decode else None
 
     def push(self, token: int) -> FinishReason | None:
         """Take the next token and return why the generation ends with it, or None."""

@@ -30,7 +30,9 @@ from space_cli.models import support
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.gguf_names import gguf_path, is_gguf
 from space_cli.models.kernels import kernels_problem
+from space_cli.models.prompting import encode
 from space_cli.models.registry import ModelEntry, read_models, resolve
+from space_cli.models.stops import stop_ids
 
 Weights = Literal["as stored", "dense"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -92,8 +94,8 @@ class LoadedModel:
         return num_parameters(self.model)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text` with the special tokens the tokenizer puts in front."""
-        return list(self.tokenizer(text)["input_ids"])
+        """Return the token ids of `text` with the special tokens the tokenizer puts in front, and none behind."""
+        return encode(text, self.tokenizer)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of `token_ids`."""
@@ -155,7 +157,7 @@ def load_model(
         dtype=str(model.dtype).removeprefix("torch."),
         device=chosen_device,
         context_length=context_length(model.config),
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=stop_ids(tokenizer, model.generation_config),
         prompt_template=entry.prompt_template,
         completes=entry.completes or _base_completes(space, models_file),
         gguf=file,
@@ -300,13 +302,6 @@ def _mask_fields(name: str, model: PreTrainedModel, space: SpaceConfig | None, e
         "candidates": candidates,
         "masks_per_group": (known.masks_per_group or candidates) if ids else 0,
     }
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end `generate`, or the tokenizer's where the model names none."""
-    ids = model.generation_config.eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return frozenset([ids] if isinstance(ids, int) else ids or ())
 
 
 def _not_loaded(name: str, entry: ModelEntry, error: OSError) -> UsageProblem:

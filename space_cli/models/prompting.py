@@ -58,6 +58,8 @@ def request(
     """
     seam = seam_for(turn.content for turn in turns)
     special = special_tokens(tokenizer)
+    if template is not None and template.startswith("{}"):
+        turns = [Turn(turns[0].role, without_lead(turns[0].content, tokenizer)), *turns[1:]]
     turns = [Turn(turn.role, taken_apart(turn.content, special, seam)) for turn in turns]
     if template is None and tokenizer.chat_template:
         seamed, lead = render(turns, tokenizer, "the conversation", asks=True), list[int]()
@@ -141,6 +143,17 @@ def lead_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     plain, whole = ids_of("a", tokenizer), list(tokenizer("a")["input_ids"])
     lead = whole[: next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)]
     return [] if lead and ids_of(text, tokenizer)[: len(lead)] == lead else lead
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of a text that stands alone: those that the tokenizer puts in front, once, and none behind."""
+    return lead_ids(text, tokenizer) + ids_of(text, tokenizer)
+
+
+def without_lead(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a text without what the tokenizer puts in front of any, where the text spells that out itself."""
+    lead = tokenizer.convert_ids_to_tokens(lead_ids("", tokenizer))
+    return text.removeprefix("".join(lead))
 
 
 def ids_behind(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from space_cli.core.choose import mix
 from space_cli.core.stream import is_repetitive
 from space_cli.errors import unwritten
+from space_cli.models.stops import no_defaults_of_its_own
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +116,12 @@ def _answer(
     rows = [[padding] * (width - len(request.prompt_ids)) + list(request.prompt_ids) for request in batch]
     masks = [[0] * (width - len(request.prompt_ids)) + [1] * len(request.prompt_ids) for request in batch]
     torch.manual_seed(mix(settings.seed, int(batch[0].key[:8], 16)))
-    output = model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
-        torch.tensor(rows, device=model.device),
-        attention_mask=torch.tensor(masks, device=model.device),
-        generation_config=config,
-    )
+    with no_defaults_of_its_own(model):
+        output = model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
+            torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(masks, device=model.device),
+            generation_config=config,
+        )
     return [_until_end(row, eos_token_ids) for row in output[:, width:].tolist()]
 
 
