@@ -96,6 +96,11 @@ class Model:
         """Most tokens of prompt and answer together, or None where nothing limits them."""
         return self.loaded.context_length
 
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the keys and values kept at rest."""
+        return self._caches.nbytes
+
     def prompt_ids(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Return the tokens that a prompt or a conversation is to the model.
 
@@ -227,7 +232,7 @@ class Stream:
     """
 
     def __init__(self, model: Model, token_ids: Sequence[int], settings: GenerationSettings) -> None:
-        self._model, self.prompt_ids, self.settings = model, list(token_ids), settings
+        self._model, self.prompt_ids, self.settings = model, tuple(token_ids), settings
         loaded = model.loaded
         stop = StopRule(
             model.room(token_ids, settings.max_new_tokens), loaded.eos_token_ids, settings.stop, loaded.decode

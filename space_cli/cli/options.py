@@ -54,7 +54,8 @@ def _with_line_breaks(template: str | None) -> str | None:
     return template.replace("\\n", "\n") if template else None
 
 
-def _complete_model(incomplete: str) -> list[str]:
+def complete_model(incomplete: str) -> list[str]:
+    """Return the names of models that begin so."""
     from space_cli.models.registry import read_models
 
     return [name for name in read_models() if name.startswith(incomplete)]
@@ -72,7 +73,7 @@ Model = Annotated[
         "--model",
         "-m",
         help="Alias of models.toml, folder, or Hub id.",
-        autocompletion=_complete_model,
+        autocompletion=complete_model,
         show_default=True,
     ),
 ]
