@@ -31,7 +31,16 @@ def clean_env(tmp_path_factory):
 @pytest.fixture
 def run_space(clean_env, tmp_path):
     """Run `space` with arguments in an empty folder."""
+    return _runner(clean_env, tmp_path)
 
+
+@pytest.fixture(scope="session")
+def run_space_once(clean_env, tmp_path_factory):
+    """Run `space` for fixtures that outlive a test."""
+    return _runner(clean_env, tmp_path_factory.mktemp("once"))
+
+
+def _runner(clean_env, folder):
     def run(*arguments, **env):
         return subprocess.run(
             [sys.executable, "-m", "space_cli", *map(str, arguments)],
@@ -39,7 +48,7 @@ def run_space(clean_env, tmp_path):
             text=True,
             encoding="utf-8",
             env=clean_env | env,
-            cwd=tmp_path,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             timeout=300,
             check=False,

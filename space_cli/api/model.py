@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self, TypeVar, Unpack, cast, get_args
 
 from space_cli.api.answers import Answer, AnswerText, Message, Piece
 from space_cli.api.caches import MOST_BYTES, CachePool
+from space_cli.api.grammar import Grammar, grammar_for
 from space_cli.api.settings import GenerationSettings, Mode, Options, SamplingSettings
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser
@@ -155,13 +156,15 @@ class Model:
         cache: KVCache,
         drafts: Drafts | None,
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> Iterator[Step]:
         """Generate behind tokens, one step for each model call; what the cache holds is not computed again."""
+        first = [] if grammar is None else [grammar]
         return decode(
             self.loaded.model,
             token_ids,
             stop=stop,
-            chooser=Chooser.from_sampling(settings.sampling(), prompt_length=len(token_ids)),
+            chooser=Chooser.from_sampling(settings.sampling(), prompt_length=len(token_ids), first=first),
             drafts=drafts,
             mask_token_ids=self.loaded.mask_token_ids,
             program=self.loaded.program,
@@ -237,13 +240,21 @@ class Stream:
         stop = StopRule(
             model.room(token_ids, settings.max_new_tokens), loaded.eos_token_ids, settings.stop, loaded.decode
         )
+        schema = settings.schema_to_follow
+        grammar = None if schema is None else grammar_for(loaded, schema, len(token_ids))
         self._text = AnswerText(loaded, settings.stop)
         self._pieces: list[Piece] = []
         with model._lock:
             drafts = model.drafts(settings.mode, settings.candidates)
             self._cache: KVCache | None = model._caches.take(token_ids)
             self._steps = model.steps(
-                token_ids, stop, settings, cache=self._cache, drafts=drafts, logprobs=settings.logprobs
+                token_ids,
+                stop,
+                settings,
+                cache=self._cache,
+                drafts=drafts,
+                logprobs=settings.logprobs,
+                grammar=grammar,
             )
 
     def __iter__(self) -> Self:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from space_cli.api.grammar import ANY_OBJECT
 from space_cli.core.choose import Sampling
 from space_cli.errors import UsageProblem
 
@@ -68,10 +70,19 @@ class GenerationSettings(SamplingSettings):
     Attributes:
         stop: the answer ends in front of the first of these texts.
         logprobs: so many likeliest tokens are told beside each token's log-probability; None tells nothing.
+        json_schema: the answer is JSON that the schema holds for, as far as it comes before `max_new_tokens`.
+        json_mode: the answer is a JSON object.
     """
 
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    json_schema: dict[str, Any] | None = None
+    json_mode: bool = False
+
+    @property
+    def schema_to_follow(self) -> Mapping[str, Any] | None:
+        """The schema of the answer, or None where it is any text."""
+        return ANY_OBJECT if self.json_schema is None and self.json_mode else self.json_schema
 
 
 class Options(TypedDict, total=False):
@@ -90,3 +101,5 @@ class Options(TypedDict, total=False):
     mode: Mode
     stop: tuple[str, ...] | list[str]
     logprobs: int | None
+    json_schema: dict[str, Any] | None
+    json_mode: bool

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import sys
 from contextlib import contextmanager, nullcontext
+from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -42,6 +43,10 @@ _Live = Annotated[
 ]
 _Continue = Annotated[bool, typer.Option("--continue", "-c", help="Go on with the newest conversation.")]
 _Load = Annotated[Path | None, typer.Option("--load", help="Go on with a saved conversation.")]
+_Schema = Annotated[
+    Path | None, typer.Option("--schema", help="Answers are JSON that the JSON schema in this file holds for.")
+]
+_JsonMode = Annotated[bool, typer.Option("--json-mode", help="Answers are JSON objects.")]
 _Stats = Annotated[bool, typer.Option("--stats", help="Say on standard error what one answer cost.")]
 
 
@@ -61,6 +66,8 @@ def chat(
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
+    schema: _Schema = None,
+    json_mode: _JsonMode = False,
     context: _Context = "stop",
     live: _Live = "text",
     go_on: _Continue = False,
@@ -82,6 +89,7 @@ def chat(
     if raw and template is not None:
         raise UsageProblem("--raw and --template exclude each other")
     system = _system(system, system_file)
+    form = _schema(schema, json_mode=json_mode)
     state = _state_folder()
 
     from space_cli.cli.console import err, plain, quiet_libraries
@@ -128,7 +136,7 @@ def chat(
             context=context,
             live=live,
         )
-        session = Session(loaded, settings, template="{}" if raw else template, turns=turns)
+        session = Session(loaded, settings, template="{}" if raw else template, turns=turns, schema=form)
         if system:
             session.chat.system = system
     if text is not None:
@@ -169,6 +177,23 @@ def _system(system: str | None, file: Path | None) -> str:
         return file.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageProblem(f"--system-file {file}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _schema(file: Path | None, *, json_mode: bool) -> dict[str, Any] | None:
+    """Return the schema that answers follow, or None."""
+    if file is not None and json_mode:
+        raise UsageProblem("--schema and --json-mode exclude each other")
+    if file is None:
+        return {"type": "object"} if json_mode else None
+    try:
+        schema = loads(file.read_bytes())
+    except OSError as error:
+        raise UsageProblem(f"--schema {file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageProblem(f"--schema {file}: no JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise UsageProblem(f"--schema {file}: a schema is a JSON object")
+    return schema
 
 
 def _state_folder() -> Path:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from space_cli.api.grammar import grammar_for
 from space_cli.api.model import Model
 from space_cli.api.settings import SamplingSettings
 from space_cli.bench.report import JsonRecord
@@ -68,6 +69,7 @@ class Session:
         settings: how it answers.
         template: a form with one {} in place of the tokenizer's chat template, or None.
         turns: what was said before.
+        schema: that every answer follows, or None.
 
     Attributes:
         last: the newest request with its answer's steps, or None.
@@ -75,10 +77,17 @@ class Session:
     """
 
     def __init__(
-        self, loaded: LoadedModel, settings: ChatSettings, *, template: str | None, turns: Sequence[Turn] = ()
+        self,
+        loaded: LoadedModel,
+        settings: ChatSettings,
+        *,
+        template: str | None,
+        turns: Sequence[Turn] = (),
+        schema: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings = settings
         self.template = template
+        self.schema = schema
         self.done: list[Generation] = []
         self.take(loaded, turns)
 
@@ -145,7 +154,8 @@ class Session:
         self, token_ids: list[int], stop: StopRule, mode: Literal["space", "ar"], cache: KVCache
     ) -> Iterator[Step]:
         drafts = self.model.drafts(mode, self.settings.candidates)
-        return self.model.steps(token_ids, stop, self.settings, cache=cache, drafts=drafts)
+        grammar = None if self.schema is None else grammar_for(self.loaded, self.schema, len(token_ids))
+        return self.model.steps(token_ids, stop, self.settings, cache=cache, drafts=drafts, grammar=grammar)
 
     def conclude(self, asked: Known, generation: Generation) -> None:
         """Take an answer into the conversation; without a token the request is taken back."""

@@ -127,10 +127,19 @@ class Chooser:
         self._noise = None if seed is None else _Noise(seed)
 
     @classmethod
-    def from_sampling(cls, sampling: Sampling, *, prompt_length: int = 0) -> Chooser:
-        """Return the chooser that `sampling` describes, for answers behind so many tokens."""
+    def from_sampling(
+        cls, sampling: Sampling, *, prompt_length: int = 0, first: Sequence[LogitsProcessor] = ()
+    ) -> Chooser:
+        """Return the chooser that `sampling` describes.
+
+        Args:
+            sampling: how.
+            prompt_length: tokens in front of the answer.
+            first: processors in front of its own; they get the history.
+        """
         seed = sampling.seed if sampling.temperature else None
-        return cls(sampling.processors(prompt_length), seed=seed, reads_history=sampling.reads_history)
+        processors = LogitsProcessorList([*first, *sampling.processors(prompt_length)])
+        return cls(processors, seed=seed, reads_history=bool(first) or sampling.reads_history)
 
     def rows(self, logits: torch.Tensor, likely: Likely | None = None) -> Rows:
         """Return the rows of one model call, to choose from one by one.

@@ -39,6 +39,31 @@ class Prediction(BaseModel):
     content: str | list[TextPart]
 
 
+class JsonSchema(BaseModel):
+    """A schema with its name."""
+
+    name: str = ""
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")] = {}
+
+
+class ResponseFormat(BaseModel):
+    """What form an answer has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("a json_schema is missing")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """Return the settings of an answer in this form."""
+        schema = self.json_schema.json_schema if self.type == "json_schema" and self.json_schema else None
+        return {"json_schema": schema, "json_mode": self.type == "json_object"}
+
+
 class StreamOptions(BaseModel):
     """What a stream has beside the answer."""
 
@@ -62,6 +87,7 @@ class _Request(BaseModel):
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     repetition_penalty: Annotated[float | None, Field(gt=0)] = None
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -92,6 +118,7 @@ class _Request(BaseModel):
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
         }
         seed = secrets.randbelow(2**63) if self.seed is None else self.seed % 2**63
+        told |= self.response_format.options() if self.response_format else {}
         given = {name: value for name, value in told.items() if value is not None}
         return given | {"seed": seed, "max_new_tokens": self.most_tokens or default_tokens}
 

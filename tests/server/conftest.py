@@ -1,11 +1,12 @@
 """A server in a process of its own, as its users have it."""
 
-import os
 import re
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -16,16 +17,12 @@ class Running:
 
     Attributes:
         url: in front of /v1.
-        log: its standard error.
+        log: what it wrote.
     """
 
     process: subprocess.Popen
     url: str
-    log: object
-
-    def logged(self):
-        self.log.seek(0)
-        return self.log.read()
+    log: Path
 
     def key_and_base(self, key="none"):
         return {"api_key": key, "base_url": f"{self.url}/v1"}
@@ -37,30 +34,33 @@ def start_server(clean_env, tmp_path_factory):
 
     @contextmanager
     def start(*arguments, engine="eager", **env):
-        log = (tmp_path_factory.mktemp("serve") / "log").open("w+")
-        with subprocess.Popen(
-            [sys.executable, "-m", "space_cli", "serve", "--port", "0", "--engine", engine, "--dtype", "float32"]
-            + [str(each) for each in arguments],
-            env=clean_env | env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
+        file = tmp_path_factory.mktemp("serve") / "log"
+        command = [sys.executable, "-m", "space_cli", "serve", "--port", "0", "--engine", engine, "--dtype", "float32"]
+        with (
+            file.open("w") as log,
+            subprocess.Popen(
+                [*command, *map(str, arguments)],
+                env=clean_env | env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            ) as process,
+        ):
             try:
-                url = None
-                for line in process.stderr:
-                    if found := re.search(r"listening on (http://\S+)/v1", line):
-                        url = found[1]
-                        break
-                assert url, "the server did not start"
-                os.set_blocking(process.stderr.fileno(), False)
-                yield Running(process, url, process.stderr)
+                yield Running(process, _address(process, file), file)
             finally:
                 process.kill()
-        log.close()
 
     return start
+
+
+def _address(process, log):
+    """Wait until the server says where it listens."""
+    while process.poll() is None:
+        if found := re.search(r"listening on (http://\S+)/v1", log.read_text()):
+            return found[1]
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
 
 
 @pytest.fixture(scope="session")
