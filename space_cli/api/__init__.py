@@ -3,6 +3,7 @@
 from space_cli.api.answers import Answer, Message, Piece, TokenLogprob
 from space_cli.api.model import Model, Stream, load
 from space_cli.api.settings import GenerationSettings, Options
+from space_cli.api.tools import Tool, ToolCall
 
 __all__ = [
     "Answer",
@@ -13,5 +14,7 @@ __all__ = [
     "Piece",
     "Stream",
     "TokenLogprob",
+    "Tool",
+    "ToolCall",
     "load",
 ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Required, TypedDict
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 from space_cli.core.stopping import HeldBack, TextStream
 
 if TYPE_CHECKING:
+    from space_cli.api.tools import CallReader, ToolCall
     from space_cli.core.stream import FinishReason, Step
     from space_cli.models.loading import LoadedModel
 
@@ -18,7 +19,10 @@ class Message(TypedDict, total=False):
     """One turn of a conversation, as chat templates know it."""
 
     role: Required[str]
-    content: str
+    content: str | None
+    name: str
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +47,13 @@ class Piece:
         text: may be empty, while a character or what may be a stop string is unfinished.
         step: the model call.
         logprobs: of the step's tokens, where asked for.
+        tool_calls: that the step completed.
     """
 
     text: str
     step: Step
     logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,7 @@ class Answer:
         finish_reason: eos, stop_string or length; None where it was left before its end.
         steps: one for each model call.
         logprobs: of the tokens, where asked for.
+        tool_calls: what the model wants to have called, where it was told of tools and the form of its calls is known.
     """
 
     text: str
@@ -71,6 +78,7 @@ class Answer:
     finish_reason: FinishReason | None
     steps: tuple[Step, ...] = field(repr=False)
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -99,19 +107,28 @@ class AnswerText:
     Args:
         loaded: whose tokens they are.
         stop: the text ends in front of the first of these.
+        reader: reads calls out of it, or None.
     """
 
-    def __init__(self, loaded: LoadedModel, stop: Sequence[str]) -> None:
-        self._loaded = loaded
+    def __init__(self, loaded: LoadedModel, stop: Sequence[str], reader: CallReader | None = None) -> None:
+        self._loaded, self._reader = loaded, reader
         self._stream = TextStream(partial(loaded.decode, skip_special_tokens=True))
         self._held = HeldBack(stop)
 
     def piece(self, step: Step) -> Piece:
         """Return what a step has made final."""
-        text = "".join(self._held.push(self._stream.push(token)) for token in step.tokens)
+        known = 0 if self._reader is None else len(self._reader.calls)
+        text = self._held.push(self._said(step))
         if step.finish_reason is not None:
-            text += self._held.push(self._stream.flush()) + self._held.flush()
-        return Piece(text, step, tuple(self._logprob(token) for token in step.logprobs))
+            text += self._held.flush()
+        calls = () if self._reader is None else tuple(self._reader.calls[known:])
+        return Piece(text, step, tuple(self._logprob(token) for token in step.logprobs), calls)
+
+    def _said(self, step: Step) -> str:
+        if self._reader is not None:
+            return self._reader.read(step)
+        text = "".join(self._stream.push(token) for token in step.tokens)
+        return text if step.finish_reason is None else text + self._stream.flush()
 
     def _logprob(self, known: tuple[tuple[int, float], ...]) -> TokenLogprob:
         """Return the first of the tokens, with the others as its rivals."""

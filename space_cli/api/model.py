@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar, Unpack, cast, get_args
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, cast, get_args
 
 from space_cli.api.answers import Answer, AnswerText, Message, Piece
 from space_cli.api.caches import MOST_BYTES, CachePool
 from space_cli.api.grammar import Grammar, grammar_for
 from space_cli.api.settings import GenerationSettings, Mode, Options, SamplingSettings
+from space_cli.api.tools import CallReader, Tool, call_form, check_tools
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser
 from space_cli.core.costs import ASSUMED_COSTS
@@ -102,12 +104,13 @@ class Model:
         """Size of the keys and values kept at rest."""
         return self._caches.nbytes
 
-    def prompt_ids(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+    def prompt_ids(self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = ()) -> list[int]:
         """Return the tokens that a prompt or a conversation is to the model.
 
         Args:
             prompt: a text, or the turns of a conversation, the last of which asks.
             raw: no chat template: the model goes on behind the text.
+            tools: functions that the model may call, as OpenAI's interface describes them.
 
         Raises:
             UsageProblem: the chat template refuses the conversation, or it is none.
@@ -115,7 +118,9 @@ class Model:
         turns = [Turn("user", prompt)] if isinstance(prompt, str) else [_turn(message) for message in prompt]
         if not turns:
             raise UsageProblem("the conversation has no turns", hint="give a message of the user at least")
-        return request(turns, self.loaded.tokenizer, template="{}" if raw else self._template).token_ids
+        check_tools(tools)
+        template = "{}" if raw else self._template
+        return request(turns, self.loaded.tokenizer, template=template, tools=tools).token_ids
 
     def room(self, token_ids: Sequence[int], max_new_tokens: int) -> int:
         """Return how many tokens an answer may have.
@@ -172,36 +177,45 @@ class Model:
             logprobs=logprobs,
         )
 
-    def stream(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[Options]) -> Stream:
+    def stream(
+        self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = (), **options: Unpack[Options]
+    ) -> Stream:
         """Answer; iterate over the result for the pieces as they come, and leave or `close` it to stop.
 
         Args:
             prompt: a text, or the turns of a conversation.
             raw: no chat template: the model goes on behind the text.
+            tools: functions that the model may call, as OpenAI's interface describes them.
             options: fields of `GenerationSettings`.
 
         Raises:
             UsageProblem: an option is out of range, or the prompt does not fit.
         """
-        return Stream(self, self.prompt_ids(prompt, raw=raw), GenerationSettings.of(**options))
+        return Stream(self, self.prompt_ids(prompt, raw=raw, tools=tools), GenerationSettings.of(**options), tools)
 
-    def generate(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[Options]) -> Answer:
+    def generate(
+        self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = (), **options: Unpack[Options]
+    ) -> Answer:
         """Return the whole answer; arguments and errors as of `stream`."""
-        with self.stream(prompt, raw=raw, **options) as stream:
+        with self.stream(prompt, raw=raw, tools=tools, **options) as stream:
             for _ in stream:
                 pass
             return stream.answer
 
-    async def agenerate(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[Options]) -> Answer:
+    async def agenerate(
+        self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = (), **options: Unpack[Options]
+    ) -> Answer:
         """Return the whole answer, computed in a thread of the model's own; a cancelled task stops within a step."""
-        stream = await self._in_thread(lambda: self.stream(prompt, raw=raw, **options))
+        stream = await self._in_thread(lambda: self.stream(prompt, raw=raw, tools=tools, **options))
         async for _ in self._pieces(stream):
             pass
         return stream.answer
 
-    async def astream(self, prompt: Prompt, *, raw: bool = False, **options: Unpack[Options]) -> AsyncIterator[Piece]:
+    async def astream(
+        self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = (), **options: Unpack[Options]
+    ) -> AsyncIterator[Piece]:
         """Yield the pieces of an answer as `stream` does, computed in a thread of the model's own."""
-        stream = await self._in_thread(lambda: self.stream(prompt, raw=raw, **options))
+        stream = await self._in_thread(lambda: self.stream(prompt, raw=raw, tools=tools, **options))
         async for piece in self._pieces(stream):
             yield piece
 
@@ -229,12 +243,15 @@ class Stream:
         model: that answers.
         token_ids: of the prompt.
         settings: how.
+        tools: that the model was told of.
 
     Raises:
         UsageProblem: the prompt does not fit, or the model cannot answer so.
     """
 
-    def __init__(self, model: Model, token_ids: Sequence[int], settings: GenerationSettings) -> None:
+    def __init__(
+        self, model: Model, token_ids: Sequence[int], settings: GenerationSettings, tools: Sequence[Tool] = ()
+    ) -> None:
         self._model, self.prompt_ids, self.settings = model, tuple(token_ids), settings
         loaded = model.loaded
         stop = StopRule(
@@ -242,7 +259,9 @@ class Stream:
         )
         schema = settings.schema_to_follow
         grammar = None if schema is None else grammar_for(loaded, schema, len(token_ids))
-        self._text = AnswerText(loaded, settings.stop)
+        form = call_form(loaded) if tools else None
+        reader = None if form is None else CallReader(loaded, form, token_ids, tools)
+        self._text = AnswerText(loaded, settings.stop, reader)
         self._pieces: list[Piece] = []
         with model._lock:
             drafts = model.drafts(settings.mode, settings.candidates)
@@ -291,6 +310,7 @@ class Stream:
             finish_reason=steps[-1].finish_reason if steps else None,
             steps=steps,
             logprobs=tuple(token for piece in self._pieces for token in piece.logprobs),
+            tool_calls=tuple(call for piece in self._pieces for call in piece.tool_calls),
         )
 
     def close(self) -> None:
@@ -312,10 +332,23 @@ class Stream:
             self.close()
 
 
-def _turn(message: Message) -> Turn:
+def _turn(message: Mapping[str, Any]) -> Turn:
     role, content = message.get("role"), message.get("content")
     if role not in get_args(Role):
         raise UsageProblem(f"a message has the role {role!r}", hint=f"use {', '.join(get_args(Role))}")
-    if not isinstance(content, str):
+    calls = [_call(call) for call in message.get("tool_calls") or ()]
+    if not isinstance(content, str) and not (content is None and calls):
         raise UsageProblem(f"the content of a message of the {role} is no text")
-    return Turn(cast(Role, role), content)
+    fields = {name: message[name] for name in ("name", "tool_call_id") if message.get(name)}
+    return Turn(cast(Role, role), content or "", fields | ({"tool_calls": calls} if calls else {}))
+
+
+def _call(call: Any) -> dict[str, Any]:
+    """Return a call as templates take it: its arguments are an object, which OpenAI's clients have as JSON."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UsageProblem("a call of a tool names no function")
+    arguments = function.get("arguments")
+    with suppress(ValueError, RecursionError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -17,9 +17,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from space_cli import __version__
-from space_cli.api import GenerationSettings, Model, Stream
+from space_cli.api import GenerationSettings, Model, Stream, Tool
 from space_cli.core.engine import embedding_rows
-from space_cli.server.bodies import ChatRequest, CompletionRequest, text_of
+from space_cli.server.bodies import ChatRequest, CompletionRequest
 from space_cli.server.errors import ApiError, api_error
 from space_cli.server.exchange import Exchange, read_body
 from space_cli.server.guard import Access, Guard
@@ -100,13 +100,13 @@ class Server:
     async def _chat(self, request: Request) -> Response:
         body = ChatRequest.model_validate_json(await read_body(request, self.limits.body_bytes))
         name = self.shelf.name_of(body.model)
-        messages = [message.message() for message in body.messages]
+        messages, tools = [message.message() for message in body.messages], body.told_tools
         settings = GenerationSettings.of(**body.options(self.limits.new_tokens))
         self._log_prompt(messages)
 
         def run(model: Model) -> Iterator[Event]:
-            _check_length(model, sum(len(text_of(message.content)) for message in body.messages))
-            return _answers(model, [model.prompt_ids(messages)], settings, body.n or 1)
+            _check_length(model, len(str(messages)) + len(str(tools)))
+            return _answers(model, [model.prompt_ids(messages, tools=tools)], settings, body.n or 1, tools)
 
         shape = ChatShape(name, logprobs=bool(body.logprobs))
         return await self._exchange(request, body, Job(name, run), shape)
@@ -157,7 +157,13 @@ class Server:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _answers(model: Model, prompts: Sequence[list[int]], settings: GenerationSettings, count: int) -> Iterator[Event]:
+def _answers(
+    model: Model,
+    prompts: Sequence[list[int]],
+    settings: GenerationSettings,
+    count: int,
+    tools: Sequence[Tool] = (),
+) -> Iterator[Event]:
     """Yield what comes of `count` answers to each prompt; each further answer has the next seed."""
     for prompt in prompts:
         # what does not fit is refused before anything is told
@@ -166,7 +172,7 @@ def _answers(model: Model, prompts: Sequence[list[int]], settings: GenerationSet
     for index in range(len(prompts) * count):
         number, again = divmod(index, count)
         seeded = settings.model_copy(update={"seed": (settings.seed + again) % 2**63})
-        with Stream(model, prompts[number], seeded) as stream:
+        with Stream(model, prompts[number], seeded, tools) as stream:
             for piece in stream:
                 yield Came(index, piece)
             yield Done(index, stream.answer, number)

@@ -21,15 +21,57 @@ class TextPart(BaseModel):
     text: str
 
 
+class FunctionCall(BaseModel):
+    """A function with its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class Call(BaseModel):
+    """A call that an assistant made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class ChatMessage(BaseModel):
     """A turn."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
 
     def message(self) -> Message:
         """Return it as the model's template takes it."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": text_of(self.content)}
+        message = Message(role="system" if self.role == "developer" else self.role, content=text_of(self.content))
+        if self.name:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+class Function(BaseModel):
+    """What a model is told of a function."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] = {}
+
+
+class ToolBody(BaseModel):
+    """A tool."""
+
+    type: Literal["function"]
+    function: Function
 
 
 class Prediction(BaseModel):
@@ -144,6 +186,16 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     prediction: Prediction | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def told_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model is told of."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
 
     @property
     def most_tokens(self) -> int | None:

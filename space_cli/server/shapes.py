@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from space_cli import __version__
-from space_cli.api import Answer, Piece, TokenLogprob
+from space_cli.api import Answer, Piece, TokenLogprob, ToolCall
 
 Json = dict[str, Any]
 FINGERPRINT = f"space-{__version__}"
@@ -90,6 +90,7 @@ class ChatShape(_Shape):
         super().__init__(model, "chatcmpl", ("chat.completion", "chat.completion.chunk"))
         self._has_logprobs = logprobs
         self._begun: set[int] = set()
+        self._calls: dict[int, int] = {}
 
     def chunks(self, event: Event) -> Iterator[Json]:
         """Yield what a stream tells of an event."""
@@ -100,6 +101,12 @@ class ChatShape(_Shape):
             yield self._delta(event.index, {"role": "assistant", "content": ""})
         if isinstance(event, Came) and (event.piece.text or event.piece.logprobs):
             yield self._delta(event.index, {"content": event.piece.text}, self._logprobs(event.piece.logprobs))
+        if isinstance(event, Came) and event.piece.tool_calls:
+            # whole ones: a call is known once it is complete
+            first = self._calls.get(event.index, 0)
+            self._calls[event.index] = first + len(event.piece.tool_calls)
+            calls = [{"index": first + n, **_call(call)} for n, call in enumerate(event.piece.tool_calls)]
+            yield self._delta(event.index, {"tool_calls": calls})
         if isinstance(event, Done):
             yield self._delta(event.index, {}, reason=reason_of(event.answer))
 
@@ -111,7 +118,7 @@ class ChatShape(_Shape):
         choices = [
             {
                 "index": each.index,
-                "message": {"role": "assistant", "content": each.answer.text, "refusal": None},
+                "message": _message(each.answer),
                 "logprobs": self._logprobs(each.answer.logprobs),
                 "finish_reason": reason_of(each.answer),
             }
@@ -185,6 +192,8 @@ class CompletionShape(_Shape):
 
 def reason_of(answer: Answer) -> str | None:
     """Return why an answer ended, in OpenAI's words."""
+    if answer.tool_calls and answer.finish_reason != "length":
+        return "tool_calls"
     return None if answer.finish_reason is None else _REASONS[answer.finish_reason]
 
 
@@ -204,6 +213,18 @@ def usage_of(done: Sequence[Done]) -> Json:
             "reasoning_tokens": 0,
         },
     }
+
+
+def _message(answer: Answer) -> Json:
+    message = {"role": "assistant", "content": answer.text, "refusal": None}
+    if not answer.tool_calls:
+        return message
+    return message | {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.tool_calls]}
+
+
+def _call(call: ToolCall) -> Json:
+    function = {"name": call.name, "arguments": call.json_arguments}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
 def _with_bytes(token: TokenLogprob) -> Json:
