@@ -13,12 +13,13 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from space_cli import __version__
 from space_cli.api import GenerationSettings, Model, Stream, Tool
 from space_cli.core.engine import embedding_rows
+from space_cli.server import docs
 from space_cli.server.bodies import ChatRequest, CompletionRequest
 from space_cli.server.errors import ApiError, api_error
 from space_cli.server.exchange import Exchange, read_body
@@ -31,6 +32,7 @@ from space_cli.server.work import Job, Worker
 log = logging.getLogger("space.serve")
 # no token of any tokenizer known to us has more characters, long runs of spaces apart
 _CHARACTERS_PER_TOKEN = 64
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,8 @@ class Server:
             "/v1/models/{name:path}": self._model,
             "/health": self._health,
             "/metrics": self._metrics,
+            "/docs": self._docs,
+            "/openapi.json": self._openapi,
         }
         routes = [Route(path, partial(self._told, endpoint), methods=["POST"]) for path, endpoint in posts.items()]
         routes += [Route(path, partial(self._told, endpoint), methods=["GET"]) for path, endpoint in gets.items()]
@@ -155,6 +159,12 @@ class Server:
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def _docs(self, request: Request) -> Response:
+        return HTMLResponse(docs.page(), headers={"Content-Security-Policy": _POLICY})
+
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(docs.openapi())
 
 
 def _answers(
