@@ -26,6 +26,7 @@ from space_cli.errors import UsageProblem
 from space_cli.models.engines import EngineName, measured, prepare
 from space_cli.models.loading import LoadedModel, load_model
 from space_cli.models.prompting import Role, Turn, request
+from space_cli.models.registry import default_model
 
 if TYPE_CHECKING:
     from space_cli.core.drafting import Drafts
@@ -38,7 +39,7 @@ _LEAST_ROOM = 16
 
 
 def load(
-    model: str = "nano",
+    model: str | None = None,
     *,
     models_file: Path | None = None,
     dtype: str = "auto",
@@ -53,7 +54,8 @@ def load(
     """Load a model that answers.
 
     Args:
-        model: an alias of models.toml, a folder, or a Hub id.
+        model: an alias of models.toml, a folder, a GGUF file, or a Hub id; None is smollm2 where it is installed, else
+            nano.
         models_file: a user's own models.toml.
         dtype: auto, float32, bfloat16 or float16.
         device: auto, cpu, cuda, cuda:N or mps.
@@ -69,7 +71,12 @@ def load(
         RunFailed: engine is compiled and it cannot be.
     """
     loaded = load_model(
-        model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
+        model or default_model(),
+        models_file=models_file,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        revision=revision,
     )
     return Model(prepare(loaded, engine=engine, on_compile=on_compile), template=template, cache_bytes=cache_bytes)
 
@@ -140,13 +147,14 @@ class Model:
         """Return how an answer drafts: None is one token at a time. Measures what steps cost where that is needed.
 
         Raises:
-            UsageProblem: mode is space, or a fixed number of candidates is asked for, and the model has no masks.
+            UsageProblem: a fixed number of candidates is asked for, and the model has no masks.
         """
         if mode == "ar":
             return None
-        if not self.loaded.mask_token_ids and (mode == "space" or candidates is not None):
+        if candidates is not None and not self.loaded.mask_token_ids:
             raise UsageProblem(
-                f"{self.loaded.name} was not trained for SPACE", hint="use --mode ar, or a SPACE checkpoint"
+                f"candidates {candidates}: {self.name} has no masks, and copies as many tokens as pay",
+                hint="leave it out",
             )
         if candidates is None and self.loaded.costs is ASSUMED_COSTS:
             self.loaded = measured(self.loaded)

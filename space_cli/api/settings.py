@@ -11,7 +11,7 @@ from space_cli.api.grammar import ANY_OBJECT
 from space_cli.core.choose import Sampling
 from space_cli.errors import UsageProblem
 
-Mode = Literal["auto", "space", "ar"]
+Mode = Literal["space", "ar"]
 
 
 class SamplingSettings(BaseModel):
@@ -19,7 +19,7 @@ class SamplingSettings(BaseModel):
 
     Attributes:
         candidates: tokens guessed per step, always as many; None is as many as pay.
-        mode: ar is one token at a time; auto drafts in every way the model can.
+        mode: ar is one token at a time; space drafts in every way the model can.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -34,7 +34,7 @@ class SamplingSettings(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     max_new_tokens: Annotated[int, Field(ge=1)] = 512
     candidates: Annotated[int | None, Field(ge=1)] = None
-    mode: Mode = "auto"
+    mode: Mode = "space"
 
     @classmethod
     def of(cls, **given: Any) -> Self:

