@@ -6,12 +6,13 @@ from functools import lru_cache
 from html import escape
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from space_cli import __version__
 from space_cli.server.bodies import ChatRequest, CompletionRequest
 
-_BODIES = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
+_BODIES: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
 _PATHS = {
     "/v1/chat/completions": ("post", "Answer a conversation; with `stream`, as server-sent events."),
     "/v1/completions": ("post", "Go on behind a prompt, without a chat template."),

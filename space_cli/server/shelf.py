@@ -27,8 +27,8 @@ class Shelf:
     def __init__(
         self, given: Sequence[str], load: Callable[[str], Model], *, most: int = 1, models_file: Path | None = None
     ) -> None:
-        # a folder is known by its last part: where it lies is nobody's business
-        self._sources = {Path(name).name if Path(name).is_dir() else name: name for name in given}
+        # a folder or file is known by its last part: where it lies is nobody's business
+        self._sources = {Path(name).name if Path(name).exists() else name: name for name in given}
         self.default = next(iter(self._sources))
         self._load, self._most, self._models_file = load, max(most, 1), models_file
         self._loaded: OrderedDict[str, Model] = OrderedDict()

@@ -33,9 +33,10 @@ def start_server(clean_env, tmp_path_factory):
     """Start `space serve` on a free port; a context manager."""
 
     @contextmanager
-    def start(*arguments, engine="eager", **env):
+    def start(*arguments, model="nano", engine="eager", **env):
         file = tmp_path_factory.mktemp("serve") / "log"
-        command = [sys.executable, "-m", "space_cli", "serve", "--port", "0", "--engine", engine, "--dtype", "float32"]
+        command = [sys.executable, "-m", "space_cli", "serve", "--port", "0", "--model", str(model)]
+        command += ["--engine", engine, "--dtype", "float32"]
         with (
             file.open("w") as log,
             subprocess.Popen(

@@ -23,7 +23,9 @@ def chat(run_space_once):
 
     def ask(*options):
         if options not in known:
-            told = run_space_once("chat", "--engine", "eager", "--dtype", "float32", "--json", "-", *options)
+            told = run_space_once(
+                "chat", "--model", "nano", "--engine", "eager", "--dtype", "float32", "--json", "-", *options
+            )
             known[options] = json.loads(told.stdout)
         return known[options]
 

@@ -87,7 +87,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(start_server, folder):
-    with start_server("--model", folder) as running, openai.OpenAI(**running.key_and_base(), max_retries=0) as client:
+    with start_server(model=folder) as running, openai.OpenAI(**running.key_and_base(), max_retries=0) as client:
         yield client
 
 
