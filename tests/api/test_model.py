@@ -40,8 +40,8 @@ def test_keyword_arguments_are_the_settings():
 def test_answers_equal_those_of_the_command(model, run_space):
     for options in ((), ("--temperature", "0.8", "--top-p", "0.9", "--seed", "7")):
         told = run_space(
-            "chat", "--model", "nano", "--prompt", PROMPT, "--raw", "--max-new-tokens", 60, "--engine", "eager", "--dtype", "float32",
-            "--json", "-", *options,
+            "chat", "--model", "nano", "--prompt", PROMPT, "--raw", "--max-new-tokens", 60, "--engine", "eager",
+            "--dtype", "float32", "--json", "-", *options,
         )  # fmt: skip
         chat = json.loads(told.stdout)
         sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 7} if options else {}
