@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from space_cli.bench import llama_cpp
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import AdaptiveDrafts, Drafts
+from space_cli.core.drafting import Drafter, Strategy
 from space_cli.core.engine import Numerics, embedding_rows
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, Step
@@ -58,10 +58,10 @@ def _space_chain(task: Task, on_step: OnStep) -> Generation:
 
 
 def _space_lookup(task: Task, on_step: OnStep) -> Generation:
-    return run_decode(task, AdaptiveDrafts(task.loaded.costs, 0), on_step)
+    return run_decode(task, task.loaded.drafts(strategy=Strategy(masks=False)), on_step)
 
 
-def run_decode(task: Task, drafts: Drafts | None, on_step: OnStep) -> Generation:
+def run_decode(task: Task, drafts: Drafter | None, on_step: OnStep) -> Generation:
     """Answer a task with our decoder; without drafts, one token at a time."""
     generation = Generation()
     for step in decode(

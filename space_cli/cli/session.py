@@ -14,7 +14,7 @@ from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import Drafts
+from space_cli.core.drafting import Drafter
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
@@ -114,7 +114,7 @@ class Session:
             _check_masks(self.loaded)
         self.settings.change(name, value)
 
-    def drafts(self, mode: Literal["space", "ar"]) -> Drafts | None:
+    def drafts(self, mode: Literal["space", "ar"]) -> Drafter | None:
         """Return how an answer drafts in a mode: None is one token at a time."""
         if mode == "ar":
             return None
@@ -165,7 +165,7 @@ class Session:
         drafts = self.drafts(mode or self.settings.mode)
         return self._decode(asked.token_ids, stop, drafts, self.cache if cache is None else cache)
 
-    def _decode(self, token_ids: list[int], stop: StopRule, drafts: Drafts | None, cache: KVCache) -> Iterator[Step]:
+    def _decode(self, token_ids: list[int], stop: StopRule, drafts: Drafter | None, cache: KVCache) -> Iterator[Step]:
         told = self.settings
         sampling = Sampling(told.temperature, told.top_k, told.top_p, told.min_p, told.repetition_penalty, told.seed)
         return decode(

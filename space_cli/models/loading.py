@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.utils.hub import cached_file
 from space_cli.core.block import Block
 from space_cli.core.compiled import Program
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
-from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafts, Experience
+from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Strategy
 from space_cli.core.engine import context_length, embedding_rows
 from space_cli.errors import UsageProblem
 from space_cli.models import support
@@ -44,7 +45,7 @@ class LoadedModel:
         candidates: k to decode with by default; 0 for a model never trained for SPACE.
         masks_per_group: m of the training, the largest k that makes sense.
         program: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
-        experience: of its drafts, from answer to answer; None begins anew with each.
+        stats: of its drafts by their strategy, from answer to answer.
     """
 
     name: str
@@ -62,13 +63,28 @@ class LoadedModel:
     prompt_template: str | None
     program: Program | None = None
     costs: StepCosts = ASSUMED_COSTS
-    experience: Experience | None = None
+    stats: dict[Strategy, AcceptanceStats] = field(default_factory=dict)
 
-    def drafts(self, candidates: int | None = None) -> Drafts:
-        """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best."""
+    def drafts(
+        self,
+        candidates: int | None = None,
+        *,
+        strategy: Strategy = EVERYTHING,
+        texts: Iterable[Sequence[int]] = (),
+    ) -> Drafter:
+        """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best.
+
+        Args:
+            candidates: k of the paper's chain.
+            strategy: what drafts are made of where `candidates` is None.
+            texts: token ids to copy from besides the context, as an answer that is expected.
+        """
         if candidates is not None:
-            return ChainDrafts(Block.chain(candidates, candidates))
-        return AdaptiveDrafts(self.costs, self.masks_per_group, experience=self.experience)
+            return ChainDrafter(Block.chain(candidates, candidates))
+        if strategy not in self.stats:
+            accepted = () if self.space is None else self.space.accepted_by_depth
+            self.stats[strategy] = AcceptanceStats(self.costs, self.masks_per_group, accepted)
+        return AdaptiveDrafter(self.stats[strategy], self.masks_per_group, strategy, texts=texts)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text` with the special tokens the tokenizer puts in front."""
