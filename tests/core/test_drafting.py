@@ -1,4 +1,3 @@
-import math
 from dataclasses import replace
 
 import pytest
@@ -7,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import MASK_IDS
 
-from space_cli.core.block import AR_BLOCK, Block
+from space_cli.core.block import Block
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.costs import ASSUMED_COSTS, MOST_SLOTS, SIZES, StepCosts
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, ChainDrafter, Proposal, Strategy, Verified
+from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Strategy, Verified
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 
@@ -22,7 +21,7 @@ RUINOUS = StepCosts({size: 1.0 if size == 1 else 1000.0 for size in SIZES})
 LINEAR = StepCosts({size: 1 + size / 10 for size in SIZES})
 
 
-def adaptive(costs, masks, strategy=Strategy(), **arguments):
+def adaptive(costs, masks, strategy=EVERYTHING, **arguments):
     return AdaptiveDrafter(AcceptanceStats(costs, masks), masks, strategy, **arguments)
 
 
@@ -49,7 +48,6 @@ strategies = st.builds(
     masks=st.booleans(),
     width=st.integers(1, 4),
     copies=st.booleans(),
-    calibrated=st.booleans(),
 )
 
 
@@ -127,8 +125,8 @@ def test_what_was_accepted_before_is_where_the_next_answer_begins():
 def test_a_checkpoint_says_what_is_expected_of_masks():
     ours, known = AcceptanceStats(LINEAR, 3), AcceptanceStats(LINEAR, 3, [0.9, 0.7, 0.6, 0.5])
 
-    assert list(known.snapshot.values) == [0.9, 0.7, 0.6]
-    assert AcceptanceStats(LINEAR, 3, [0.9]).snapshot.values[1:] == ours.snapshot.values[1:]
+    assert list(known.values) == [0.9, 0.7, 0.6]
+    assert AcceptanceStats(LINEAR, 3, [0.9]).values[1:] == ours.values[1:]
 
 
 def test_a_text_that_is_expected_is_copied_from_its_beginning():
@@ -153,8 +151,8 @@ def test_where_drafts_never_pay_what_they_lose_is_a_bounded_share_of_time(dearer
         drafter.observe(Verified(replace(proposal, predictions=[[(5, 0.9)]] * 3), [0], [1], took))
         plain, seconds = plain + 1, seconds + took
 
-    # a hundredth, and what drafts may lose once
-    assert seconds < 1.01 * plain + 10 + dearer
+    # half a hundredth, what may be lost at first, and the steps that tell how dear they are
+    assert seconds < 1.005 * plain + 8 + 4 * dearer
 
 
 def test_a_chain_puts_one_prediction_per_position_and_asks_for_substitutes(tiny_models):

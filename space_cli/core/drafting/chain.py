@@ -14,7 +14,7 @@ from space_cli.core.choose import Rows
 from space_cli.core.drafting.ngrams import Continuation
 
 Substitute = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
-"""Replaces candidates: gets all tokens so far and the candidate of each slot, returns those to use."""
+"""Gets all tokens so far and the candidate of each slot, returns the candidates to use."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Proposal:
     """A block and the token in each of its candidate slots.
 
     Attributes:
-        predictions: by mask, its likeliest tokens with their probabilities; empty where the step before had no group.
-        texts: what was found to copy, the longest match first. Both are known whether they became candidates or not.
+        predictions: by mask of the group before, its likeliest tokens with their probabilities.
+        texts: what could be copied, the longest match first. Neither need have become candidates.
     """
 
     block: Block
@@ -34,13 +34,7 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A proposal after its model call.
-
-    Attributes:
-        path: the accepted slots, head first.
-        tokens: what came out: the accepted candidates and the correction.
-        seconds: of the step, drafting included.
-    """
+    """A proposal after its model call: the accepted slots (head first), the tokens that came out, and the step's time."""
 
     proposal: Proposal
     path: Sequence[int]
@@ -56,10 +50,7 @@ class Drafter(Protocol):
     def draft(self, tokens: Sequence[int], rows: Rows | None = None, group: range = range(0)) -> Proposal:
         """Propose what may follow `tokens` (prompt included), the last of which is the head.
 
-        Args:
-            tokens: all so far.
-            rows: logits of the last step; None before the first.
-            group: those of its rows that belong to the mask group behind the last accepted slot.
+        `rows` are the last step's, of which `group` belongs to the mask group behind the last accepted slot.
         """
 
     def observe(self, step: Verified) -> None:
@@ -67,12 +58,7 @@ class Drafter(Protocol):
 
 
 class ChainDrafter:
-    """One block for all steps; each mask predicts one token.
-
-    Args:
-        block: of every step.
-        substitute: puts other candidates in place of the predictions.
-    """
+    """One block for all steps, one prediction per mask; `substitute` puts other candidates in place of them."""
 
     def __init__(self, block: Block, substitute: Substitute | None = None) -> None:
         self.max_slots = block.num_slots

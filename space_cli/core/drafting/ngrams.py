@@ -1,7 +1,6 @@
 """Where the newest tokens stood before, and what followed them there.
 
-Source: LLMA (arXiv 2304.04487) and prompt lookup decoding; several continuations as in suffix decoding
-(arXiv 2411.04975).
+Source: LLMA (arXiv 2304.04487), prompt lookup decoding; several texts at once as in SuffixDecoding (arXiv 2411.04975).
 """
 
 from __future__ import annotations
@@ -9,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-LONGEST_MATCH = 16
-MAX_COPIED = 31
-_LENGTHS = (4, 3, 2, 1)
-"""n of the n-grams that are looked up, the longest first."""
-_PLACES, _BRANCHES = 8, 3
+LONGEST_MATCH, MAX_COPIED = 16, 31
+# n of the n-grams that are looked up; of places with the same n-gram the newest are compared
+_LENGTHS, _PLACES, _BRANCHES = (4, 3, 2, 1), 8, 3
 _SEPARATOR = -1
 
 
 class Continuation(NamedTuple):
-    """What followed an earlier place whose last `match` tokens are the newest ones (counted up to `LONGEST_MATCH`)."""
+    """What followed a place whose last `match` tokens (`LONGEST_MATCH` at most) are the newest ones."""
 
     match: int
     tokens: list[int]
@@ -28,20 +25,16 @@ class Source(Protocol):
     """Text to copy from."""
 
     def lookup(self, tokens: Sequence[int]) -> list[Continuation]:
-        """Return a few continuations of `tokens`, the longest match first, then the newest."""
+        """Return a few continuations of `tokens` that begin differently, the longest match first, then the newest."""
 
 
 class NgramIndex:
-    """N-grams of a text as it grows, and of other texts that were there before.
-
-    Args:
-        texts: token ids to copy from besides.
-    """
+    """N-grams of a text as it grows, and of other texts (token ids) that were there before."""
 
     def __init__(self, texts: Iterable[Sequence[int]] = ()) -> None:
         self._ends: dict[int, dict[tuple[int, ...], list[int]]] = {length: {} for length in _LENGTHS}
         self._text: list[int] = []
-        self._start = self._indexed = 0
+        self._start = 0
         for text in texts:
             self.add(text)
 
@@ -49,29 +42,30 @@ class NgramIndex:
         return len(self._text)
 
     def add(self, text: Sequence[int]) -> None:
-        """Take in a finished text; a match never reaches from one text into another."""
+        """Take in a finished text; no match reaches from one text into another."""
         self.extend(text)
         self._text.append(_SEPARATOR)
-        self._start = self._indexed = len(self._text)
+        self._start = len(self._text)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Take in what is new of the growing text: all of its tokens, as they are now."""
-        text = self._text
-        text.extend(tokens[len(text) - self._start :])
-        # the n-grams that something follows
-        for end in range(max(self._indexed, self._start + 1), len(text)):
+        """Take in what is new of the growing text, all of whose tokens these are."""
+        known = len(self._text)
+        self._text += tokens[known - self._start :]
+        # n-grams that something follows
+        for end in range(max(known, self._start + 1), len(self._text)):
             for length, ends in self._ends.items():
                 if end - length >= self._start:
-                    ends.setdefault(tuple(text[end - length : end]), []).append(end)
-        self._indexed = len(text)
+                    ends.setdefault(tuple(self._text[end - length : end]), []).append(end)
 
     def lookup(self, tokens: Sequence[int]) -> list[Continuation]:
-        """Return a few continuations of `tokens`, the longest match first, then the newest."""
+        """Return a few continuations of `tokens` that begin differently, the longest match first, then the newest."""
         for length, ends in self._ends.items():
-            places = ends.get(tuple(tokens[-length:]))
-            if places is not None:
-                matches = sorted(((self._match(tokens, end, length), end) for end in places[-_PLACES:]), reverse=True)
-                return self._continuations(matches)
+            places = ends.get(tuple(tokens[-length:]), ())[-_PLACES:]
+            if places:
+                matches = sorted(((self._match(tokens, end, length), end) for end in places), reverse=True)
+                first = {self._text[end]: (match, end) for match, end in reversed(matches)}
+                best = sorted(first.values(), reverse=True)[:_BRANCHES]
+                return [Continuation(match, self._copied(end)) for match, end in best]
         return []
 
     def _match(self, tokens: Sequence[int], end: int, length: int) -> int:
@@ -80,17 +74,7 @@ class NgramIndex:
             length += 1
         return length
 
-    def _continuations(self, matches: Iterable[tuple[int, int]]) -> list[Continuation]:
-        found: list[Continuation] = []
-        for match, end in matches:
-            copied = self._copied_from(end)
-            if all(copied[0] != other.tokens[0] for other in found):
-                found.append(Continuation(match, copied))
-            if len(found) == _BRANCHES:
-                break
-        return found
-
-    def _copied_from(self, end: int) -> list[int]:
+    def _copied(self, end: int) -> list[int]:
         """Return what follows `end`; a text that runs into its own end goes on as it did, as loops do."""
         copied = self._text[end : end + MAX_COPIED]
         if _SEPARATOR in copied:
