@@ -57,10 +57,6 @@ def _space_chain(task: Task, on_step: OnStep) -> Generation:
     return run_decode(task, task.loaded.drafts(task.candidates or task.loaded.candidates), on_step)
 
 
-def _space_lookup(task: Task, on_step: OnStep) -> Generation:
-    return run_decode(task, task.loaded.drafts(strategy=Strategy(masks=False)), on_step)
-
-
 def run_decode(task: Task, drafts: Drafter | None, on_step: OnStep) -> Generation:
     """Answer a task with our decoder; without drafts, one token at a time."""
     generation = Generation()
@@ -267,6 +263,22 @@ def _check_mtp(loaded: LoadedModel, _sampling: Sampling, _draft: LoadedModel | N
         raise UsageProblem(f"{loaded.name} has no layers for multi-token prediction")
 
 
+def _part(name: str, description: str, strategy: Strategy) -> Method:
+    """Return SPACE with a part of its drafts, for the ablation."""
+
+    def run(task: Task, on_step: OnStep) -> Generation:
+        return run_decode(task, task.loaded.drafts(strategy=strategy), on_step)
+
+    return Method(
+        name,
+        description,
+        run,
+        exact_under_seed=True,
+        needs_training=strategy.masks,
+        adaptive=True,
+    )
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -275,13 +287,10 @@ METHODS = {
         Method(
             "space-chain", "the same in the paper's block", _space_chain, exact_under_seed=True, needs_training=True
         ),
-        Method(
-            "space-lookup",
-            "candidates copied from the context, no masks",
-            _space_lookup,
-            exact_under_seed=True,
-            adaptive=True,
-        ),
+        _part("space-masks", "blocks by cost, one token of each mask", Strategy(width=1, copies=False)),
+        _part("space-tree", "blocks by cost, several tokens of each mask", Strategy(copies=False)),
+        _part("space-lookup", "blocks by cost, copied from the context, no masks", Strategy(masks=False, memory=False)),
+        _part("space-context", "blocks by cost, masks and copies from the context", Strategy(memory=False)),
         Method("hf", "transformers' generate", _hf, exact_under_seed=False),
         Method("hf-lookup", "generate with prompt lookup", _hf_lookup, exact_under_seed=False),
         Method(

@@ -22,13 +22,13 @@ def test_the_first_continuation_is_of_the_longest_match(tokens):
 
     found = index.lookup(tokens)
 
-    # brute force; among places that agree in four tokens, the newest eight are looked at
+    # brute force; among places that agree in three tokens, the newest eight are looked at
     places = {end: matching(tokens, end, tokens) for end in range(1, len(tokens))}
-    known = max((min(match, 4) for match in places.values()), default=0)
+    known = max((3 if match >= 3 else min(match, 1) for match in places.values()), default=0)
     if known == 0:
         assert found == []
         return
-    newest = [end for end, match in sorted(places.items()) if min(match, 4) == known or match > known][-8:]
+    newest = [end for end, match in sorted(places.items()) if match >= known][-8:]
     match, end = max((min(places[end], LONGEST_MATCH), end) for end in newest)
     assert found[0].match == match
     assert found[0].tokens[: len(tokens) - end] == tokens[end : end + MAX_COPIED]

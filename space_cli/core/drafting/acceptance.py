@@ -10,13 +10,12 @@ from space_cli.core.drafting.chain import Proposal, Verified
 from space_cli.core.drafting.ngrams import LONGEST_MATCH, Continuation
 from space_cli.core.stream import in_common
 
-# assumed before the first step: a mask is right in a third of cases, a copied token by the length of its match, and
-# that of a shorter match a third as often
+# assumed before the first step: a mask is right in a third of cases, a copied token by the length of its match
 _FIRST_ACCEPTED, _FIRST_TOKENS = 0.35, 1.2
-_FIRST_COPIED, _FIRST_OTHER = {1: 0.2, 2: 0.4, 3: 0.6, 4: 0.7, 6: 0.8, 10: 0.9, 16: 0.98}, 0.3
+_FIRST_COPIED = {1: 0.2, 2: 0.4, 4: 0.7, 8: 0.85, 16: 0.95}
 _BUCKETS = [max(length for length in _FIRST_COPIED if length <= match) for match in range(1, LONGEST_MATCH + 1)]
 _DECAY, _PRIOR_WEIGHT = 0.97, 4.0
-_REFRESH = 8
+_REFRESH = 16
 """Steps between two snapshots of the averages: taking one costs as much as the rest of planning."""
 _LONGEST_HICCUP = 3.0
 _MAX_WITHOUT_PLAIN = 64
@@ -83,9 +82,8 @@ class AcceptanceStats:
         self._seconds = costs.by_slots
         expected = [*accepted, *(_FIRST_ACCEPTED**depth for depth in range(len(accepted) + 1, masks + 1))]
         self._accepted = [Ema(value) for value in expected[:masks]]
-        self._copied = [
-            {length: Ema(prior * factor) for length, prior in _FIRST_COPIED.items()} for factor in (1.0, _FIRST_OTHER)
-        ]
+        # of the longest match, and of others
+        self._copied = [{length: Ema(prior) for length, prior in _FIRST_COPIED.items()} for _ in range(2)]
         self._tokens = Ema(_FIRST_TOKENS)
         self._ratio, self._ratios = Ema(1.0), {size: Ema(1.0) for size in SIZES}
         self._plain_ratio = Ema(1.0, weight=1.0)

@@ -34,7 +34,7 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A proposal after its model call: the accepted slots (head first), the tokens that came out, and the step's time."""
+    """A proposal after its model call: accepted slots (head first), tokens that came out, time of the step."""
 
     proposal: Proposal
     path: Sequence[int]

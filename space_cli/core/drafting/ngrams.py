@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 LONGEST_MATCH, MAX_COPIED = 16, 31
 # n of the n-grams that are looked up; of places with the same n-gram the newest are compared
-_LENGTHS, _PLACES, _BRANCHES = (4, 3, 2, 1), 8, 3
+_LENGTHS, _PLACES, _BRANCHES = (3, 1), 8, 3
 _SEPARATOR = -1
 
 

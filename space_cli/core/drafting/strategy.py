@@ -94,9 +94,7 @@ class AdaptiveDrafter:
         found = self._context.lookup(tokens)
         for source in self._sources:
             found += source.lookup(tokens)
-        found.sort(key=lambda text: -text.match)
-        # twice as far each time it holds: most of what a large block costs is lost where a match was chance
-        return [Continuation(match, copied[: 2 * match]) for match, copied in found]
+        return sorted(found, key=lambda text: -text.match)
 
 
 @lru_cache(maxsize=4096)
