@@ -183,9 +183,7 @@ def _quantized_linear(
 
 def _quantized_rows(ids: torch.Tensor, packed: torch.Tensor, width: int, weight_type: int) -> torch.Tensor:
     made = torch.empty(*ids.shape, width)
-    _kernels().space_rows_quantized(
-        weight_type, ids.data_ptr(), packed.data_ptr(), made.data_ptr(), ids.numel(), width
-    )
+    _kernels().space_rows_quantized(weight_type, ids.data_ptr(), packed.data_ptr(), made.data_ptr(), ids.numel(), width)
     return made
 
 
@@ -199,7 +197,9 @@ def _rows_shape(ids: torch.Tensor, _packed: torch.Tensor, width: int, _type: int
     return ids.new_empty(*ids.shape, width, dtype=torch.float32)
 
 
-def _define(library: torch.library.Library, schema: str, run: Callable[..., object], shape: Callable[..., object]) -> None:
+def _define(
+    library: torch.library.Library, schema: str, run: Callable[..., object], shape: Callable[..., object]
+) -> None:
     name = schema.partition("(")[0]
     library.define(schema)
     library.impl(name, run, "CPU")

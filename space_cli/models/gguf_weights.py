@@ -80,9 +80,7 @@ class _Matrix:
     order: torch.Tensor | None
 
 
-def load_gguf_model(
-    files: list[Path], config: PretrainedConfig, dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
+def load_gguf_model(files: list[Path], config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return the model of a GGUF file (or its shards) in float32, its matrices quantised as they are in the file.
 
     Args:

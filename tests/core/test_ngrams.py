@@ -40,7 +40,7 @@ def test_the_first_continuation_is_of_the_longest_match(tokens):
 def test_every_continuation_stands_in_one_of_the_texts_behind_its_match(texts, tokens):
     index = NgramIndex(texts)
 
-    for match, copied in index.lookup(tokens):
+    for match, copied, _ in index.lookup(tokens):
         assert any(
             matching(text, end, tokens) >= match and text[end : end + len(copied)] == copied[: len(text) - end]
             for text in texts

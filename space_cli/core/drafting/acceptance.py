@@ -82,8 +82,8 @@ class AcceptanceStats:
         self._seconds = costs.by_slots
         expected = [*accepted, *(_FIRST_ACCEPTED**depth for depth in range(len(accepted) + 1, masks + 1))]
         self._accepted = [Ema(value) for value in expected[:masks]]
-        # of the longest match, and of others
-        self._copied = [{length: Ema(prior) for length, prior in _FIRST_COPIED.items()} for _ in range(2)]
+        # of the longest match and of others, of the context and of other text
+        self._copied = [{length: Ema(prior) for length, prior in _FIRST_COPIED.items()} for _ in range(4)]
         self._tokens = Ema(_FIRST_TOKENS)
         self._ratio, self._ratios = Ema(1.0), {size: Ema(1.0) for size in SIZES}
         self._plain_ratio = Ema(1.0, weight=1.0)
@@ -96,9 +96,9 @@ class AcceptanceStats:
         """Whether a plain step is to be timed again."""
         return self._since_plain >= _MAX_WITHOUT_PLAIN
 
-    def copy_probability(self, match: int, rank: int) -> float:
-        """Return the probability of a copied token behind a match of such a length; rank 0 is the longest match's."""
-        return self._probabilities[min(rank, 1)][min(match, LONGEST_MATCH) - 1]
+    def copy_probability(self, text: Continuation, depth: int, rank: int) -> float:
+        """Return the probability of a copied token, given those in front of it; rank 0 is the longest match's."""
+        return self._probabilities[_kind(text, rank)][min(text.match + depth, LONGEST_MATCH) - 1]
 
     def add(self, step: Verified) -> None:
         """Take in what a proposal brought and what it cost."""
@@ -111,11 +111,11 @@ class AcceptanceStats:
 
     def _add_copies(self, texts: Sequence[Continuation], came: Sequence[int]) -> None:
         """Compare what could be copied with what came; it need not have been a candidate, so this costs no slot."""
-        for rank, (match, tokens) in enumerate(texts):
-            right = in_common(tokens, came)
+        for rank, text in enumerate(texts):
+            right, known = in_common(text.tokens, came), self._copied[_kind(text, rank)]
             # a copied token that was right makes the match longer by one
-            for depth in range(min(right + 1, len(came), len(tokens))):
-                self._copied[min(rank, 1)][_bucket(match + depth)].add(depth < right)
+            for depth in range(min(right + 1, len(came), len(text.tokens))):
+                known[_BUCKETS[min(text.match + depth, LONGEST_MATCH) - 1]].add(depth < right)
 
     def _add_predictions(self, proposal: Proposal, came: Sequence[int]) -> None:
         """Count how far the masks were right, beyond what a copy brings too."""
@@ -156,5 +156,5 @@ class AcceptanceStats:
         self._probabilities = [[known[length].value for length in _BUCKETS] for known in self._copied]
 
 
-def _bucket(match: int) -> int:
-    return _BUCKETS[min(match, LONGEST_MATCH) - 1]
+def _kind(text: Continuation, rank: int) -> int:
+    return min(rank, 1) + 2 * text.is_context

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 LONGEST_MATCH, MAX_COPIED = 16, 31
+BRANCHES, SEPARATOR = 3, -1
 # n of the n-grams that are looked up; of places with the same n-gram the newest are compared
-_LENGTHS, _PLACES, _BRANCHES = (3, 1), 8, 3
-_SEPARATOR = -1
+_LENGTHS, _PLACES = (3, 1), 8
 
 
 class Continuation(NamedTuple):
@@ -19,6 +19,7 @@ class Continuation(NamedTuple):
 
     match: int
     tokens: list[int]
+    is_context: bool = True
 
 
 class Source(Protocol):
@@ -44,7 +45,7 @@ class NgramIndex:
     def add(self, text: Sequence[int]) -> None:
         """Take in a finished text; no match reaches from one text into another."""
         self.extend(text)
-        self._text.append(_SEPARATOR)
+        self._text.append(SEPARATOR)
         self._start = len(self._text)
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -64,7 +65,7 @@ class NgramIndex:
             if places:
                 matches = sorted(((self._match(tokens, end, length), end) for end in places), reverse=True)
                 first = {self._text[end]: (match, end) for match, end in reversed(matches)}
-                best = sorted(first.values(), reverse=True)[:_BRANCHES]
+                best = sorted(first.values(), reverse=True)[:BRANCHES]
                 return [Continuation(match, self._copied(end)) for match, end in best]
         return []
 
@@ -77,6 +78,6 @@ class NgramIndex:
     def _copied(self, end: int) -> list[int]:
         """Return what follows `end`; a text that runs into its own end goes on as it did, as loops do."""
         copied = self._text[end : end + MAX_COPIED]
-        if _SEPARATOR in copied:
-            return copied[: copied.index(_SEPARATOR)]
+        if SEPARATOR in copied:
+            return copied[: copied.index(SEPARATOR)]
         return copied if len(copied) == MAX_COPIED else (copied * MAX_COPIED)[:MAX_COPIED]

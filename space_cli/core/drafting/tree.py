@@ -28,15 +28,14 @@ class TokenTree:
     Args:
         predictions: by depth, tokens that a mask predicts with their probabilities.
         texts: to copy, the longest match first.
-        copy_probability: of a copied token, by the length of the match in front of it and its rank among the texts that
-            have gone along so far.
+        copy_probability: of a text's token, by its depth and its rank among the texts that have gone along so far.
     """
 
     def __init__(
         self,
         predictions: Sequence[Sequence[tuple[int, float]]],
         texts: Sequence[Continuation],
-        copy_probability: Callable[[int, int], float],
+        copy_probability: Callable[[Continuation, int, int], float],
     ) -> None:
         self.nodes: list[Node] = []
         self._predictions, self._copy_probability = predictions, copy_probability
@@ -58,8 +57,7 @@ class TokenTree:
             if depth < len(text.tokens):
                 along.setdefault(text.tokens[depth], []).append(text)
         for rank, (token, those) in enumerate(along.items()):
-            # a copied token that was right makes the match longer by one
-            children[token] = max(children.get(token, 0.0), self._copy_probability(those[0].match + depth, rank))
+            children[token] = max(children.get(token, 0.0), self._copy_probability(those[0], depth, rank))
         for token, conditional in children.items():
             node = Node(token, slot, depth + 1, probability * conditional)
             heapq.heappush(self._queue, (-node.probability, next(self._order), node, along.get(token, ())))
