@@ -77,13 +77,14 @@ _Record = Annotated[Path, typer.Argument(help="What `space bench --json` wrote."
 @bench.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
-    model: options.Model = "nano",
+    model: options.Model = None,
     suite: options.Suite = None,
     field: options.Field = None,
     limit: options.Limit = None,
     methods: _Methods = None,
     draft_model: _DraftModel = None,
     candidates: options.Candidates = None,
+    corpus: options.Corpus = None,
     sweep: _Sweep = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
@@ -128,21 +129,24 @@ def run(
     from space_cli.bench.methods import choose_methods
     from space_cli.bench.quality import check
     from space_cli.cli.live import run_view
+    from space_cli.cli.texts import with_corpora
     from space_cli.core.choose import Sampling
     from space_cli.models.loading import load_model
 
     not_judged = check([each.metric for each in suites], execute=execute)
     view = run_view(quiet=quiet)
+    model = options.named_model(model, quiet=quiet)
     view.loading(model)
     load = partial(load_model, models_file=models_file, device=device)
     loaded = load(model, dtype=dtype, quantization=quantization, revision=revision)
     draft = load(draft_model, dtype=loaded.dtype) if draft_model is not None else None
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    settings = Settings(max_new_tokens, sampling, candidates)
-    chosen, left_out = choose_methods(wanted, loaded, sampling=sampling, draft=draft)
+    settings = Settings(
+        max_new_tokens, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), candidates
+    )
+    chosen, left_out = choose_methods(wanted, loaded, sampling=settings.sampling, draft=draft)
     check_candidates(loaded, candidates, chosen)
     tokens = seeds * most_tokens(suites, settings, limit=limit)
-    loaded = _with_engine(loaded, engine, chosen, tokens, view)
+    loaded = with_corpora(_with_engine(loaded, engine, chosen, tokens, view), corpus, quiet=quiet)
     planned = plan(loaded, suites, settings, limit=limit, draft=draft)
     report = _report(loaded, draft, settings)
     report.settings |= {
@@ -150,6 +154,7 @@ def run(
         "metrics": {each.name: each.metric for each in suites},
         "seeds": seeds,
         "sweep": sweep,
+        "corpus": [str(path) for path in corpus or ()],
         "left_out": left_out | planned.left_out | not_judged,
     }
     view.left_out(report.settings["left_out"])
@@ -239,12 +244,15 @@ def _with_engine(
     loaded: LoadedModel, engine: EngineName, methods: list[Method], tokens: int, view: RunView
 ) -> LoadedModel:
     """Return the model with its engine, where methods need it with what its steps cost; `tokens` are of one method."""
+    from space_cli.cli.texts import with_past_answers
     from space_cli.models.engines import measured, prepare
 
     ours = sum(not method.name.startswith(("hf", "llama")) for method in methods)
     loaded = prepare(loaded, engine=engine, tokens=ours * tokens, on_compile=view.compiling)
     # measured anew: an hour in which the machine was busy must not decide
-    return measured(loaded, fresh=True) if any(method.adaptive for method in methods) else loaded
+    loaded = measured(loaded, fresh=True) if any(method.adaptive for method in methods) else loaded
+    # of this run alone: what was answered yesterday must not count
+    return with_past_answers(loaded, kept=False)
 
 
 def _journal(json: str | None, report: Report, planned: Plan, *, resume: bool) -> Journal | None:
@@ -337,6 +345,7 @@ def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) 
         settings={
             "model": loaded.name,
             "source": loaded.source,
+            "masks_per_group": loaded.masks_per_group,
             "draft_model": draft.name if draft is not None else None,
             **asdict(settings),
         },

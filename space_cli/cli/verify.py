@@ -42,8 +42,8 @@ _Drafts = Annotated[
     typer.Option(
         "--drafts",
         help="adaptive: those of everyday use. model: the masks' guesses in the paper's block. mixed: right and wrong"
-        " tokens blended, so that any causal LM can be checked and every acceptance length occurs. Default: adaptive"
-        " where it was trained for SPACE.",
+        " tokens blended, so that every acceptance length occurs. Default: adaptive; with a block of one shape, model"
+        " where the model has masks, else mixed.",
     ),
 ]
 _Numerics = Annotated[
@@ -63,7 +63,7 @@ _Strict = Annotated[bool, typer.Option("--strict", help="Ties fail too.")]
 
 
 def verify_lossless(
-    model: options.Model = "nano",
+    model: options.Model = None,
     suite: options.Suite = None,
     field: options.Field = None,
     limit: options.Limit = None,
@@ -71,6 +71,7 @@ def verify_lossless(
     drafts: _Drafts = None,
     numerics: _Numerics = "auto",
     candidates: options.Candidates = None,
+    corpus: options.Corpus = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -107,11 +108,13 @@ def verify_lossless(
     from space_cli.bench.measure import Settings, most_tokens, plan
     from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
+    from space_cli.cli.texts import with_corpora, with_past_answers
     from space_cli.models.engines import prepare
     from space_cli.models.loading import load_model
     from space_cli.verify.compare import Comparison
 
     view = run_view(quiet=quiet)
+    model = options.named_model(model, quiet=quiet)
     view.loading(model)
     load = partial(load_model, models_file=models_file, dtype=dtype, device=device, quantization=quantization)
     loaded = load(model, revision=revision)
@@ -128,6 +131,7 @@ def verify_lossless(
         tokens=2 * seeds * most_tokens(suites, settings, limit=limit),
         on_compile=view.compiling,
     )
+    loaded = with_corpora(with_past_answers(loaded, kept=False), corpus, quiet=quiet)
     planned = plan(loaded, suites, settings, limit=limit)
     view.left_out(planned.left_out)
     comparison = Comparison(block, drafts, names, base, same_shape, seeds)
@@ -165,9 +169,9 @@ def _check_together(numerics: str, engine: str, drafts: str | None, candidates: 
 
 
 def _default_drafts(loaded: LoadedModel, *, fixed: bool) -> Literal["adaptive", "model", "mixed"]:
-    if not loaded.candidates:
-        return "mixed"
-    return "model" if fixed else "adaptive"
+    if not fixed:
+        return "adaptive"
+    return "model" if loaded.candidates else "mixed"
 
 
 def _base_of(loaded: LoadedModel) -> str | None:
@@ -196,8 +200,8 @@ def _block(loaded: LoadedModel, drafts: str, candidates: int | None) -> Block:
         check_candidates(loaded, candidates, [METHODS["space"]])
         k = candidates or loaded.candidates
         return Block.chain(k, k)
-    if drafts != "mixed":
-        raise UsageProblem(f"{loaded.name} was not trained for SPACE, so it has no drafts", hint="use --drafts mixed")
+    if drafts == "model":
+        raise UsageProblem(f"{loaded.name} has no masks to draft with", hint="use --drafts adaptive or mixed")
     k = _UNTRAINED_CANDIDATES if candidates is None else candidates
     if not 1 <= k <= _MOST_CANDIDATES:
         raise UsageProblem(f"--candidates {k}: out of range", hint=f"choose 1 to {_MOST_CANDIDATES}")
@@ -227,6 +231,7 @@ def _record(loaded: LoadedModel, comparison: Comparison, settings: Settings, *, 
         settings={
             "model": loaded.name,
             "source": loaded.source,
+            "masks_per_group": loaded.masks_per_group,
             **asdict(settings),
             "numerics": "same-shape" if comparison.same_shape else settings.numerics,
             "drafts": comparison.drafts,

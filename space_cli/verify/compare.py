@@ -63,6 +63,7 @@ def compare(planned: Sequence[Planned], comparison: Comparison, view: View) -> I
             each: Planned | None = first.under_seed(seed)
             while each is not None:
                 answer = _Case(each, comparison, anatomist, view).answer()
+                each.task.loaded.remember(answer.token_ids)
                 yield answer
                 each = each.following(answer.token_ids)
 
@@ -237,7 +238,7 @@ class _Watched(AdaptiveDrafter):
 
     def __init__(self, loaded: LoadedModel, guesses: list[Sequence[int]]) -> None:
         stats = AcceptanceStats(ASSUMED_COSTS, loaded.masks_per_group, trials=math.inf)
-        super().__init__(stats, loaded.masks_per_group)
+        super().__init__(stats, loaded.masks_per_group, sources=loaded.sources())
         self._noted = guesses
 
     def draft(self, tokens: Sequence[int], rows: Rows | None = None, group: range = range(0)) -> Proposal:

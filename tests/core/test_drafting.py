@@ -45,8 +45,7 @@ def costs(draw):
 
 strategies = st.builds(
     Strategy,
-    masks=st.booleans(),
-    width=st.integers(1, 4),
+    width=st.integers(0, 4),
     copies=st.booleans(),
 )
 
@@ -134,10 +133,8 @@ def test_a_text_that_is_expected_is_copied_from_its_beginning():
 
     alone, _ = steps_over(text, adaptive(LINEAR, 0), done=2, costs=LINEAR)
     told, _ = steps_over(text, adaptive(LINEAR, 0, texts=[text]), done=2, costs=LINEAR)
-    without, _ = steps_over(text, adaptive(LINEAR, 0, Strategy(memory=False), texts=[text]), done=2, costs=LINEAR)
 
     assert len(told) < len(alone) / 3
-    assert len(without) == len(alone)
 
 
 @pytest.mark.parametrize("dearer", [1.3, 3.0, 20.0])

@@ -24,13 +24,11 @@ class Strategy:
     """What drafts are made of; docs/drafts.md has the ablation.
 
     Attributes:
-        masks: whether mask groups are used.
-        width: how many tokens of each mask may become candidates; 1 makes chains.
-        copies: whether text of the context is copied.
-        memory: whether other text is copied too.
+        width: how many tokens of each mask may become candidates; 0 does without masks.
+        copies: whether text is copied.
+        memory: whether past answers are copied.
     """
 
-    masks: bool = True
     width: int = 4
     copies: bool = True
     memory: bool = True
@@ -62,9 +60,8 @@ class AdaptiveDrafter:
         sources: Sequence[Source] = (),
     ) -> None:
         self._stats, self._strategy = stats, strategy
-        self._masks = masks if strategy.masks else 0
-        self._context = NgramIndex(texts if strategy.memory else ())
-        self._sources = sources if strategy.memory else ()
+        self._masks = masks if strategy.width else 0
+        self._context, self._sources = NgramIndex(texts), sources
 
     def draft(self, tokens: Sequence[int], rows: Rows | None = None, group: range = range(0)) -> Proposal:
         """Propose what is worth its time behind `tokens`; see `Drafter`."""
