@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from space_cli.cli import options
+from space_cli.cli.texts import with_corpora, with_past_answers
 from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
@@ -129,7 +130,6 @@ def run(
     from space_cli.bench.methods import choose_methods
     from space_cli.bench.quality import check
     from space_cli.cli.live import run_view
-    from space_cli.cli.texts import with_corpora
     from space_cli.core.choose import Sampling
     from space_cli.models.loading import load_model
 
@@ -244,7 +244,6 @@ def _with_engine(
     loaded: LoadedModel, engine: EngineName, methods: list[Method], tokens: int, view: RunView
 ) -> LoadedModel:
     """Return the model with its engine, where methods need it with what its steps cost; `tokens` are of one method."""
-    from space_cli.cli.texts import with_past_answers
     from space_cli.models.engines import measured, prepare
 
     ours = sum(not method.name.startswith(("hf", "llama")) for method in methods)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from space_cli.cli import options
+from space_cli.cli.texts import with_corpora, with_past_answers
 from space_cli.errors import Interrupted, UsageProblem
 
 if TYPE_CHECKING:
@@ -96,7 +97,6 @@ def chat(
 
         from space_cli.cli.live import COMPILING
         from space_cli.cli.session import ChatSettings, Session
-        from space_cli.cli.texts import with_corpora, with_past_answers
         from space_cli.models.chat import load_turns
         from space_cli.models.engines import prepare
         from space_cli.models.loading import load_model

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from space_cli.cli import options
+from space_cli.cli.texts import with_corpora, with_past_answers
 from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
@@ -108,7 +109,6 @@ def verify_lossless(
     from space_cli.bench.measure import Settings, most_tokens, plan
     from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
-    from space_cli.cli.texts import with_corpora, with_past_answers
     from space_cli.models.engines import prepare
     from space_cli.models.loading import load_model
     from space_cli.verify.compare import Comparison

@@ -201,7 +201,9 @@ def _keep(text: SortedText, folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         for part in reversed(_PARTS):
-            np.save(folder / f"{part}.npy", getattr(text, part))
+            # nobody else's to read, as the files it was made of may be
+            with open(os.open(folder / f"{part}.npy", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
+                np.save(stream, getattr(text, part))
         kept = sorted(folder.parent.glob("corpus-*"), key=lambda each: each.stat().st_mtime)
         for old in kept[:-_KEPT_CORPORA]:
             for file in old.iterdir():
