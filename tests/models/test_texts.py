@@ -27,7 +27,7 @@ def modes(folder):
     }
 
 
-def test_answers_are_found_again_by_this_process_and_by_the_next(tokenizer, cache):
+def test_answers_are_found_again_by_this_process_and_by_the_next(tokenizer):
     file = answers_file(tokenizer, "{}")
     answers = PastAnswers(file)
     assert answers.lookup([1, 2, 3]) == []
@@ -115,7 +115,7 @@ def test_a_corpus_has_the_text_of_its_files_and_no_other(tokenizer, tmp_path):
     assert "hidden" not in tokenizer.decode(read_corpus(tokenizer, [folder]).tokens[:-1].clip(0).tolist())
 
 
-def test_a_corpus_is_read_once_and_again_when_a_file_has_changed(tokenizer, tmp_path, monkeypatch):
+def test_a_corpus_is_read_once_and_again_when_a_file_has_changed(tokenizer, tmp_path):
     file, seen = tmp_path / "a.txt", []
     file.write_text("one two three four")
     first = read_corpus(tokenizer, [file], lambda *progress: seen.append(progress))
