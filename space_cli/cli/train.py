@@ -49,6 +49,10 @@ _PSar = Annotated[float, typer.Option("--p-sar", min=0.0, max=1.0, help="Share o
 _MaskLossWeight = Annotated[
     float, typer.Option("--mask-loss-weight", min=0.0, help="Of a mask's loss, beside a token's.")
 ]
+_Loss = Annotated[
+    Literal["kl", "ce"],
+    typer.Option("--loss", help="Of an adapter. kl: the base's distribution at each position. ce: the token there."),
+]
 _Rank = Annotated[int, typer.Option("--rank", min=1, help="Of an adapter's low-rank weights.")]
 _Distill = Annotated[
     str,
@@ -97,7 +101,11 @@ def train(
     groups: _Groups = 8,
     p_sar: _PSar = 0.5,
     mask_loss_weight: _MaskLossWeight = 1.0,
-    rank: _Rank = 32,
+    rank: _Loss = Annotated[
+    Literal["kl", "ce"],
+    typer.Option("--loss", help="Of an adapter. kl: the base's distribution at each position. ce: the token there."),
+]
+_Rank = 32,
     distill: _Distill = "2000",
     temperatures: _Temperatures = "0,0,0.8",
     answer_tokens: _AnswerTokens = 256,
@@ -176,6 +184,7 @@ def train(
         groups=groups,
         p_sar=p_sar,
         mask_loss_weight=mask_loss_weight,
+        loss=loss,
         rank=rank,
         distill=answered,
         temperatures=warm,

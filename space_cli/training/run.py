@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,6 +23,7 @@ from space_cli.training.card import card, draw_curves
 from space_cli.training.distill import Distillation, distil
 from space_cli.training.prepare import Method, Prepared, prepare_model
 from space_cli.training.trainer import Epochs, SARTrainer, complete_checkpoints
+from space_cli.training.two_pass import Loss, TwoPassTrainer
 
 SETTINGS_FILE, LOG_FILE, ANSWERS_FILE = "training_settings.json", "training.jsonl", "distilled.jsonl"
 CARD_FILE, CURVES_FILE = "README.md", "training.png"
@@ -40,6 +42,8 @@ class Recipe:
         answer_tokens: most tokens of an answer, in distillation and in measuring.
         answer_batch_size: prompts the base answers at once.
         early_stop: stop when so many evaluations in a row lowered no held-out loss, and keep the best; 0 never stops.
+        loss: of an adapter's masks.
+        hours: end the training; None leaves it to epochs and steps.
         arguments: of transformers' TrainingArguments.
     """
 
@@ -50,6 +54,7 @@ class Recipe:
     groups: int
     p_sar: float
     mask_loss_weight: float
+    loss: Loss
     rank: int
     distill: int
     temperatures: tuple[float, ...]
@@ -57,6 +62,7 @@ class Recipe:
     answer_batch_size: int
     epochs: int
     early_stop: int
+    hours: float | None
     seed: int
     arguments: dict[str, Any]
 
@@ -267,10 +273,13 @@ def make_trainer(
         **recipe.arguments,
     )
     stops = [EarlyStoppingCallback(recipe.early_stop)] if recipe.early_stop else []
-    return SARTrainer(
+    two_pass = recipe.method == "adapter" and recipe.form == "groups"
+    kind = partial(TwoPassTrainer, loss=recipe.loss) if two_pass else SARTrainer
+    return kind(
         collator=collator,
         space=space,
         mask_loss_weight=recipe.mask_loss_weight,
+        hours=recipe.hours,
         model=loaded.model,
         args=arguments,
         train_dataset=Epochs(examples, epochs=recipe.epochs, seed=recipe.seed),
