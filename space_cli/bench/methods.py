@@ -206,7 +206,8 @@ class Method:
 
     Attributes:
         exact_under_seed: sampled output is token-identical to AR's under the same seed.
-        needs_training: the model must have been trained for SPACE.
+        needs_masks: the model must have been trained for SPACE.
+        takes_candidates: --candidates fixes its k, where the model has masks.
         adaptive: draws blocks by the measured costs of steps.
         check: raises UsageProblem where it cannot run this model under this sampling, with this draft model or none.
     """
@@ -215,7 +216,8 @@ class Method:
     description: str
     run: Callable[[Task, OnStep], Generation]
     exact_under_seed: bool
-    needs_training: bool = False
+    needs_masks: bool = False
+    takes_candidates: bool = False
     adaptive: bool = False
     check: Callable[[LoadedModel, Sampling, LoadedModel | None], None] | None = None
 
@@ -271,9 +273,21 @@ METHODS = {
     method.name: method
     for method in (
         Method("ar", "one token per model call, our baseline", _ar, exact_under_seed=True),
-        Method("space", "auto-correct decoding", _space, exact_under_seed=True, needs_training=True, adaptive=True),
         Method(
-            "space-chain", "the same in the paper's block", _space_chain, exact_under_seed=True, needs_training=True
+            "space",
+            "auto-correct decoding; without masks, candidates copied from the context",
+            _space,
+            exact_under_seed=True,
+            takes_candidates=True,
+            adaptive=True,
+        ),
+        Method(
+            "space-chain",
+            "the same in the paper's block",
+            _space_chain,
+            exact_under_seed=True,
+            needs_masks=True,
+            takes_candidates=True,
         ),
         Method(
             "space-lookup",
@@ -338,10 +352,10 @@ def choose_methods(
 
 
 def _check(method: Method, loaded: LoadedModel, sampling: Sampling, draft: LoadedModel | None) -> None:
-    if method.needs_training and not loaded.candidates:
+    if method.needs_masks and not loaded.candidates:
         raise UsageProblem(
-            f"{loaded.name} was not trained for SPACE, so method {method.name!r} cannot run on it",
-            hint="choose another model, or give mask_token_ids and candidates in a models file",
+            f"{loaded.name} has no masks, so method {method.name!r} cannot run on it",
+            hint="method space drafts without; or give mask_token_ids and candidates in a models file",
         )
     if method.check is not None:
         method.check(loaded, sampling, draft)
@@ -358,7 +372,7 @@ def _chain(k: int) -> Method:
         f"the paper's block with k = {k}",
         lambda task, on_step: run_decode(task, task.loaded.drafts(k), on_step),
         exact_under_seed=True,
-        needs_training=True,
+        needs_masks=True,
         check=lambda loaded, _sampling, _draft: _check_k(loaded, k),
     )
 

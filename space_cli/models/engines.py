@@ -18,15 +18,17 @@ from platformdirs import user_cache_path
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser
-from space_cli.core.compiled import Program, build_kernels, compile_program, fingerprint, machine, why_not
+from space_cli.core.compiled import Program, compile_program, fingerprint, why_not
 from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AdaptiveDrafts, Drafts, Experience
 from space_cli.core.engine import EagerEngine, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
+from space_cli.core.toolchain import build_kernels, machine
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.files import write_whole
+from space_cli.models.adapter import adapter_updates
 from space_cli.models.loading import LoadedModel
 
 EngineName = Literal["auto", "eager", "compiled"]
@@ -114,7 +116,7 @@ def _program(loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: C
         if not package.exists():
             _check_room(loaded)
             on_compile()
-            compile_program(loaded.model, package)
+            compile_program(loaded.model, package, adapter_updates(loaded.model))
         return _checked(loaded, package)
     except (OSError, RunFailed) as error:
         if engine == "compiled":
@@ -143,7 +145,7 @@ def _checked(loaded: LoadedModel, package: Path) -> Program:
     """
     model = loaded.model
     try:
-        program = Program(package, build_kernels(package.parent), model)
+        program = Program(package, build_kernels(package.parent), model, adapter_updates(model))
         prefix, tokens = [1, 2, 3], [2, 3, 1, 2]
         logits = []
         for run_by in (None, program):

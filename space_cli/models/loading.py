@@ -27,6 +27,7 @@ from space_cli.core.engine import context_length, embedding_rows
 from space_cli.errors import UsageProblem
 from space_cli.models import support
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
+from space_cli.models.gguf_names import gguf_path, is_gguf
 from space_cli.models.registry import ModelEntry, resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,13 +39,14 @@ class LoadedModel:
 
     Attributes:
         name: as the user gave it.
-        source: the folder or Hub id it came from.
+        source: the folder, file or Hub id it came from.
         eos_token_ids: every id that ends an answer.
         mask_token_ids: one shared id or one per mask; empty for a model never trained for SPACE.
         candidates: k to decode with by default; 0 for a model never trained for SPACE.
         masks_per_group: m of the training, the largest k that makes sense.
         program: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
         experience: of its drafts, from answer to answer; None begins anew with each.
+        gguf: the file its weights came from, the first of several shards; None for a folder of safetensors.
     """
 
     name: str
@@ -63,9 +65,13 @@ class LoadedModel:
     program: Program | None = None
     costs: StepCosts = ASSUMED_COSTS
     experience: Experience | None = None
+    gguf: Path | None = None
 
     def drafts(self, candidates: int | None = None) -> Drafts:
-        """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best."""
+        """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best.
+
+        A model without masks drafts what it copies from the context.
+        """
         if candidates is not None:
             return ChainDrafts(Block.chain(candidates, candidates))
         return AdaptiveDrafts(self.costs, self.masks_per_group, experience=self.experience)
@@ -91,7 +97,7 @@ def load_model(
     """Load a model and refuse one that SPACE cannot run.
 
     Args:
-        name: an alias of models.toml, a folder, or a Hub id.
+        name: an alias of models.toml, a folder, a GGUF file, or a Hub id.
         models_file: a user's own models.toml.
         dtype: auto, float32, bfloat16 or float16; auto is the checkpoint's own where the device computes in it.
         device: auto, cpu, cuda, cuda:N or mps.
@@ -107,19 +113,10 @@ def load_model(
     try:
         space = _space_config(entry, revision)
         base, base_revision = _base(entry, revision, space, models_file)
-        if Path(base).is_dir() and not Path(base, "config.json").is_file():
-            raise UsageProblem(f"{name}: not a complete model folder: no config.json in {base}")
-        config = AutoConfig.from_pretrained(base, revision=base_revision)
-        support.check_config(config, name)
-        chosen_dtype = _dtype(dtype, chosen_device, config)
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=base_revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            revision=base_revision,
-            config=config,
-            dtype=DTYPES[chosen_dtype],
-            use_safetensors=True,
-            **_quantization(quantization, chosen_device, DTYPES[chosen_dtype]),
+        file = gguf_path(base, base_revision) if is_gguf(base) else None
+        read = _from_folder if file is None else _from_gguf
+        model, tokenizer = read(
+            name, str(file or base), base_revision, dtype=dtype, device=chosen_device, quantization=quantization
         )
     except OSError as error:
         raise _not_loaded(name, entry, error) from error
@@ -137,13 +134,53 @@ def load_model(
         model=model,
         tokenizer=tokenizer,
         space=space,
-        dtype=chosen_dtype,
+        dtype=str(model.dtype).removeprefix("torch."),
         device=chosen_device,
-        context_length=context_length(config),
+        context_length=context_length(model.config),
         eos_token_ids=_eos_token_ids(model, tokenizer),
         prompt_template=entry.prompt_template,
+        gguf=file,
         **_mask_fields(name, model, space, entry),
     )
+
+
+def _from_folder(
+    name: str, source: str, revision: str | None, *, dtype: str, device: str, quantization: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return model and tokenizer of a folder, or of a Hub id."""
+    if Path(source).is_dir() and not Path(source, "config.json").is_file():
+        raise UsageProblem(f"{name}: not a complete model folder: no config.json in {source}")
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    support.check_config(config, name)
+    chosen = DTYPES[_dtype(dtype, device, config)]
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=revision,
+        config=config,
+        dtype=chosen,
+        use_safetensors=True,
+        **_quantization(quantization, device, chosen),
+    )
+    return model, tokenizer
+
+
+def _from_gguf(
+    name: str, source: str, _revision: str | None, *, dtype: str, device: str, quantization: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return model and tokenizer of a GGUF file."""
+    from space_cli.models.gguf import gguf_config, gguf_dtype, gguf_model
+    from space_cli.models.gguf_file import read_gguf
+    from space_cli.models.gguf_tokenizer import gguf_tokenizer
+
+    if quantization != "none":
+        raise UsageProblem(f"{name} is a GGUF file, quantised as it is", hint="leave --quantization out")
+    gguf = read_gguf(Path(source))
+    config = gguf_config(gguf)
+    support.check_config(config, name)
+    config.dtype = DTYPES[gguf_dtype(gguf)]
+    tokenizer = gguf_tokenizer(gguf.metadata, source)
+    return gguf_model(gguf, config, DTYPES[_dtype(dtype, device, config)]), tokenizer
 
 
 def _device(device: str) -> str:
@@ -191,6 +228,8 @@ def _quantization(quantization: str, device: str, dtype: torch.dtype) -> dict[st
 
 def _space_config(entry: ModelEntry, revision: str | None) -> SpaceConfig | None:
     """Return space_config.json of the folder or Hub id, or None where it has none."""
+    if is_gguf(entry.source):
+        return None
     found = cached_file(
         entry.source,
         SPACE_CONFIG_NAME,
@@ -249,7 +288,7 @@ def _not_loaded(name: str, entry: ModelEntry, error: OSError) -> UsageProblem:
         return UsageProblem(f"{name}: not a complete model folder: {first}")
     return UsageProblem(
         f"model {name!r} could not be loaded: {first}",
-        hint="give an alias of models.toml, a folder, or the id of a model on the Hub",
+        hint="give an alias of models.toml, a folder, a GGUF file, or the id of a model on the Hub",
     )
 
 
