@@ -26,7 +26,13 @@ from space_cli.training.trainer import Epochs, SARTrainer, complete_checkpoints
 from space_cli.training.two_pass import Loss, TwoPassTrainer
 
 SETTINGS_FILE, LOG_FILE, ANSWERS_FILE = "training_settings.json", "training.jsonl", "distilled.jsonl"
+OWN_FILE = "self.jsonl"
 CARD_FILE, CURVES_FILE = "README.md", "training.png"
+ANSWER_SHARE = 0.25
+"""Of the hours of a training: the most that answers take, those to the data's prompts and to its own each."""
+_ENDLESS = 10_000  # epochs: the hours end it
+# what may change where hours shape a training: more of them, and more answers to learn from
+_ADDED_WITH_HOURS = {"hours", "data", "distill", "max_steps"}
 _FEW_SHAPES = 64  # batches of ever new shapes leave an allocator with ever new gaps
 
 
@@ -55,7 +61,7 @@ class Recipe:
     p_sar: float
     mask_loss_weight: float
     loss: Loss
-    rank: int
+    rank: int | None
     distill: int
     temperatures: tuple[float, ...]
     answer_tokens: int
@@ -73,8 +79,8 @@ class TrainingView(Protocol):
     def note(self, text: str) -> None:
         """Something is worth a line."""
 
-    def phase(self, name: str, done: int, total: int) -> None:
-        """A part of the work beside the steps has come so far."""
+    def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
+        """A part of the work beside the steps has come so far, at so many tokens per second."""
 
     def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
         """Some steps have ended."""
@@ -167,7 +173,8 @@ def _resumed(output: Path, settings: dict[str, Any]) -> Path | None:
         raise UsageProblem(f"{output}: no training to resume", hint="leave --resume out") from error
     now = json.loads(json.dumps(settings))
     then, now = ({**told, **told.get("arguments", {}), "arguments": None} for told in (earlier, now))
-    for name in now:
+    added = _ADDED_WITH_HOURS if now.get("hours") and then.get("hours") else set()
+    for name in now.keys() - added:
         if then.get(name) != now[name]:
             raise UsageProblem(
                 f"{output}: was trained with other settings: {name} {then.get(name)} instead of {now[name]}",
@@ -189,6 +196,7 @@ def _distilled(
         batch_size=recipe.answer_batch_size,
         seed=recipe.seed,
         fingerprint=f"{base_model} {loaded.dtype}",
+        seconds=None if recipe.hours is None else recipe.hours * 3600 * ANSWER_SHARE,
     )
     pairs = distil(
         loaded.model,
@@ -196,7 +204,7 @@ def _distilled(
         settings,
         eos_token_ids=loaded.eos_token_ids,
         file=file,
-        on_progress=lambda done, total: view.phase("answers of the base", done, total),
+        on_progress=lambda done, total, rate: view.phase("answers of the base", done, total, rate),
     )
     return [{"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer} for prompt, answer in pairs]
 
@@ -282,7 +290,7 @@ def make_trainer(
         hours=recipe.hours,
         model=loaded.model,
         args=arguments,
-        train_dataset=Epochs(examples, epochs=recipe.epochs, seed=recipe.seed),
+        train_dataset=Epochs(examples, epochs=recipe.epochs if recipe.hours is None else _ENDLESS, seed=recipe.seed),
         eval_dataset=Epochs(held_out, epochs=1, seed=recipe.seed) if held_out else None,
         processing_class=loaded.tokenizer,
         callbacks=[*callbacks, *stops],

@@ -39,17 +39,18 @@ class Epochs(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, examples: Sequence[dict[str, list[int]]], *, epochs: int, seed: int) -> None:
-        self._examples = examples
-        self._order: list[int] = []
-        for epoch in range(epochs):
-            generator = torch.Generator().manual_seed(mix(seed, epoch))
-            self._order += torch.randperm(len(examples), generator=generator).tolist()
+        self._examples, self._epochs, self._seed = examples, epochs, seed
+        self._drawn: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._examples) * self._epochs
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self._examples[self._order[index]], "draw": index}
+        epoch, place = divmod(index, len(self._examples))
+        if self._drawn[0] != epoch:
+            generator = torch.Generator().manual_seed(mix(self._seed, epoch))
+            self._drawn = (epoch, torch.randperm(len(self._examples), generator=generator).tolist())
+        return {**self._examples[self._drawn[1][place]], "draw": index}
 
 
 class SARTrainer(Trainer):
