@@ -17,14 +17,15 @@ from transformers import DynamicCache
 
 from space_cli.core.cache import cache_arguments
 from space_cli.core.collator import IGNORED, SARCollator
-from space_cli.training.fused import fuse_low_rank_layers
+from space_cli.training.fused import fuse_low_rank_layers, training_attention_of
 from space_cli.training.trainer import SARTrainer
 
 Loss = Literal["kl", "ce"]
 """kl: a mask learns the base's distribution at its position; ce: the token that stands there."""
 DEPTH_DECAY = 0.8
 """Weight of a mask's loss relative to that of the mask before it: a deep one counts only where all before are right."""
-_ROWS_AT_ONCE = 64
+# elements of a table of logits worked on at once
+_CPU_ELEMENTS, _DEVICE_ELEMENTS = 400_000, 100_000_000
 
 
 @dataclass
@@ -100,12 +101,13 @@ class TwoPassTrainer(SARTrainer):
         cache, teacher = self._read_text(model, inputs["text_ids"], slots)
         visible = inputs["attention_mask"]
         mask = torch.zeros(visible.shape, dtype=self.model.dtype, device=visible.device)
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            position_ids=positions,
-            attention_mask=mask.masked_fill_(~visible, torch.finfo(mask.dtype).min),
-            **cache_arguments(self.accelerator.unwrap_model(model), cache),
-        )
+        with training_attention_of(self.model):
+            outputs = model(
+                input_ids=inputs["input_ids"],
+                position_ids=positions,
+                attention_mask=mask.masked_fill_(~visible, torch.finfo(mask.dtype).min),
+                **cache_arguments(self.accelerator.unwrap_model(model), cache),
+            )
         logits, labels, depth = outputs.logits.flatten(0, 1), inputs["labels"].flatten(), inputs["depth"].flatten()
         weights = self._depth_decay ** (depth - 1).float() * (labels != IGNORED)
         place = None
@@ -163,20 +165,25 @@ class MaskLoss(torch.autograd.Function):
         """
         gradient, losses, hits = torch.empty_like(logits), torch.empty_like(weights), torch.empty_like(weights)
         tokens = labels.clamp(min=0)[:, None]
-        for start in range(0, len(logits), _ROWS_AT_ONCE):
-            some = slice(start, start + _ROWS_AT_ONCE)
-            scores = functional.log_softmax(logits[some].float(), dim=-1)
+        wanted = None if place is None else functional.softmax(teacher, dim=-1)
+        # on a CPU what is worked on stays in the cache
+        at_once = max(1, (_CPU_ELEMENTS if logits.device.type == "cpu" else _DEVICE_ELEMENTS) // logits.shape[1])
+        for start in range(0, len(logits), at_once):
+            some = slice(start, start + at_once)
+            scores = logits[some].to(torch.float32, copy=True)
+            largest = scores.amax(dim=-1, keepdim=True)
             of_label = scores.gather(1, tokens[some])
-            hits[some] = (of_label >= scores.amax(dim=-1, keepdim=True)).flatten().float()
-            if place is None:
-                losses[some] = -of_label.flatten()
-                gradient[some] = scores.exp_().scatter_add_(1, tokens[some], -torch.ones_like(of_label)).mul_(
-                    weights[some, None]
-                )
+            hits[some] = (of_label >= largest).flatten().float()
+            target = None if wanted is None or place is None else wanted[place.flatten()[some]]
+            mean = of_label if target is None else torch.linalg.vecdot(target.float(), scores)[:, None]
+            exponents = scores.sub_(largest).exp_()
+            total = exponents.sum(dim=-1, keepdim=True)
+            losses[some] = (total.log() + largest - mean).flatten()
+            share = exponents.mul_(weights[some, None] / total)
+            if target is None:
+                gradient[some] = share.scatter_add_(1, tokens[some], -weights[some, None])
             else:
-                wanted = functional.softmax(teacher[place.flatten()[some]].float(), dim=-1)
-                losses[some] = -torch.linalg.vecdot(wanted, scores)
-                gradient[some] = scores.exp_().sub_(wanted).mul_(weights[some, None])
+                gradient[some] = torch.addcmul(share, target, weights[some, None], value=-1)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses, hits)
         return losses @ weights, losses, hits
