@@ -283,10 +283,10 @@ def _quantization(quantization: str, device: str, dtype: torch.dtype) -> dict[st
 
 def _space_config(entry: ModelEntry, revision: str | None) -> SpaceConfig | None:
     """Return space_config.json of the folder or Hub id, or None where it has none."""
-    if is_gguf(entry.source):
+    if is_gguf(entry.checkpoint):
         return None
     found = cached_file(
-        entry.source,
+        entry.checkpoint,
         SPACE_CONFIG_NAME,
         revision=revision,
         _raise_exceptions_for_missing_entries=False,
@@ -303,6 +303,8 @@ def _base(
         return entry.source, revision
     if space.base_model is None:
         raise UsageProblem(f"{entry.source}: {SPACE_CONFIG_NAME}: an adapter must name its base_model")
+    if entry.checkpoint != entry.source:
+        return entry.source, revision
     base = resolve(space.base_model, models_file)
     return base.source, space.base_revision or base.revision
 
@@ -317,7 +319,7 @@ def _put_adapter_on(model: PreTrainedModel, entry: ModelEntry, revision: str | N
     """Load an adapter's files, from the Hub where they are not here, onto its base."""
     from space_cli.models.adapter import load_adapter  # peft takes half a second to import
 
-    files = [cached_file(entry.source, name, revision=revision) for name in ADAPTER_FILES]
+    files = [cached_file(entry.checkpoint, name, revision=revision) for name in ADAPTER_FILES]
     load_adapter(model, Path(str(files[-1])).parent, masks=len(space.mask_token_ids))
 
 
