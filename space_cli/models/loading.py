@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file
 from space_cli.core.block import Block
 from space_cli.core.compiled import Program
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
+from space_cli.core.cuda import GraphProgram
 from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafts, Experience
 from space_cli.core.engine import context_length, embedding_rows
 from space_cli.errors import UsageProblem
@@ -60,7 +61,7 @@ class LoadedModel:
     candidates: int
     masks_per_group: int
     prompt_template: str | None
-    program: Program | None = None
+    program: Program | GraphProgram | None = None
     costs: StepCosts = ASSUMED_COSTS
     experience: Experience | None = None
 
