@@ -255,13 +255,13 @@ class _Step:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def fill(self, block: Block, slot_ids: Sequence[int], length: int, last_position: int) -> None:
-        """Send a block behind `length` tokens to the device; rows it does not need repeat its first token."""
+        """Send a block behind `length` tokens to the device; rows it does not need hold its first token."""
         rows, slots, told = self.rows, block.num_slots, self._inputs.on_host
         told[0] = length
         told[1 : 1 + rows] = slot_ids[0]
         told[1 : 1 + slots] = slot_ids
         depths, ancestors = _ancestry(block, rows)
-        np.minimum(depths + length, last_position, out=told[1 + rows : 1 + 2 * rows])
+        np.clip(depths + length, 0, last_position, out=told[1 + rows : 1 + 2 * rows])
         told[1 + 2 * rows : 1 + 3 * rows] = depths
         told[1 + 3 * rows :] = ancestors
         self._inputs.send()
@@ -326,7 +326,7 @@ def _likeliest(logits: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=4096)
 def _ancestry(block: Block, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (R) depths and (R * R) ancestors by row and depth, as of `BlockTensors`; rows too many see themselves."""
-    depths, ancestors = np.zeros(rows, dtype=np.int32), np.full((rows, rows), -1, dtype=np.int32)
+    depths, ancestors = np.full(rows, -1, dtype=np.int32), np.full((rows, rows), -1, dtype=np.int32)
     for slot in range(block.num_slots):
         # an ancestor stands in a lower slot than what it is an ancestor of
         path = np.flatnonzero(block.visibility[slot])

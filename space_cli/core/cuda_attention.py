@@ -41,7 +41,7 @@ class BlockTensors(NamedTuple):
 
     Attributes:
         length: (1) int32, L.
-        depths: (R) int32, each row's position less the head's.
+        depths: (R) int32, each row's position less the head's; -1 for rows that are not needed, which come last.
         ancestors: (R, R) int32, by row and depth the slot of the row's ancestor there; -1 beyond the row's own depth.
     """
 

@@ -11,8 +11,6 @@ in LLM Inference" has them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -80,17 +78,17 @@ def attend(
 
 @triton.jit
 def _append(
-    key: Any,
-    value: Any,
-    states: Any,
-    length: Any,
-    key_head: Any,
-    key_row: Any,
-    value_head: Any,
-    value_row: Any,
-    states_kind: Any,
-    states_head: Any,
-    width: Any,
+    key: tl.tensor,
+    value: tl.tensor,
+    states: tl.tensor,
+    length: tl.tensor,
+    key_head: tl.tensor,
+    key_row: tl.tensor,
+    value_head: tl.tensor,
+    value_row: tl.tensor,
+    states_kind: tl.tensor,
+    states_head: tl.tensor,
+    width: tl.tensor,
     padded: tl.constexpr,
 ) -> None:
     """Write one row of one head behind what is settled."""
@@ -109,20 +107,20 @@ def _append(
 
 @triton.jit
 def _shares(
-    query: Any,
-    states: Any,
-    length: Any,
-    depths: Any,
-    ancestors: Any,
-    sums: Any,
-    tops: Any,
-    weights: Any,
-    scaling: Any,
-    query_head: Any,
-    query_row: Any,
-    states_kind: Any,
-    states_head: Any,
-    tiles: Any,
+    query: tl.tensor,
+    states: tl.tensor,
+    length: tl.tensor,
+    depths: tl.tensor,
+    ancestors: tl.tensor,
+    sums: tl.tensor,
+    tops: tl.tensor,
+    weights: tl.tensor,
+    scaling: tl.tensor,
+    query_head: tl.tensor,
+    query_row: tl.tensor,
+    states_kind: tl.tensor,
+    states_head: tl.tensor,
+    tiles: tl.tensor,
     rows: tl.constexpr,
     per_group: tl.constexpr,
     width: tl.constexpr,
@@ -148,8 +146,10 @@ def _shares(
     member = tl.where(is_apart, (own % apart) * lanes + lane, stacked % per_group)
     tile = tl.where(is_apart, settled // tile_size + (own // apart) % reached, program // together)
     valid = (row < rows) & (member < per_group)
-    last = tl.where(is_apart, settled + tl.load(depths + tl.minimum(own_row, rows - 1)), settled - tile_size)
-    if tile * tile_size <= last:
+    first_row = tl.where(is_apart, own_row, (program % together) * lanes // per_group)
+    own_depth = tl.load(depths + tl.minimum(first_row, rows - 1))
+    last = tl.where(is_apart, settled + own_depth, settled - tile_size)
+    if (tile * tile_size <= last) & (own_depth >= 0):
         position = tile * tile_size + tl.arange(0, tile_size)
         depth = position - settled
         in_block = depth >= 0
@@ -181,12 +181,12 @@ def _shares(
 
 @triton.jit
 def _sum(
-    sums: Any,
-    tops: Any,
-    weights: Any,
-    length: Any,
-    depths: Any,
-    output: Any,
+    sums: tl.tensor,
+    tops: tl.tensor,
+    weights: tl.tensor,
+    length: tl.tensor,
+    depths: tl.tensor,
+    output: tl.tensor,
     rows: tl.constexpr,
     width: tl.constexpr,
     padded: tl.constexpr,
@@ -196,7 +196,12 @@ def _sum(
     row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     at = tl.arange(0, padded)
     inside = at < width
-    last = (tl.load(length) + tl.load(depths + row)) // tile_size
+    place = output + (row * heads + head) * width + at
+    depth = tl.load(depths + row)
+    if depth < 0:
+        tl.store(place, tl.zeros([padded], dtype=output.dtype.element_ty), mask=inside)
+        return
+    last = (tl.load(length) + depth) // tile_size
     line = (head * rows + row).to(tl.int64)
     top = tl.load(tops + line)
     weight = tl.load(weights + line)
@@ -209,4 +214,4 @@ def _sum(
         weight = weight * kept + tl.load(weights + line) * added
         total = total * kept + tl.load(sums + line * width + at, mask=inside, other=0.0) * added
         top = higher
-    tl.store(output + (row * heads + head) * width + at, (total / weight).to(output.dtype.element_ty), mask=inside)
+    tl.store(place, (total / weight).to(output.dtype.element_ty), mask=inside)
