@@ -48,7 +48,7 @@ from space_cli.errors import RunFailed
 MOST_SLOTS = 128
 """Q of the largest block that a program takes."""
 _ATTENTION = "space_compiled"
-_KERNELS = Path(__file__).parent / "kernels"
+KERNELS = Path(__file__).parent / "kernels"
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)
 _LANES = 16
 # inputs that stand together in a tile of weights
@@ -210,7 +210,8 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 def machine() -> tuple[str, ...]:
     """Return versions and processor, on which compiled code depends."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return torch.__version__, transformers.__version__, platform.machine(), capability, _processor_flags()
+    versions = torch.__version__, transformers.__version__
+    return *versions, platform.machine(), capability, instructions(), _processor_flags()
 
 
 def compile_program(model: PreTrainedModel, package: Path) -> None:
@@ -302,6 +303,21 @@ def _with_one_input(model: PreTrainedModel, attention: str) -> list[list[str]]:
     return together
 
 
+def instructions() -> str:
+    """Return for which processor kernels are compiled, as `-march` names it: the one at hand, or that of `SPACE_CPU`."""
+    return os.environ.get("SPACE_CPU") or "native"
+
+
+def compiler_command(processor: str) -> list[str]:
+    """Return how a library of kernels is compiled for a processor, sources and output apart."""
+    # contracted or not as the compiler likes, a row could round one way alone and another way in a block
+    exact = "-ffp-contract=off"
+    return [
+        *(os.environ.get("CXX", "c++"), "-O3", f"-march={processor}", exact, "-fopenmp", "-fPIC", "-shared"),
+        "-std=c++20",
+    ]
+
+
 def build_kernels(folder: Path) -> Path:
     """Return the library of our kernels, compiled into a folder where it is not there yet.
 
@@ -313,9 +329,8 @@ def build_kernels(folder: Path) -> Path:
         return library
     unfinished = library.with_suffix(f".{os.getpid()}")
     torch_folder = Path(torch.__file__).parent
-    command = [os.environ.get("CXX", "c++"), "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC"]
-    command += ["-shared", "-std=c++20", f"-I{torch_folder / 'include'}", "-o", str(unfinished)]
-    command += [*map(str, sorted(_KERNELS.glob("*.cpp"))), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    command = [*compiler_command(instructions()), f"-I{torch_folder / 'include'}", "-o", str(unfinished)]
+    command += [*map(str, sorted(KERNELS.glob("*.cpp"))), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -415,7 +430,7 @@ def _packed_linears(model: nn.Module, together: Sequence[Sequence[str]], *, holl
 def _toolchain() -> str:
     """Return a hash of versions, machine and sources, of what calls the program too."""
     digest = hashlib.sha256(repr(machine()).encode())
-    for source in (Path(__file__), *sorted(_KERNELS.glob("*.[ch]*"))):
+    for source in (Path(__file__), *sorted(KERNELS.glob("*.[ch]*"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -16,29 +17,32 @@
 
 namespace {
 
-// lanes of two vectors, those of the second from 16 up
+// lanes of two vectors, those of the second from kLanes up
 #if defined(__clang__)
 #define SPACE_MIXED(one, other, ...) __builtin_shufflevector(one, other, __VA_ARGS__)
 #else
 #define SPACE_MIXED(one, other, ...) __builtin_shuffle(one, other, Ints{__VA_ARGS__})
 #endif
 
-// the sums of 16 vectors' lanes; always by halves (lanes 8 apart, then 4, 2, 1), whichever of the vectors it is
+// of runs of 2 * kHalf lanes the first halves of both vectors (kSecond 0), or the second halves
+template <int kHalf, int kSecond, int... kLane>
+inline __attribute__((always_inline)) Floats halves_of(Floats one, Floats other, std::integer_sequence<int, kLane...>) {
+    return SPACE_MIXED(one, other, (kLane % (2 * kHalf) % kHalf + kLane / (2 * kHalf) * 2 * kHalf + kSecond * kHalf +
+                                    (kLane % (2 * kHalf) < kHalf ? 0 : kLanes))...);
+}
+
+// The sums of kLanes vectors' lanes: by halves (lanes kLanes / 2 apart, then half as far, down to neighbours), whichever
+// of the vectors it is.
+template <int kHalf = kLanes / 2>
 inline __attribute__((always_inline)) Floats sums(Floats* of) {
+    constexpr auto kAll = std::make_integer_sequence<int, kLanes>();
 #pragma GCC unroll 8
-    for (int at = 0; at < 8; ++at)
-        of[at] = SPACE_MIXED(of[at], of[at + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                 SPACE_MIXED(of[at], of[at + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-#pragma GCC unroll 4
-    for (int at = 0; at < 4; ++at)
-        of[at] = SPACE_MIXED(of[at], of[at + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-                 SPACE_MIXED(of[at], of[at + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-#pragma GCC unroll 2
-    for (int at = 0; at < 2; ++at)
-        of[at] = SPACE_MIXED(of[at], of[at + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-                 SPACE_MIXED(of[at], of[at + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    return SPACE_MIXED(of[0], of[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           SPACE_MIXED(of[0], of[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    for (int at = 0; at < kHalf; ++at)
+        of[at] = halves_of<kHalf, 0>(of[at], of[at + kHalf], kAll) + halves_of<kHalf, 1>(of[at], of[at + kHalf], kAll);
+    if constexpr (kHalf == 1)
+        return of[0];
+    else
+        return sums<kHalf / 2>(of);
 }
 
 float sum(Floats values) {
@@ -47,25 +51,28 @@ float sum(Floats values) {
     return total;
 }
 
-// total + the products of `kLanes` entries, lane by lane
-template <typename T>
-Floats product(Floats total, const T* one, const T* other) {
-    return total + load(one) * load(other);
-}
-
-// of 2 * kLanes entries, where the processor multiplies pairs
-template <typename T>
-Floats product_of_pairs(Floats total, const T* one, const T* other) {
-    return product(product(total, one, other), one + kLanes, other + kLanes);
-}
-
 #ifdef __AVX512BF16__
-template <>
-Floats product_of_pairs(Floats total, const Bfloat16* one, const Bfloat16* other) {
+constexpr bool kMultipliesPairs = true;
+
+// total + the products of 2 * kLanes entries, pairs of neighbours together
+inline Floats product_of_pairs(Floats total, const Bfloat16* one, const Bfloat16* other) {
     return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_si512(one),
                                     (__m512bh)_mm512_loadu_si512(other));
 }
+#else
+constexpr bool kMultipliesPairs = false;
 #endif
+
+// what queries and keys are multiplied as
+template <typename T>
+using Factor = std::conditional_t<kMultipliesPairs, T, float>;
+
+template <typename T>
+void copy_as(float* to, const T* from, int64_t count) {
+    for (int64_t at = 0; at < count; at += kLanes) store(to + at, load(from + at));
+}
+
+inline void copy_as(Bfloat16* to, const Bfloat16* from, int64_t count) { std::memcpy(to, from, count * sizeof *to); }
 
 template <typename T>
 struct States {
@@ -79,22 +86,17 @@ struct Sizes {
     float scale;
 };
 
-#ifdef __AVX512BF16__
-constexpr bool kMultipliesPairs = true;
-#else
-constexpr bool kMultipliesPairs = false;
-#endif
-
 // Some queries of one key head, worked on together so that keys and values are read once for all of them.
 //
 // The keys that a query sees are numbered in their order: those of the prefix, then its own ancestors in the block.
 template <int kQueries, typename T>
 struct Queries {
-    const T* queries[kQueries];
+    std::vector<Factor<T>> queries[kQueries];
     std::vector<float> weights[kQueries];   // by key: scores, then shares
     std::vector<Bfloat16> halves[kQueries];  // the shares again, where pairs are multiplied
     std::vector<int32_t> tails[kQueries];   // slots of the block that a query sees
     int64_t length;
+    int64_t straight;  // so many of the first keys lie in the cache in their order
 
     int64_t count(int query) const { return length + int64_t(tails[query].size()); }
 
@@ -110,18 +112,24 @@ struct Queries {
 
     // scores of queries `first` to `last` for kLanes keys, from `at` on, that lie in a row
     template <int kWidth>
-    void score_tile(const T* keys, int first, int last, int64_t at, int64_t given_width, float scale) {
+    void score_tile(const Factor<T>* keys, int first, int last, int64_t at, int64_t given_width, float scale) {
         const int64_t width = kWidth ? kWidth : given_width;
         for (int query = first; query < last; ++query) {
-            const T* own = queries[query];
-            Floats totals[kLanes];
-#pragma GCC unroll 16
-            for (int key = 0; key < kLanes; ++key) {
-                totals[key] = Floats{};
-                int64_t lane = 0;
+            const Factor<T>* own = queries[query].data();
+            Floats totals[kLanes] = {};
+            int64_t lane = 0;
+#ifdef __AVX512BF16__
+            if constexpr (std::is_same_v<Factor<T>, Bfloat16>)
                 for (; lane + 2 * kLanes <= width; lane += 2 * kLanes)
-                    totals[key] = product_of_pairs(totals[key], own + lane, keys + key * width + lane);
-                if (lane < width) totals[key] = product(totals[key], own + lane, keys + key * width + lane);
+#pragma GCC unroll 16
+                    for (int key = 0; key < kLanes; ++key)
+                        totals[key] = product_of_pairs(totals[key], own + lane, keys + key * width + lane);
+#endif
+            for (; lane < width; lane += kLanes) {
+                const Floats part = load(own + lane);
+#pragma GCC unroll 16
+                for (int key = 0; key < kLanes; ++key)
+                    totals[key] = fused(totals[key], part, load(keys + key * width + lane));
             }
             store(&weights[query][at], sums(totals) * scale);
         }
@@ -130,19 +138,20 @@ struct Queries {
     // scores of queries `first` to `last` for the keys from `from` to `to`
     template <int kWidth>
     void score(const T* keys, int first, int last, int64_t from, int64_t to, const Sizes& sizes) {
-        const float scale = sizes.scale;
+        const int64_t width = sizes.width;
         int64_t at = from;
-        for (; at < length && at + kLanes <= sizes.capacity; at += kLanes)
-            score_tile<kWidth>(keys + at * sizes.width, first, last, at, sizes.width, scale);
-        // what was read behind the prefix is no key of the query's
-        at = std::min(at, std::max(from, length));
-        thread_local std::vector<T> tile;
-        tile.resize(kLanes * sizes.width);
+        if constexpr (std::is_same_v<Factor<T>, T>) {
+            for (; at < straight && at + kLanes <= sizes.capacity; at += kLanes)
+                score_tile<kWidth>(keys + at * width, first, last, at, width, sizes.scale);
+            // what was read behind them is no key of the query's
+            at = std::min(at, std::max(from, straight));
+        }
+        thread_local std::vector<Factor<T>> tile;
+        tile.resize(kLanes * width);
         for (; at < to; at += kLanes) {
             for (int key = 0; key < kLanes; ++key)
-                std::memcpy(&tile[key * sizes.width], keys + place(first, std::min(at + key, to - 1)) * sizes.width,
-                            sizes.width * sizeof(T));
-            score_tile<kWidth>(tile.data(), first, last, at, sizes.width, scale);
+                copy_as(&tile[key * width], keys + place(first, std::min(at + key, to - 1)) * width, width);
+            score_tile<kWidth>(tile.data(), first, last, at, width, sizes.scale);
         }
     }
 
@@ -161,11 +170,11 @@ struct Queries {
         Floats totals{};
         for (int64_t key = 0; key < end; key += kLanes) {
             Floats part = load(&scores[key]);
-            Floats share = exponential(part - largest);
+            Floats share = exponential(part - broadcast(largest));
             share = part == -INFINITY ? Floats{} : share;
             totals += share;
             store(&scores[key], share);
-            if (kMultipliesPairs) store(&halves[query][key], share);
+            if (std::is_same_v<Factor<T>, Bfloat16>) store(&halves[query][key], share);
         }
         return 1.0f / sum(totals);
     }
@@ -181,7 +190,8 @@ struct Queries {
             for (int part = 0; part < kParts; ++part) {
                 const Floats value = load(from + part * kLanes);
 #pragma GCC unroll 4
-                for (int query = first; query < last; ++query) mixed[query][part] += value * shares[query][at];
+                for (int query = first; query < last; ++query)
+                    mixed[query][part] = fused(mixed[query][part], value, broadcast(shares[query][at]));
             }
         };
         for (int64_t at = 0; at < shared; ++at) add(0, kQueries, at, values + place(0, at) * width + lane);
@@ -224,7 +234,7 @@ struct Queries {
             }
         };
         const T* own = values + lane;
-        const int64_t before = std::min(shared, length) & ~1, together = shared & ~1;
+        const int64_t before = straight & ~1, together = shared & ~1;
         for (int64_t at = 0; at < before; at += 2) add(0, kQueries, at, own + at * width, own + (at + 1) * width);
         for (int64_t at = before; at < together; at += 2)
             add(0, kQueries, at, own + place(0, at) * width, own + place(0, at + 1) * width);
@@ -258,29 +268,33 @@ void attend_some(States<T> query, const T* keys, const T* values, T* output, con
     for (int each = 0; each < kQueries; ++each) {
         const int64_t row = (first + each) / per_group, head = key_head * per_group + (first + each) % per_group;
         outputs[each] = output + (row * sizes.heads + head) * sizes.value_width;
-        some.queries[each] = query.at(head, row);
+        some.queries[each].resize(sizes.width);
+        copy_as(some.queries[each].data(), query.at(head, row), sizes.width);
         some.tails[each].clear();
         for (int32_t slot = row; slot >= 0; slot = parents[slot]) some.tails[each].push_back(slot);
         std::reverse(some.tails[each].begin(), some.tails[each].end());
         some.weights[each].resize(sizes.length + sizes.rows + 2 * kLanes);
-        if (kMultipliesPairs) some.halves[each].resize(sizes.length + sizes.rows + 2 * kLanes);
+        if (std::is_same_v<Factor<T>, Bfloat16>) some.halves[each].resize(sizes.length + sizes.rows + 2 * kLanes);
     }
     int64_t shared = sizes.length;
     while (some.all_see(shared)) ++shared;
+    some.straight = sizes.length;
+    while (some.straight < shared && some.place(0, some.straight) == some.straight) ++some.straight;
     some.template score<kWidth>(keys, 0, kQueries, 0, shared, sizes);
     for (int each = 0; each < kQueries; ++each) {
         some.template score<kWidth>(keys, each, each + 1, shared, some.count(each), sizes);
         inverses[each] = some.normalise(each);
     }
     int64_t lane = 0;
-    for (; lane + 4 * kLanes <= sizes.value_width; lane += 4 * kLanes) {
+    constexpr int kParts = kRegisters == 32 ? 4 : 2;  // what sums of 4 queries leave room for
+    for (; lane + kParts * kLanes <= sizes.value_width; lane += kParts * kLanes) {
 #ifdef __AVX512BF16__
         if constexpr (std::is_same_v<T, Bfloat16>) {
             some.mix_pairs(values, shared, sizes.value_width, lane, inverses, outputs);
             continue;
         }
 #endif
-        some.template mix<4>(values, shared, sizes.value_width, lane, inverses, outputs);
+        some.template mix<kParts>(values, shared, sizes.value_width, lane, inverses, outputs);
     }
     for (; lane < sizes.value_width; lane += kLanes)
         some.template mix<1>(values, shared, sizes.value_width, lane, inverses, outputs);

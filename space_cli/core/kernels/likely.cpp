@@ -28,8 +28,12 @@ struct Best {
 };
 
 bool any_above(Floats values, float bound) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     return _mm512_cmp_ps_mask((__m512)values, _mm512_set1_ps(bound), _CMP_GT_OQ);
+#elif defined(SPACE_AVX2)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)values, _mm256_set1_ps(bound), _CMP_GT_OQ));
+#elif defined(__aarch64__)
+    return vmaxvq_u32(vcgtq_f32((float32x4_t)values, vdupq_n_f32(bound)));
 #else
     for (int lane = 0; lane < kLanes; ++lane)
         if (values[lane] > bound) return true;
@@ -56,7 +60,7 @@ void likely_of_row(const T* logits, int64_t width, int64_t* tokens, float* share
     Floats totals{};
     for (int64_t token = 0; token < width; token += kLanes) {
         const Floats values = at(token);
-        const Floats share = exponential(values - best.values[0]);
+        const Floats share = exponential(values - broadcast(best.values[0]));
         totals += values == -INFINITY ? Floats{} : share;
     }
     float total = 0;
