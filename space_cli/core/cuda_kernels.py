@@ -11,6 +11,7 @@ in LLM Inference" has them.
 
 from __future__ import annotations
 
+# mypy: disable-error-code="untyped-decorator"
 import torch
 import triton
 import triton.language as tl
