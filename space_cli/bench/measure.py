@@ -205,10 +205,15 @@ def check_candidates(loaded: LoadedModel, candidates: int | None, methods: Seque
     """Refuse a k that the model was not trained for.
 
     Raises:
-        UsageProblem: k is below 1 or above the masks of a group the model was trained with.
+        UsageProblem: k is below 1 or above the masks of a group the model was trained with, or it has no masks.
     """
-    if candidates is None or not any(method.needs_training for method in methods):
+    if candidates is None or not any(method.takes_candidates for method in methods):
         return
+    if not loaded.masks_per_group:
+        raise UsageProblem(
+            f"--candidates {candidates}: {loaded.name} has no masks, and copies as many tokens as pay",
+            hint="leave it out",
+        )
     if not 1 <= candidates <= loaded.masks_per_group:
         raise UsageProblem(
             f"--candidates {candidates}: {loaded.name} was trained for 1 to {loaded.masks_per_group}",

@@ -21,6 +21,7 @@ from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
 from space_cli.models.loading import LoadedModel
+from space_cli.models.reference import reference_model
 
 OnStep = Callable[[Step], None]
 LOOKUP_TOKENS = 10
@@ -149,9 +150,10 @@ def _call_generate(
         pad_token_id=min(loaded.eos_token_ids, default=0),
         **options,
     )
-    input_ids = torch.tensor([list(prompt_ids)], device=loaded.model.device)
-    with _no_defaults_of_its_own(loaded.model), _no_defaults_of_its_own(assistant_model or loaded.model):
-        return loaded.model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
+    model = reference_model(loaded.model)
+    input_ids = torch.tensor([list(prompt_ids)], device=model.device)
+    with _no_defaults_of_its_own(model), _no_defaults_of_its_own(assistant_model or model):
+        return model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
@@ -206,7 +208,8 @@ class Method:
 
     Attributes:
         exact_under_seed: sampled output is token-identical to AR's under the same seed.
-        needs_training: the model must have been trained for SPACE.
+        needs_masks: the model must have been trained for SPACE.
+        takes_candidates: --candidates fixes its k, where the model has masks.
         adaptive: draws blocks by the measured costs of steps.
         check: raises UsageProblem where it cannot run this model under this sampling, with this draft model or none.
     """
@@ -215,7 +218,8 @@ class Method:
     description: str
     run: Callable[[Task, OnStep], Generation]
     exact_under_seed: bool
-    needs_training: bool = False
+    needs_masks: bool = False
+    takes_candidates: bool = False
     adaptive: bool = False
     check: Callable[[LoadedModel, Sampling, LoadedModel | None], None] | None = None
 
@@ -271,9 +275,21 @@ METHODS = {
     method.name: method
     for method in (
         Method("ar", "one token per model call, our baseline", _ar, exact_under_seed=True),
-        Method("space", "auto-correct decoding", _space, exact_under_seed=True, needs_training=True, adaptive=True),
         Method(
-            "space-chain", "the same in the paper's block", _space_chain, exact_under_seed=True, needs_training=True
+            "space",
+            "auto-correct decoding; without masks, candidates copied from the context",
+            _space,
+            exact_under_seed=True,
+            takes_candidates=True,
+            adaptive=True,
+        ),
+        Method(
+            "space-chain",
+            "the same in the paper's block",
+            _space_chain,
+            exact_under_seed=True,
+            needs_masks=True,
+            takes_candidates=True,
         ),
         Method(
             "space-lookup",
@@ -338,10 +354,10 @@ def choose_methods(
 
 
 def _check(method: Method, loaded: LoadedModel, sampling: Sampling, draft: LoadedModel | None) -> None:
-    if method.needs_training and not loaded.candidates:
+    if method.needs_masks and not loaded.candidates:
         raise UsageProblem(
-            f"{loaded.name} was not trained for SPACE, so method {method.name!r} cannot run on it",
-            hint="choose another model, or give mask_token_ids and candidates in a models file",
+            f"{loaded.name} has no masks, so method {method.name!r} cannot run on it",
+            hint="method space drafts without; or give mask_token_ids and candidates in a models file",
         )
     if method.check is not None:
         method.check(loaded, sampling, draft)
@@ -358,7 +374,7 @@ def _chain(k: int) -> Method:
         f"the paper's block with k = {k}",
         lambda task, on_step: run_decode(task, task.loaded.drafts(k), on_step),
         exact_under_seed=True,
-        needs_training=True,
+        needs_masks=True,
         check=lambda loaded, _sampling, _draft: _check_k(loaded, k),
     )
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from space_cli.cli.console import plain, print_wrapped, visible
-from space_cli.cli.live import Tally, named_histogram, newest_lines, tally_of
+from space_cli.cli.live import Tally, named_histogram, newest_lines, tally_of, without_masks
 
 if TYPE_CHECKING:
     from space_cli.cli.session import Session
@@ -173,6 +173,24 @@ class StepsAnswer(PlainAnswer):
     def _shown(self, token: int) -> str:
         text = visible(self._decode([token])).replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
         return text.replace("\t", "\N{RIGHTWARDS ARROW}").replace(" ", "\N{MIDDLE DOT}")
+
+
+def greeting(session: Session, console: Console) -> Text:
+    """Return what the model does in a call, in the shades in which it will be seen."""
+    if session.settings.mode == "ar":
+        return Text("Each model call brings one token.", style="dim")
+    one, other = shades_of(console)
+    loaded = session.loaded
+    told = Text.assemble(
+        ("Each model call checks tokens guessed by the calls before it and adds one of its own: ", "dim"),
+        ("what comes out of one call", one),
+        (" ", "dim"),
+        ("is shaded alike", other),
+        (". Fewer calls, the same text.", "dim"),
+    )
+    for line in without_masks({"model": loaded.name, "masks_per_group": loaded.masks_per_group}):
+        told.append_text(plain(f"\n{line}", style="dim"))
+    return told
 
 
 def view_of(session: Session, console: Console) -> PlainAnswer:

@@ -77,7 +77,7 @@ _Record = Annotated[Path, typer.Argument(help="What `space bench --json` wrote."
 @bench.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
-    model: options.Model = "nano",
+    model: options.Model = None,
     suite: options.Suite = None,
     field: options.Field = None,
     limit: options.Limit = None,
@@ -133,13 +133,15 @@ def run(
 
     not_judged = check([each.metric for each in suites], execute=execute)
     view = run_view(quiet=quiet)
+    model = options.named_model(model, quiet=quiet)
     view.loading(model)
     load = partial(load_model, models_file=models_file, device=device)
     loaded = load(model, dtype=dtype, quantization=quantization, revision=revision)
     draft = load(draft_model, dtype=loaded.dtype) if draft_model is not None else None
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    settings = Settings(max_new_tokens, sampling, candidates)
-    chosen, left_out = choose_methods(wanted, loaded, sampling=sampling, draft=draft)
+    settings = Settings(
+        max_new_tokens, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), candidates
+    )
+    chosen, left_out = choose_methods(wanted, loaded, sampling=settings.sampling, draft=draft)
     check_candidates(loaded, candidates, chosen)
     tokens = seeds * most_tokens(suites, settings, limit=limit)
     loaded = _with_engine(loaded, engine, chosen, tokens, view)
@@ -337,6 +339,7 @@ def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) 
         settings={
             "model": loaded.name,
             "source": loaded.source,
+            "masks_per_group": loaded.masks_per_group,
             "draft_model": draft.name if draft is not None else None,
             **asdict(settings),
         },

@@ -31,8 +31,8 @@ _Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the model g
 _System = Annotated[str | None, typer.Option("--system", help="What the model is told before all else.")]
 _SystemFile = Annotated[Path | None, typer.Option("--system-file", help="The same, from a file.")]
 _Mode = Annotated[
-    Literal["auto", "space", "ar"],
-    typer.Option("--mode", help="space, or one token at a time; auto: space where the model was trained for it."),
+    Literal["space", "ar"],
+    typer.Option("--mode", help="space, or one token at a time."),
 ]
 _Context = Annotated[
     Literal["stop", "shift"], typer.Option("--context", help="When it is full: stop, or drop the oldest turns.")
@@ -46,13 +46,13 @@ _Stats = Annotated[bool, typer.Option("--stats", help="Say on standard error wha
 
 
 def chat(
-    model: options.Model = "nano",
+    model: options.Model = None,
     prompt: _Prompt = None,
     raw: _Raw = False,
     system: _System = None,
     system_file: _SystemFile = None,
     template: options.Template = None,
-    mode: _Mode = "auto",
+    mode: _Mode = "space",
     candidates: options.Candidates = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
@@ -82,6 +82,7 @@ def chat(
     if raw and template is not None:
         raise UsageProblem("--raw and --template exclude each other")
     system = _system(system, system_file)
+    model = options.named_model(model, quiet=quiet)
     state = _state_folder()
 
     from space_cli.cli.console import err, plain, quiet_libraries
@@ -124,7 +125,7 @@ def chat(
             seed=seed,
             max_new_tokens=max_new_tokens,
             candidates=candidates,
-            mode=("space" if loaded.mask_token_ids else "ar") if mode == "auto" else mode,
+            mode=mode,
             context=context,
             live=live,
         )

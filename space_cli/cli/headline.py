@@ -100,6 +100,8 @@ def remarks(report: Report, *, name: Name = str) -> Iterator[str]:
         if unsure:
             places = ", ".join("{} ({:.2f} to {:.2f})".format(name(row.suite), *_bounds(row)) for row in unsure)
             yield f"Too close to call, since the 95 % interval holds 1: {places}."
+    if report.settings.get("masks_per_group") == 0 and method == "space":
+        yield f"{name(report.settings['model'])} has no masks: all that space guessed was copied from the text so far."
     yield from _faster(report, method, name)
     yield from _warnings(report)
 

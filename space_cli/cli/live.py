@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import chop_cells
 from rich.console import Console, Group
@@ -19,7 +19,7 @@ from rich.text import Text
 from space_cli.cli.console import err, plain, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from space_cli.core.stopping import TextStream
     from space_cli.core.stream import Generation, Step
@@ -229,6 +229,17 @@ def _broken(line: Text, width: int) -> Iterable[Text]:
     line.expand_tabs(8)
     parts = chop_cells(line.plain, width)
     return line.divide(list(accumulate(map(len, parts)))[:-1])
+
+
+def without_masks(settings: Mapping[str, Any]) -> list[str]:
+    """Say what SPACE drafts from on a model that was not trained for it, and how to train masks; else nothing."""
+    model = settings["model"]
+    if settings.get("masks_per_group") != 0 or "space" not in settings.get("methods", ("space",)):
+        return []
+    return [
+        f"{model} has no masks: what is guessed is copied from the text so far. `space train --model {model}"
+        " --data FILE --output DIR` trains some, which guess anywhere."
+    ]
 
 
 def tally_of(generations: Iterable[Generation]) -> Tally:

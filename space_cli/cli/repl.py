@@ -21,7 +21,7 @@ from prompt_toolkit.output import ColorDepth
 from rich.table import Table
 from rich.text import Text
 
-from space_cli.cli.answer import counted, shades_of, summary, view_of
+from space_cli.cli.answer import counted, greeting, summary, view_of
 from space_cli.cli.console import out, plain, print_wrapped, unechoed, visible
 from space_cli.cli.live import named_histogram, tally_of
 from space_cli.core.stream import Generation
@@ -113,17 +113,7 @@ class Repl:
     def _greet(self) -> None:
         """Say what the model does in a call, in the shades in which it will be seen, and how to begin."""
         console = self._console()
-        told = Text("Each model call brings one token.", style="dim")
-        if self._session.settings.mode == "space":
-            one, other = shades_of(console)
-            told = Text.assemble(
-                ("Each model call checks tokens guessed by the calls before it and adds one of its own: ", "dim"),
-                ("what comes out of one call", one),
-                (" ", "dim"),
-                ("is shaded alike", other),
-                (". Fewer calls, the same text.", "dim"),
-            )
-        print_wrapped(console, told)
+        print_wrapped(console, greeting(self._session, console))
         self._say("Ask something; /help lists commands, Ctrl-D leaves. Alt-Enter begins a new line.")
 
     def _take(self, text: str) -> None:

@@ -97,8 +97,7 @@ class Session:
 
     def take(self, loaded: LoadedModel, turns: Sequence[Turn]) -> None:
         """Go on from these turns with a model."""
-        if self.settings.mode == "space":
-            _check_masks(loaded)
+        self._check_candidates(loaded, self.settings.candidates)
         self.loaded = loaded
         self.cache = KVCache()
         self.chat = Chat(loaded, template=self.template or loaded.prompt_template, turns=turns)
@@ -110,15 +109,21 @@ class Session:
         Raises:
             UsageProblem: no such setting or value, or not with this model.
         """
-        if (name, value) == ("mode", "space"):
-            _check_masks(self.loaded)
+        if name == "candidates" and value != "auto":
+            self._check_candidates(self.loaded, value)
         self.settings.change(name, value)
+
+    def _check_candidates(self, loaded: LoadedModel, candidates: object) -> None:
+        if candidates is not None and not loaded.mask_token_ids:
+            raise UsageProblem(
+                f"candidates {candidates}: {loaded.name} has no masks, and copies as many tokens as pay",
+                hint="leave it at auto",
+            )
 
     def drafts(self, mode: Literal["space", "ar"]) -> Drafts | None:
         """Return how an answer drafts in a mode: None is one token at a time."""
         if mode == "ar":
             return None
-        _check_masks(self.loaded)
         asked = self.settings.candidates
         if asked is None and self.loaded.costs is ASSUMED_COSTS:
             self.loaded = measured(self.loaded)
@@ -224,11 +229,6 @@ def _are_comparable(ar: list[float], own: list[float]) -> bool:
     low, _, high = statistics.quantiles(ar, n=4, method="inclusive")
     own_low, _, own_high = statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else own * 3
     return high <= 2 * low and own_high <= 4 * own_low and min(own) <= 8 * min(ar)
-
-
-def _check_masks(loaded: LoadedModel) -> None:
-    if not loaded.mask_token_ids:
-        raise UsageProblem(f"{loaded.name} was not trained for SPACE", hint="use --mode ar, or a SPACE checkpoint")
 
 
 class AnswerRecord(JsonRecord):

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from space_cli.cli.console import err, out, plain
-from space_cli.cli.live import histogram
+from space_cli.cli.live import histogram, without_masks
 from space_cli.core.stream import Parts
 from space_cli.verify.record import LEAST_P_VALUE
 
@@ -201,7 +201,8 @@ def identical(result: Result) -> str:
 def _closing(report: Report) -> Text:
     candidates = report.settings["candidates"]
     k = [f"k = {candidates}"] if candidates else []
-    return plain(" · ".join([*how(report), *k, "identical: token for token the answer of ar"]), style="dim")
+    line = " · ".join([*how(report), *k, "identical: token for token the answer of ar"])
+    return plain("\n".join([line, *without_masks(report.settings)]), style="dim")
 
 
 def best_of_sweep(results: list[Result]) -> Result | None:
@@ -329,6 +330,7 @@ def evidence(record: Verification) -> list[str]:
         same = f"{kernels.bit_equal} of {kernels.positions} positions bit for bit"
         alone = "at the head" if record.settings["numerics"] == "same-shape" else "alone"
         lines.append(f"This machine, the same tokens {alone} and inside a block: equal at {same}, {bits}.")
+    lines += without_masks(record.settings)
     lines += [
         f"First two tokens of {test.prompt} under {test.draws} seeds, {test.method} against transformers' distribution:"
         f" chi-squared {test.chi_squared:.1f} over {test.bins} bins, p = {test.p_value:.2g}."

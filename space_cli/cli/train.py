@@ -89,7 +89,7 @@ _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into an --o
 def train(
     data: _Data,
     output: _Output,
-    model: options.Model = "nano",
+    model: options.Model = None,
     method: _Method = "auto",
     candidates: _Candidates = 5,
     masks: _Masks = "distinct",
@@ -152,9 +152,11 @@ def train(
     # started by `accelerate launch` or torchrun: one device each, and one process that speaks
     process = os.environ.get("LOCAL_RANK")
     view = training_view(quiet=quiet or process not in (None, "0"))
+    model = options.named_model(model, quiet=quiet or process not in (None, "0"))
     view.note(f"loading {model}")
     loaded = load_model(
         model,
+        weights="dense",
         models_file=models_file,
         dtype=dtype,
         device=_own_device(device, process),
@@ -274,10 +276,12 @@ def _temperatures(told: str) -> tuple[float, ...]:
 def _method(loaded: LoadedModel, method: str, quantization: str) -> Method:
     if method == "full" or method == "adapter":
         return "full" if method == "full" else "adapter"
-    large = loaded.model.num_parameters() > _ADAPTER_ABOVE
+    large = loaded.num_parameters > _ADAPTER_ABOVE
     return "adapter" if large or quantization != "none" else "full"
 
 
 def _base_name(model: str) -> str:
-    """Return the model's name as a checkpoint elsewhere will find it: folders by their full path."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    """Return the model's name as a checkpoint elsewhere will find it: folders and files by their full path."""
+    from space_cli.models.registry import located
+
+    return located(model)

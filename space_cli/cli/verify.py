@@ -42,8 +42,8 @@ _Drafts = Annotated[
     typer.Option(
         "--drafts",
         help="adaptive: those of everyday use. model: the masks' guesses in the paper's block. mixed: right and wrong"
-        " tokens blended, so that any causal LM can be checked and every acceptance length occurs. Default: adaptive"
-        " where it was trained for SPACE.",
+        " tokens blended, so that every acceptance length occurs. Default: adaptive; with a block of one shape, model"
+        " where the model has masks, else mixed.",
     ),
 ]
 _Numerics = Annotated[
@@ -63,7 +63,7 @@ _Strict = Annotated[bool, typer.Option("--strict", help="Ties fail too.")]
 
 
 def verify_lossless(
-    model: options.Model = "nano",
+    model: options.Model = None,
     suite: options.Suite = None,
     field: options.Field = None,
     limit: options.Limit = None,
@@ -112,6 +112,7 @@ def verify_lossless(
     from space_cli.verify.compare import Comparison
 
     view = run_view(quiet=quiet)
+    model = options.named_model(model, quiet=quiet)
     view.loading(model)
     load = partial(load_model, models_file=models_file, dtype=dtype, device=device, quantization=quantization)
     loaded = load(model, revision=revision)
@@ -165,9 +166,9 @@ def _check_together(numerics: str, engine: str, drafts: str | None, candidates: 
 
 
 def _default_drafts(loaded: LoadedModel, *, fixed: bool) -> Literal["adaptive", "model", "mixed"]:
-    if not loaded.candidates:
-        return "mixed"
-    return "model" if fixed else "adaptive"
+    if not fixed:
+        return "adaptive"
+    return "model" if loaded.candidates else "mixed"
 
 
 def _base_of(loaded: LoadedModel) -> str | None:
@@ -196,8 +197,8 @@ def _block(loaded: LoadedModel, drafts: str, candidates: int | None) -> Block:
         check_candidates(loaded, candidates, [METHODS["space"]])
         k = candidates or loaded.candidates
         return Block.chain(k, k)
-    if drafts != "mixed":
-        raise UsageProblem(f"{loaded.name} was not trained for SPACE, so it has no drafts", hint="use --drafts mixed")
+    if drafts == "model":
+        raise UsageProblem(f"{loaded.name} has no masks to draft with", hint="use --drafts adaptive or mixed")
     k = _UNTRAINED_CANDIDATES if candidates is None else candidates
     if not 1 <= k <= _MOST_CANDIDATES:
         raise UsageProblem(f"--candidates {k}: out of range", hint=f"choose 1 to {_MOST_CANDIDATES}")
@@ -228,6 +229,7 @@ def _record(loaded: LoadedModel, comparison: Comparison, settings: Settings, *, 
         settings={
             "model": loaded.name,
             "source": loaded.source,
+            "masks_per_group": loaded.masks_per_group,
             **asdict(settings),
             "numerics": "same-shape" if comparison.same_shape else settings.numerics,
             "drafts": comparison.drafts,

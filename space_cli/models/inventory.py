@@ -10,6 +10,8 @@ from pydantic import BaseModel
 
 from space_cli.errors import UsageProblem
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
+from space_cli.models.gguf_file import shards_of
+from space_cli.models.gguf_names import PACKAGE, cached_gguf, is_gguf, is_on_hub, package_file
 from space_cli.models.registry import ModelEntry, read_models
 
 _WEIGHTS = "model.safetensors"
@@ -29,7 +31,7 @@ class ModelStatus(BaseModel):
 
     name: str
     description: str
-    kind: Literal["bundled", "folder", "hub"]
+    kind: Literal["bundled", "folder", "file", "package", "hub"]
     source: str
     revision: str | None
     present: bool
@@ -55,7 +57,7 @@ def _status(name: str, entry: ModelEntry) -> ModelStatus:
     status = ModelStatus(
         name=name,
         description=entry.description,
-        kind="bundled" if entry.is_bundled else "folder" if is_local else "hub",
+        kind=_kind(entry, is_local=is_local),
         source=entry.source,
         revision=entry.revision,
         present=False,
@@ -64,10 +66,34 @@ def _status(name: str, entry: ModelEntry) -> ModelStatus:
         masks_per_group=entry.masks_per_group or entry.candidates,
     )
     try:
+        if is_gguf(entry.source):
+            return status.model_copy(update=_gguf_found(entry))
         folder = (path if path.is_dir() else None) if is_local else _snapshot(entry)
         return status.model_copy(update=_found(folder, entry)) if folder else status
     except (UsageProblem, OSError, ValueError) as error:
         return status.model_copy(update={"problem": str(error)})
+
+
+def _kind(entry: ModelEntry, *, is_local: bool) -> Literal["bundled", "folder", "file", "package", "hub"]:
+    if entry.source.startswith(PACKAGE):
+        return "package"
+    if is_gguf(entry.source) and not is_on_hub(entry.source):
+        return "file"
+    return "bundled" if entry.is_bundled else "folder" if is_local else "hub"
+
+
+def _gguf_found(entry: ModelEntry) -> dict[str, object]:
+    """Return what is known of a GGUF file, which holds no masks but those of models.toml."""
+    if entry.source.startswith(PACKAGE):
+        file = package_file(entry.source)
+    elif is_on_hub(entry.source):
+        file = cached_gguf(entry.source, entry.revision)
+    else:
+        file = Path(entry.source)
+    trained: dict[str, object] = {} if entry.mask_token_ids else {"trained": False}
+    if file is None or not file.is_file():
+        return trained
+    return trained | {"present": True, "size_bytes": sum(shard.stat().st_size for shard in shards_of(file))}
 
 
 def _found(folder: Path, entry: ModelEntry) -> dict[str, object]:

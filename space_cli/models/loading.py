@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -25,11 +25,18 @@ from space_cli.core.costs import ASSUMED_COSTS, StepCosts
 from space_cli.core.cuda import GraphProgram
 from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafts, Experience
 from space_cli.core.engine import context_length, embedding_rows
+from space_cli.core.quantized import num_parameters
 from space_cli.errors import UsageProblem
 from space_cli.models import support
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
+from space_cli.models.gguf_names import gguf_path, is_gguf
+from space_cli.models.kernels import kernels_problem
 from space_cli.models.registry import ModelEntry, resolve
 
+Weights = Literal["as stored", "dense"]
+SPREAD = "cuda:all"
+"""The device of a model whose layers are laid over all GPUs, as one GPU has no room for it."""
+_OVER_ALL: str | dict[str, str] = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,13 +46,14 @@ class LoadedModel:
 
     Attributes:
         name: as the user gave it.
-        source: the folder or Hub id it came from.
+        source: the folder, file or Hub id it came from.
         eos_token_ids: every id that ends an answer.
         mask_token_ids: one shared id or one per mask; empty for a model never trained for SPACE.
         candidates: k to decode with by default; 0 for a model never trained for SPACE.
         masks_per_group: m of the training, the largest k that makes sense.
         program: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
         experience: of its drafts, from answer to answer; None begins anew with each.
+        gguf: the file its weights came from, the first of several shards; None for a folder of safetensors.
     """
 
     name: str
@@ -64,12 +72,21 @@ class LoadedModel:
     program: Program | GraphProgram | None = None
     costs: StepCosts = ASSUMED_COSTS
     experience: Experience | None = None
+    gguf: Path | None = None
 
     def drafts(self, candidates: int | None = None) -> Drafts:
-        """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best."""
+        """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best.
+
+        A model without masks drafts what it copies from the context.
+        """
         if candidates is not None:
             return ChainDrafts(Block.chain(candidates, candidates))
         return AdaptiveDrafts(self.costs, self.masks_per_group, experience=self.experience)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, those that are quantised included."""
+        return num_parameters(self.model)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text` with the special tokens the tokenizer puts in front."""
@@ -88,16 +105,18 @@ def load_model(
     device: str = "auto",
     quantization: str = "none",
     revision: str | None = None,
+    weights: Weights = "as stored",
 ) -> LoadedModel:
     """Load a model and refuse one that SPACE cannot run.
 
     Args:
-        name: an alias of models.toml, a folder, or a Hub id.
+        name: an alias of models.toml, a folder, a GGUF file, or a Hub id.
         models_file: a user's own models.toml.
         dtype: auto, float32, bfloat16 or float16; auto is the checkpoint's own where the device computes in it.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps, or cuda:all: layer by layer over all GPUs.
         quantization: none, int8, nf4 or fp4 (bitsandbytes).
         revision: branch, tag or commit of a Hub id.
+        weights: those of a GGUF file stay in its few bits as stored, or become tensors that can be trained through.
 
     Raises:
         UsageProblem: no such model, a malformed folder, or a model that cannot work; one line each.
@@ -108,25 +127,17 @@ def load_model(
     try:
         space = _space_config(entry, revision)
         base, base_revision = _base(entry, revision, space, models_file)
-        if Path(base).is_dir() and not Path(base, "config.json").is_file():
-            raise UsageProblem(f"{name}: not a complete model folder: no config.json in {base}")
-        config = AutoConfig.from_pretrained(base, revision=base_revision)
-        support.check_config(config, name)
-        chosen_dtype = _dtype(dtype, chosen_device, config)
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=base_revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            base,
-            revision=base_revision,
-            config=config,
-            dtype=DTYPES[chosen_dtype],
-            use_safetensors=True,
-            **_quantization(quantization, chosen_device, DTYPES[chosen_dtype]),
-        )
+        file = gguf_path(base, base_revision) if is_gguf(base) else None
+        asked = {"dtype": dtype, "device": chosen_device, "quantization": quantization}
+        if file is None:
+            model, tokenizer = _from_folder(name, base, base_revision, **asked)
+        else:
+            model, tokenizer = _from_gguf(name, file, **asked, weights=weights)
     except OSError as error:
         raise _not_loaded(name, entry, error) from error
     except ValueError as error:
         raise _unreadable(name, error) from error
-    if quantization == "none":
+    if quantization == "none" and chosen_device != SPREAD:
         model.to(torch.device(chosen_device))  # type: ignore[arg-type]  # wrapped in a way that hides its signature
     if space is not None and space.method == "adapter":
         _put_adapter_on(model, entry, revision, space)
@@ -138,13 +149,56 @@ def load_model(
         model=model,
         tokenizer=tokenizer,
         space=space,
-        dtype=chosen_dtype,
+        dtype=str(model.dtype).removeprefix("torch."),
         device=chosen_device,
-        context_length=context_length(config),
+        context_length=context_length(model.config),
         eos_token_ids=_eos_token_ids(model, tokenizer),
         prompt_template=entry.prompt_template,
+        gguf=file,
         **_mask_fields(name, model, space, entry),
     )
+
+
+def _from_folder(
+    name: str, source: str, revision: str | None, *, dtype: str, device: str, quantization: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return model and tokenizer of a folder, or of a Hub id."""
+    if Path(source).is_dir() and not Path(source, "config.json").is_file():
+        raise UsageProblem(f"{name}: not a complete model folder: no config.json in {source}")
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    support.check_config(config, name)
+    chosen = DTYPES[_dtype(dtype, device, config)]
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=revision,
+        config=config,
+        dtype=chosen,
+        use_safetensors=True,
+        **_placement(quantization, device),
+        **_quantization(quantization, chosen),
+    )
+    return model, tokenizer
+
+
+def _from_gguf(
+    name: str, source: Path, *, dtype: str, device: str, quantization: str, weights: Weights
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return model and tokenizer of a GGUF file."""
+    from space_cli.models.gguf import gguf_config, gguf_dtype, gguf_model
+    from space_cli.models.gguf_file import read_gguf
+    from space_cli.models.gguf_tokenizer import gguf_tokenizer
+
+    if quantization != "none":
+        raise UsageProblem(f"{name} is a GGUF file, quantised as it is", hint="leave --quantization out")
+    gguf = read_gguf(source)
+    config = gguf_config(gguf)
+    support.check_config(config, name)
+    config.dtype = DTYPES[gguf_dtype(gguf)]
+    tokenizer = gguf_tokenizer(gguf.metadata, str(source))
+    chosen = DTYPES[_dtype(dtype, device, config)]
+    packed = weights == "as stored" and device == "cpu" and chosen == torch.float32 and gguf.is_quantized
+    return gguf_model(gguf, config, chosen, packed=packed and kernels_problem() is None), tokenizer
 
 
 def _device(device: str) -> str:
@@ -154,7 +208,7 @@ def _device(device: str) -> str:
     kind = device.partition(":")[0]
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind not in present:
-        raise UsageProblem(f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N or mps")
+        raise UsageProblem(f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N, cuda:all or mps")
     if not present[kind]:
         raise UsageProblem(f"no {kind} device on this machine", hint="use --device cpu")
     return device
@@ -172,7 +226,14 @@ def _dtype(dtype: str, device: str, config: PretrainedConfig) -> str:
     return own if own in DTYPES else "float32"
 
 
-def _quantization(quantization: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def _placement(quantization: str, device: str) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that put weights where they belong as they are read."""
+    if device == SPREAD:
+        return {"device_map": _OVER_ALL}
+    return {} if quantization == "none" else {"device_map": {"": device}}
+
+
+def _quantization(quantization: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for bitsandbytes weights."""
     if quantization == "none":
         return {}
@@ -187,11 +248,13 @@ def _quantization(quantization: str, device: str, dtype: torch.dtype) -> dict[st
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": config}
 
 
 def _space_config(entry: ModelEntry, revision: str | None) -> SpaceConfig | None:
     """Return space_config.json of the folder or Hub id, or None where it has none."""
+    if is_gguf(entry.source):
+        return None
     found = cached_file(
         entry.source,
         SPACE_CONFIG_NAME,
@@ -250,7 +313,7 @@ def _not_loaded(name: str, entry: ModelEntry, error: OSError) -> UsageProblem:
         return UsageProblem(f"{name}: not a complete model folder: {first}")
     return UsageProblem(
         f"model {name!r} could not be loaded: {first}",
-        hint="give an alias of models.toml, a folder, or the id of a model on the Hub",
+        hint="give an alias of models.toml, a folder, a GGUF file, or the id of a model on the Hub",
     )
 
 

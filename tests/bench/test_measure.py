@@ -154,15 +154,15 @@ def test_unknown_methods_and_untrained_models_are_told(loaded):
         methods_named(["ar", "beam"])
     with pytest.raises(UsageProblem, match="did you mean hf-lookup"):
         methods_named(["hf-lokup"])
-    with pytest.raises(UsageProblem, match="was not trained for SPACE"):
-        choose_methods([METHODS["space"]], replace(loaded, candidates=0), sampling=Sampling())
+    with pytest.raises(UsageProblem, match="has no masks"):
+        choose_methods([METHODS["space-chain"]], replace(loaded, candidates=0), sampling=Sampling())
 
 
 def test_methods_that_cannot_run_are_left_out_with_a_word(loaded):
     chosen, left_out = choose_methods(methods_named(["all"]), replace(loaded, candidates=0), sampling=Sampling(0.5))
 
-    assert [method.name for method in chosen] == ["ar", "space-lookup", "hf", "hf-lookup", "hf-early-exit"]
-    assert "was not trained for SPACE" in left_out["space"]
+    assert [method.name for method in chosen] == ["ar", "space", "space-lookup", "hf", "hf-lookup", "hf-early-exit"]
+    assert "has no masks" in left_out["space-chain"]
     assert "no layers for multi-token prediction" in left_out["hf-mtp"]
     assert "name one with --draft-model" in left_out["hf-assisted"]
 

@@ -252,7 +252,19 @@ def test_a_terminal_shows_the_run_live(clean_env, tiny_model_dir, prompts_file):
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler, which the compiled engine needs")
 def test_a_compiled_model_gives_the_same_answers_and_is_compiled_once(run_space, tmp_path):
-    command = ("bench", "--engine", "compiled", "--limit", "2", "--max-new-tokens", "24", "--dtype", "float32")
+    command = (
+        "bench",
+        "--model",
+        "nano",
+        "--engine",
+        "compiled",
+        "--limit",
+        "2",
+        "--max-new-tokens",
+        "24",
+        "--dtype",
+        "float32",
+    )
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
 
     first = run_space(*command, "--methods", "ar,space,space-chain,space-lookup,hf", "--json", "run.json", **cache)
@@ -267,7 +279,9 @@ def test_a_compiled_model_gives_the_same_answers_and_is_compiled_once(run_space,
 
 
 def test_profile_tells_where_time_goes(run_space, tmp_path):
-    done = run_space("bench", "--limit", "1", "--max-new-tokens", "8", "--profile", "--json", "run.json")
+    done = run_space(
+        "bench", "--model", "nano", "--limit", "1", "--max-new-tokens", "8", "--profile", "--json", "run.json"
+    )
 
     record = json.loads((tmp_path / "run.json").read_text())
     profile, samples = record["profile"], record["samples"]
@@ -285,7 +299,7 @@ def test_profile_tells_where_time_goes(run_space, tmp_path):
 
 @pytest.mark.parametrize("command", ["bench", "verify-lossless"])
 def test_an_engine_that_cannot_be_had_is_one_line(run_space, command):
-    done = run_space(command, "--limit", "1", "--engine", "compiled", "--dtype", "float16")
+    done = run_space(command, "--model", "nano", "--limit", "1", "--engine", "compiled", "--dtype", "float16")
 
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == (

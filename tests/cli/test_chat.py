@@ -123,16 +123,15 @@ def test_wrong_use_is_one_line_and_exit_code_2(run_space, tiny_model_dir, tmp_pa
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_model_that_was_not_trained_for_space_answers_one_token_at_a_time(
-    run_space, tiny_models, tiny_tokenizer, tmp_path
-):
+def test_a_model_without_masks_drafts_from_the_context(run_space, tiny_models, tiny_tokenizer, tmp_path):
     tiny_models["qwen2"].save_pretrained(tmp_path / "plain")
     tiny_tokenizer.save_pretrained(tmp_path / "plain")
     common = ("chat", "--model", tmp_path / "plain", *PROMPT, *FAST)
 
-    done = run_space(*common, "--json", "-")
-    refused = run_space(*common, "--mode", "space")
+    space, ar = (json.loads(run_space(*common, "--json", "-", "--mode", mode).stdout) for mode in ("space", "ar"))
+    refused = run_space(*common, "--candidates", "3")
 
-    assert set(json.loads(done.stdout)["accepted_per_step"]) == {1}
+    assert space["token_ids"] == ar["token_ids"]
+    assert space["steps"] < ar["steps"]
     assert refused.returncode == 2
-    assert "was not trained for SPACE; use --mode ar, or a SPACE checkpoint" in refused.stderr
+    assert "has no masks, and copies as many tokens as pay" in refused.stderr

@@ -15,7 +15,8 @@ def test_rows_have_tabs_between_where_there_is_no_terminal(run_space):
     assert rows[1][0] == "nano"
     assert rows[1][2].endswith(" MB")
     assert rows[1][4] == "in this package"
-    assert rows[2] == ["vicuna-v1.3-7b-space", "no", "", "k = 5, m = 5", "Hub: AntMan/vicuna-v1.3-7b-space"]
+    assert rows[2][0] == "smollm2"
+    assert rows[3] == ["vicuna-v1.3-7b-space", "no", "", "k = 5, m = 5", "Hub: AntMan/vicuna-v1.3-7b-space"]
 
 
 def test_json_holds_every_field(run_space, tmp_path):
@@ -25,8 +26,8 @@ def test_json_holds_every_field(run_space, tmp_path):
     record = json.loads(done.stdout)
     assert (to_file.returncode, to_file.stdout) == (0, "")
     assert json.loads((tmp_path / "models.json").read_text()) == record
-    assert [status["name"] for status in record["models"]] == ["nano", "vicuna-v1.3-7b-space"]
-    assert record["models"][1] == {
+    assert [status["name"] for status in record["models"]] == ["nano", "smollm2", "vicuna-v1.3-7b-space"]
+    assert record["models"][2] == {
         "name": "vicuna-v1.3-7b-space",
         "description": "The SPACE authors' checkpoint of Vicuna 7B v1.3 (14 GB download)",
         "kind": "hub",
@@ -63,8 +64,8 @@ def test_a_name_of_ones_own_is_added_and_works_everywhere(run_space, tmp_path, t
 
     assert (added.returncode, again.returncode, other.returncode, checked.returncode) == (0, 2, 0, 0)
     assert "has the name" in again.stderr
-    assert [status["name"] for status in listed[2:]] == ['my "own"', "far"]
-    assert (listed[3]["candidates"], listed[3]["revision"]) == (2, "v1")
+    assert [status["name"] for status in listed[3:]] == ['my "own"', "far"]
+    assert (listed[4]["candidates"], listed[4]["revision"]) == (2, "v1")
     assert "LlamaForCausalLM" in checked.stdout
     assert checked.stdout.splitlines()[-1] == 'my "own" decodes in blocks'
 
@@ -72,7 +73,7 @@ def test_a_name_of_ones_own_is_added_and_works_everywhere(run_space, tmp_path, t
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["add", "x", "no/such/folder"], "neither a folder nor a Hub id"),
+        (["add", "x", "no/such/folder"], "neither a folder, nor a GGUF file, nor a Hub id"),
         (["add", "x", "org/model", "--candidates", "3"], "belong together"),
         (["add", "x", "org/model", "--candidates", "3", "--mask-token-ids", "a"], "not numbers"),
         (["check", "absent"], "no model named 'absent'"),

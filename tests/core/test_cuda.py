@@ -1,5 +1,7 @@
 """The engine of CUDA graphs on a CPU: the same code, its graphs off and its attention in plain PyTorch."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +23,7 @@ from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts
 from space_cli.core.engine import EagerEngine, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.errors import RunFailed
+from space_cli.models.adapter import attach_adapter, low_rank
 
 PROMPT = [17, 3, 250, 44, 91, 8]
 
@@ -35,13 +38,13 @@ def program(model):
     return GraphProgram(model)
 
 
-def generate(model, program, *, prompt=PROMPT, drafts=None, sampling=None, tokens=40, **arguments):
+def generate(model, program, *, prompt=PROMPT, drafts=None, sampling=None, tokens=40, masks=MASK_IDS, **arguments):
     steps = decode(
         model,
         prompt,
         stop=StopRule(tokens),
         chooser=Chooser.from_sampling(sampling or Sampling()),
-        mask_token_ids=MASK_IDS,
+        mask_token_ids=masks,
         drafts=drafts,
         program=program,
         **arguments,
@@ -258,3 +261,34 @@ def test_the_plain_attention_is_a_softmax_over_what_a_row_sees():
             )
             shares = (keys @ query[0, head, row] * 0.3)[seen[row]].softmax(dim=0)
             assert torch.allclose(found[0, row, head], shares @ values[seen[row]], atol=1e-5)
+
+
+def test_an_adapter_drafts_in_graphs_and_leaves_the_text_to_its_base(tiny_models):
+    base = tiny_models["qwen2"]
+    adapted = copy.deepcopy(base)
+    ids = attach_adapter(adapted, 3, low_rank(adapted, 4))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.3
+    program, block = GraphProgram(adapted.eval()), Block.chain(3, 3)
+    expected = generate(base, None)
+
+    def drafts():
+        seen.clear()
+        return ChainDrafts(block, lambda _, candidates: seen.append(list(candidates)) or candidates)
+
+    seen = []
+    arguments = {"stop": StopRule(40), "chooser": Chooser(), "mask_token_ids": ids}
+    found = [
+        token
+        for step in decode(adapted, PROMPT, drafts=drafts(), program=program, **arguments)
+        for token in step.tokens
+    ]
+    guessed = list(seen)
+    eager = [token for step in decode(adapted, PROMPT, drafts=drafts(), **arguments) for token in step.tokens]
+
+    assert generate(adapted, program) == found == eager == expected
+    # the masks' own weights are at work
+    assert guessed == seen
+    assert len({tuple(each) for each in guessed}) > 3
+    assert {has_masks for _, has_masks in program._steps} == {True, False}

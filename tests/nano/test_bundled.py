@@ -54,7 +54,9 @@ def test_sampled_space_equals_sampled_ar(nano):
 
 @pytest.mark.parametrize("options", [(), ("--numerics", "same-shape"), ("--temperature", "0.8", "--draws", "100")])
 def test_bfloat16_is_lossless_and_exact_where_the_kernels_are(run_space, options):
-    done = run_space("verify-lossless", "--dtype", "bfloat16", "--limit", "4", "-q", "--json", "-", *options)
+    done = run_space(
+        "verify-lossless", "--model", "nano", "--dtype", "bfloat16", "--limit", "4", "-q", "--json", "-", *options
+    )
 
     record = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr

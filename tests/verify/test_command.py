@@ -117,12 +117,15 @@ def test_wrong_values_are_one_line_and_exit_code_2(verify, arguments, told):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_model_never_trained_for_space_is_checked_with_mixed_drafts(verify, tiny_models, tiny_tokenizer, tmp_path):
+def test_a_model_without_masks_is_checked_with_copies_and_with_mixed_drafts(
+    verify, tiny_models, tiny_tokenizer, tmp_path
+):
     folder = tmp_path / "plain"
     tiny_models["qwen2"].save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
 
-    done = verify("--json", "-", "--max-new-tokens", "24", model=folder)
+    done = verify("--json", "-", "--max-new-tokens", "24", "--drafts", "mixed", model=folder)
+    copies = verify("--max-new-tokens", "24", model=folder)
     own, many = verify("--drafts", "model", model=folder), verify("--candidates", "99", model=folder)
 
     record = json.loads(done.stdout)
@@ -130,7 +133,10 @@ def test_a_model_never_trained_for_space_is_checked_with_mixed_drafts(verify, ti
     assert record["settings"]["drafts"] == "mixed"
     assert record["never_accepted"] == []
     assert own.returncode == many.returncode == 2
-    assert "was not trained for SPACE, so it has no drafts; use --drafts mixed" in own.stderr
+    assert "has no masks to draft with; use --drafts adaptive or mixed" in own.stderr
+    assert copies.returncode == 0, copies.stderr
+    assert "has no masks: what is guessed is copied" in copies.stdout
+    assert "drafts: adaptive" in copies.stdout
     assert "--candidates 99: out of range; choose 1 to 31" in many.stderr
 
 
