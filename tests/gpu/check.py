@@ -6,6 +6,8 @@ Run it from the repository root. It writes FOLDER/check.json and FOLDER/check.tx
 time limit or a fault cuts off costs no more than the section it is in. `--dry-run` does all of it on a CPU with models
 of a few thousand weights, graphs off and float32.
 
+The figures of a step are wall times of all a decoder waits for, launch and copy included; "the graph alone" is not.
+
 Needs: torch >= 2.11 with CUDA (Triton comes with it), transformers >= 5.17, accelerate, peft, numpy, psutil,
 platformdirs, pydantic; for int8 and nf4 bitsandbytes; for GGUF files gguf. Of these a machine with PyTorch's usual
 company lacks pydantic (with pydantic-core, annotated-types, typing-inspection) and bitsandbytes: bring them as wheels.
@@ -17,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -119,12 +122,16 @@ def _environment(dry: bool) -> dict[str, Any]:
     }
 
 
+def _out_of_time(*_: object) -> None:
+    raise TimeoutError("out of time")
+
+
 def main() -> int:
     """Run the sections in order, as long as there is time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "gpu-check")))
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny models")
-    parser.add_argument("--seconds", type=float, default=460.0, help="no section begins after this time")
+    parser.add_argument("--seconds", type=float, default=460.0, help="when it ends, done or not")
     parser.add_argument("--model", action="append", help="trained models beside nano: a folder or GGUF file")
     parser.add_argument("--only", help="sections, with commas between them")
     arguments = parser.parse_args()
@@ -132,6 +139,9 @@ def main() -> int:
 
     import sections
 
+    # what is under way at the end is broken off, and so is whatever would begin after it
+    signal.signal(signal.SIGALRM, _out_of_time)
+    signal.setitimer(signal.ITIMER_REAL, 10 * run.seconds if run.dry else run.seconds, 5.0)
     chosen = arguments.only.split(",") if arguments.only else list(sections.SECTIONS)
     for name in chosen:
         run.section, began = name, time.monotonic()
@@ -145,6 +155,7 @@ def main() -> int:
         run.took[name] = round(time.monotonic() - began, 1)
         sections.release()
         run.write(complete=False)
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
     run.write(complete=True)
     print(f"{run.output / 'check.json'}: {len(run.rows)} rows, {len(run.failed)} faults", flush=True)
     return 1 if run.failed else 0
