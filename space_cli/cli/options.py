@@ -123,7 +123,9 @@ ModelsFile = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:all (layers over all GPUs) or mps.")
+]
 Quantization = Annotated[str, typer.Option("--quantization", help="none, int8, nf4 or fp4 (bitsandbytes).")]
 Template = Annotated[
     str | None,
@@ -137,7 +139,8 @@ Engine = Annotated[
     Literal["auto", "eager", "compiled"],
     typer.Option(
         "--engine",
-        help="eager: transformers runs the model. compiled: a program of its own, built once for this machine (CPU)."
+        help="eager: transformers runs the model. compiled: a program of its own, built once for this machine; on CUDA"
+        " its steps as graphs with fused kernels."
         " auto: compiled where it is built already, or where the run is long enough to build it.",
     ),
 ]

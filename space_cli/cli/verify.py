@@ -220,11 +220,12 @@ def _block(loaded: LoadedModel, drafts: str, candidates: int | None) -> Block:
     return Block.chain(k, 0)
 
 
-def _shaped(loaded: LoadedModel, numerics: str) -> Numerics:
+def _shaped(loaded: LoadedModel, numerics: str) -> Numerics | None:
     from space_cli.core.engine import default_numerics
 
     if numerics == "auto":
-        return default_numerics(loaded.model)
+        # on a GPU it depends on the engine, which pads its rows where it can
+        return None if loaded.device.startswith("cuda") else default_numerics(loaded.model)
     # blocks of one shape also need one length of the cache
     return "plain" if numerics == "plain" else "invariant"
 

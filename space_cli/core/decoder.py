@@ -18,6 +18,7 @@ from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser, Rows
 from space_cli.core.compiled import Program
+from space_cli.core.cuda import GraphProgram
 from space_cli.core.drafting import ChainDrafter, Drafter, Verified
 from space_cli.core.engine import Numerics, context_length, engine_for
 from space_cli.core.stopping import StopRule
@@ -44,7 +45,7 @@ def decode(
     chooser: Chooser,
     mask_token_ids: Sequence[int] = (),
     drafts: Drafter | None = None,
-    program: Program | None = None,
+    program: Program | GraphProgram | None = None,
     numerics: Numerics | None = None,
     cache: KVCache | None = None,
     logprobs: int | None = None,

@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file
 from space_cli.core.block import Block
 from space_cli.core.compiled import Program
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
+from space_cli.core.cuda import GraphProgram
 from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Strategy
 from space_cli.core.drafting.ngrams import Source
 from space_cli.core.engine import context_length, embedding_rows
@@ -38,6 +39,9 @@ from space_cli.models.stops import stop_ids
 from space_cli.models.texts import PastAnswers
 
 Weights = Literal["as stored", "dense"]
+SPREAD = "cuda:all"
+"""The device of a model whose layers are laid over all GPUs, as one GPU has no room for it."""
+_OVER_ALL: str | dict[str, str] = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,7 +77,7 @@ class LoadedModel:
     candidates: int
     masks_per_group: int
     prompt_template: str | None
-    program: Program | None = None
+    program: Program | GraphProgram | None = None
     costs: StepCosts = ASSUMED_COSTS
     completes: bool = False
     gguf: Path | None = None
@@ -150,7 +154,7 @@ def load_model(
         name: an alias of models.toml, a folder, a GGUF file, or a Hub id.
         models_file: a user's own models.toml.
         dtype: auto, float32, bfloat16 or float16; auto is the checkpoint's own where the device computes in it.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps, or cuda:all: layer by layer over all GPUs.
         quantization: none, int8, nf4 or fp4 (bitsandbytes).
         revision: branch, tag or commit of a Hub id.
         weights: those of a GGUF file stay in its few bits as stored, or become tensors that can be trained through.
@@ -174,7 +178,7 @@ def load_model(
         raise _not_loaded(name, entry, error) from error
     except ValueError as error:
         raise _unreadable(name, error) from error
-    if quantization == "none":
+    if quantization == "none" and chosen_device != SPREAD:
         model.to(torch.device(chosen_device))  # type: ignore[arg-type]  # wrapped in a way that hides its signature
     if space is not None and space.method == "adapter":
         _put_adapter_on(model, entry, revision, space)
@@ -213,7 +217,8 @@ def _from_folder(
         config=config,
         dtype=chosen,
         use_safetensors=True,
-        **_quantization(quantization, device, chosen),
+        **_placement(quantization, device),
+        **_quantization(quantization, chosen),
     )
     return model, tokenizer
 
@@ -245,7 +250,7 @@ def _device(device: str) -> str:
     kind = device.partition(":")[0]
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind not in present:
-        raise UsageProblem(f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N or mps")
+        raise UsageProblem(f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N, cuda:all or mps")
     if not present[kind]:
         raise UsageProblem(f"no {kind} device on this machine", hint="use --device cpu")
     return device
@@ -263,7 +268,14 @@ def _dtype(dtype: str, device: str, config: PretrainedConfig) -> str:
     return own if own in DTYPES else "float32"
 
 
-def _quantization(quantization: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def _placement(quantization: str, device: str) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that put weights where they belong as they are read."""
+    if device == SPREAD:
+        return {"device_map": _OVER_ALL}
+    return {} if quantization == "none" else {"device_map": {"": device}}
+
+
+def _quantization(quantization: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for bitsandbytes weights."""
     if quantization == "none":
         return {}
@@ -278,7 +290,7 @@ def _quantization(quantization: str, device: str, dtype: torch.dtype) -> dict[st
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": config}
 
 
 def _space_config(entry: ModelEntry, revision: str | None) -> SpaceConfig | None:
