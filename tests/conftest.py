@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import running
 from hypothesis import HealthCheck, settings
+from inside import space  # noqa: F401  # a fixture for all
 from tiny import MASK_IDS, VOCABULARY, tiny_configs, tiny_model
 
 # libraries read these when they are imported; the folder goes with the process
@@ -35,19 +36,24 @@ def clean_env(tmp_path_factory):
 @pytest.fixture
 def run_space(clean_env, tmp_path):
     """Run `space` with arguments in an empty folder, in this process: a tenth of the time a new interpreter takes."""
-
-    def run(*arguments, stdin=b"", **env):
-        return running.here(arguments, env=clean_env | env, cwd=tmp_path, stdin=stdin)
-
-    return run
+    return _runner(running.here, clean_env, tmp_path)
 
 
 @pytest.fixture
 def run_space_apart(clean_env, tmp_path):
     """Run `space` in an interpreter of its own, for what only a whole process shows."""
+    return _runner(running.apart, clean_env, tmp_path)
 
+
+@pytest.fixture(scope="session")
+def run_space_once(clean_env, tmp_path_factory):
+    """Run `space` for fixtures that outlive a test."""
+    return _runner(running.apart, clean_env, tmp_path_factory.mktemp("once"))
+
+
+def _runner(how, environment, folder):
     def run(*arguments, stdin=b"", **env):
-        return running.apart(arguments, env=clean_env | env, cwd=tmp_path, stdin=stdin)
+        return how(arguments, env=environment | env, cwd=folder, stdin=stdin)
 
     return run
 

@@ -66,12 +66,15 @@ def _register() -> None:
     from space_cli.cli.chat import EPILOG as CHAT_EPILOG
     from space_cli.cli.chat import chat
     from space_cli.cli.models import models
+    from space_cli.cli.serve import EPILOG as SERVE_EPILOG
+    from space_cli.cli.serve import serve
     from space_cli.cli.train import EPILOG as TRAIN_EPILOG
     from space_cli.cli.train import train
     from space_cli.cli.verify import EPILOG as VERIFY_EPILOG
     from space_cli.cli.verify import verify_lossless
 
     app.command(epilog=CHAT_EPILOG)(chat)
+    app.command(epilog=SERVE_EPILOG)(serve)
     app.add_typer(bench)
     app.command(epilog=VERIFY_EPILOG)(verify_lossless)
     app.command(epilog=TRAIN_EPILOG)(train)
@@ -88,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; print an error as one line and return the exit code."""
+    from space_cli.cli.console import never_fail_for_a_character
+
+    never_fail_for_a_character()
     try:
         returned = app(args=list(arguments), prog_name="space", standalone_mode=False)
         sys.stdout.flush()
