@@ -42,7 +42,7 @@ _Method = Annotated[
     Literal["auto", "full", "adapter"],
     typer.Option(
         "--method",
-        help="full: all weights. adapter: the base stays as it is. auto: adapter from 1B on and over quantised weights.",
+        help="full: all weights. adapter: the base stays as it is. auto: adapter from 1B on or over quantised weights.",
     ),
 ]
 _Candidates = Annotated[int, typer.Option("--candidates", min=1, max=31, help="k, and masks of a group.")]
@@ -163,10 +163,6 @@ def train(
     sources = [read_examples(source, limit=limit) for source in dict.fromkeys(data) if source != OWN_DATA]
     _check_names(optim, report_to)
 
-    from space_cli.cli.console import quiet_libraries
-
-    quiet_libraries()
-
     from space_cli.cli.train_view import training_view
     from space_cli.models.loading import load_model
     from space_cli.training.chat_format import rendered
@@ -188,9 +184,9 @@ def train(
         revision=revision,
     )
     chosen = _method(loaded, method, quantization)
-    examples = [example for source in sources for example in source.examples]
     template = template or loaded.prompt_template
     length = min(max_length, loaded.context_length or max_length)
+    examples = [example for source in sources for example in source.examples]
     if OWN_DATA in data:
         size = {"answer_tokens": min(answer_tokens, length), "batch_size": answer_batch_size, "seed": seed}
         examples += _own(loaded, output, view, hours, template=template, count=answered or _OWN_QUESTIONS, **size)
