@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
 from space_cli.models.loading import LoadedModel
 from space_cli.models.reference import reference_model
+from space_cli.models.stops import no_defaults_of_its_own
 
 OnStep = Callable[[Step], None]
 LOOKUP_TOKENS = 10
@@ -98,8 +98,8 @@ def _hf_mtp(task: Task, on_step: OnStep) -> Generation:
 
 
 def _llama_cpp(task: Task, on_step: OnStep) -> Generation:
-    generation, state = Generation(), task.stop.begin()
-    tokens = llama_cpp.greedy(task.loaded.model, task.prompt_ids, max_new_tokens=task.stop.max_new_tokens)
+    generation, state = Generation(), task.stop.begin(task.prompt_ids)
+    tokens = llama_cpp.greedy(task.loaded, task.prompt_ids, max_new_tokens=task.stop.max_new_tokens)
     while generation.finish_reason is None:
         started = time.perf_counter()
         token = next(tokens)
@@ -148,7 +148,7 @@ def _call_generate(
     )
     model = reference_model(loaded.model)
     input_ids = torch.tensor([list(prompt_ids)], device=model.device)
-    with _no_defaults_of_its_own(model), _no_defaults_of_its_own(assistant_model or model):
+    with no_defaults_of_its_own(model), no_defaults_of_its_own(assistant_model or model):
         return model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
             input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -158,22 +158,12 @@ def _call_generate(
         )
 
 
-@contextmanager
-def _no_defaults_of_its_own(model: PreTrainedModel) -> Iterator[None]:
-    """Keep `generate` from filling in what many checkpoints ask for: sampling, penalties, beams, another cache."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 class _Recorder(StoppingCriteria):
     """Turns what `generate` adds between two calls into a `Step`, and ends it by our stop rule."""
 
     def __init__(self, task: Task, on_step: OnStep) -> None:
         self.generation = Generation()
-        self._state = task.stop.begin()
+        self._state = task.stop.begin(task.prompt_ids)
         self._length = len(task.prompt_ids)
         self._on_step = on_step
         self._started = time.perf_counter()
@@ -328,7 +318,7 @@ METHODS = {
         ),
         Method(
             "llama-cpp",
-            "llama.cpp, greedy, from the same weights (pip install llama-cpp-python gguf)",
+            "llama.cpp, greedy, on the same weights: the GGUF file itself (pip install llama-cpp-python)",
             _llama_cpp,
             exact_under_seed=False,
             check=_check_llama_cpp,

@@ -18,6 +18,7 @@ from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser, Rows
 from space_cli.core.compiled import Program
+from space_cli.core.cuda import GraphProgram
 from space_cli.core.drafting import ChainDrafter, Drafter, Verified
 from space_cli.core.engine import Numerics, context_length, engine_for
 from space_cli.core.stopping import StopRule
@@ -44,9 +45,10 @@ def decode(
     chooser: Chooser,
     mask_token_ids: Sequence[int] = (),
     drafts: Drafter | None = None,
-    program: Program | None = None,
+    program: Program | GraphProgram | None = None,
     numerics: Numerics | None = None,
     cache: KVCache | None = None,
+    logprobs: int | None = None,
 ) -> Iterator[Step]:
     """Generate behind `prompt_ids`, one `Step` per model call; stop by not asking for more.
 
@@ -62,6 +64,7 @@ def decode(
         numerics: how calls are shaped; None is the model's default.
         cache: of earlier generations with this model; only what is new of the prompt is computed, and what is settled
             when the generation ends, or is left, stays in it.
+        logprobs: so many likeliest tokens are told of each place; None tells no log-probabilities.
 
     Raises:
         UsageProblem: prompt and new tokens do not fit the model's context.
@@ -77,7 +80,7 @@ def decode(
     engine = engine_for(
         model, program, max_length=max_length, max_slots=drafts.max_slots, numerics=numerics, cache=cache
     )
-    state = stop.begin()
+    state = stop.begin(prompt_ids)
     # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head comes with the first step
     computed = engine.prefill(tokens[:-1])
     rows: Rows | None = None
@@ -112,6 +115,7 @@ def decode(
                 prefilled=computed,
                 parts=Parts(ran - began, chose - ran, settled - chose, began - drafting),
                 depth=max(block.offsets[: block.num_tokens]),
+                logprobs=() if logprobs is None else tuple(rows.logprobs(path[:count], emitted[:count], logprobs)),
             )
             if reason is not None:
                 return
