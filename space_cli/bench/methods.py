@@ -21,6 +21,7 @@ from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
 from space_cli.models.loading import LoadedModel
+from space_cli.models.reference import reference_model
 
 OnStep = Callable[[Step], None]
 LOOKUP_TOKENS = 10
@@ -149,9 +150,10 @@ def _call_generate(
         pad_token_id=min(loaded.eos_token_ids, default=0),
         **options,
     )
-    input_ids = torch.tensor([list(prompt_ids)], device=loaded.model.device)
-    with _no_defaults_of_its_own(loaded.model), _no_defaults_of_its_own(assistant_model or loaded.model):
-        return loaded.model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
+    model = reference_model(loaded.model)
+    input_ids = torch.tensor([list(prompt_ids)], device=model.device)
+    with _no_defaults_of_its_own(model), _no_defaults_of_its_own(assistant_model or model):
+        return model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,

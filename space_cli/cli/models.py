@@ -121,7 +121,7 @@ def check(
         "name": loaded.name,
         "source": loaded.source,
         "architecture": type(loaded.model).__name__,
-        "parameters": loaded.model.num_parameters(),
+        "parameters": loaded.num_parameters,
         "dtype": loaded.dtype,
         "device": loaded.device,
         "context_length": loaded.context_length,

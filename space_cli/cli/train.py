@@ -156,6 +156,7 @@ def train(
     view.note(f"loading {model}")
     loaded = load_model(
         model,
+        weights="dense",
         models_file=models_file,
         dtype=dtype,
         device=_own_device(device, process),
@@ -275,7 +276,7 @@ def _temperatures(told: str) -> tuple[float, ...]:
 def _method(loaded: LoadedModel, method: str, quantization: str) -> Method:
     if method == "full" or method == "adapter":
         return "full" if method == "full" else "adapter"
-    large = loaded.model.num_parameters() > _ADAPTER_ABOVE
+    large = loaded.num_parameters > _ADAPTER_ABOVE
     return "adapter" if large or quantization != "none" else "full"
 
 

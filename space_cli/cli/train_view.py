@@ -54,7 +54,7 @@ class TrainView:
 
     def begin(self, loaded: LoadedModel, prepared: Prepared, recipe: Recipe) -> None:
         """Say what will be trained on what."""
-        where = f"{loaded.name}, {loaded.model.num_parameters():,} parameters, {loaded.dtype} {loaded.device}"
+        where = f"{loaded.name}, {loaded.num_parameters:,} parameters, {loaded.dtype} {loaded.device}"
         self.note(f"{where}; method {recipe.method}, k = {recipe.candidates}")
         left_out = f", {prepared.empty} without anything to learn left out" if prepared.empty else ""
         cut = f", {prepared.cut} cut by {prepared.cut_tokens} tokens" if prepared.cut else ""

@@ -18,21 +18,17 @@ import gc
 import hashlib
 import inspect
 import json
-import os
-import platform
-import subprocess
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.fx.experimental import proxy_tensor
@@ -43,17 +39,14 @@ from space_cli.core.attention import has_replaceable_attention
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import LIKELY, Likely
+from space_cli.core.packing import LANES, SHIMS, Adapter, fused_groups, packed_layers
+from space_cli.core.toolchain import load_kernels, toolchain_digest
 from space_cli.errors import RunFailed
 
 MOST_SLOTS = 128
 """Q of the largest block that a program takes."""
 _ATTENTION = "space_compiled"
-KERNELS = Path(__file__).parent / "kernels"
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)
-_LANES = 16
-# inputs that stand together in a tile of weights
-_DEPTH = {torch.float32: 1, torch.bfloat16: 2}
-_loaded: dict[str, ctypes.CDLL] = {}
 # what attention layers ask of their kernel beyond the plain product of softmaxes
 _FOREIGN_ARGUMENTS = ("position_bias", "s_aux", "softcap", "head_mask")
 _INDUCTOR_CONFIGS = {
@@ -63,7 +56,7 @@ _INDUCTOR_CONFIGS = {
     "realize_cpu_opcount_threshold": 6,
     "aot_inductor.package_constants_in_so": False,
 }
-_STATES, _TOGETHER = "space_states", "space_together"
+_STATES, _GROUPS = "space_states", "space_groups"
 
 
 class Program:
@@ -73,16 +66,17 @@ class Program:
         package: what `compile_program` wrote for a model of this architecture.
         kernels: what `build_kernels` wrote.
         model: whose weights it computes with.
+        adapter: that the model carries.
     """
 
-    def __init__(self, package: Path, kernels: Path, model: PreTrainedModel) -> None:
+    def __init__(self, package: Path, kernels: Path, model: PreTrainedModel, adapter: Adapter | None = None) -> None:
         self._kernels = load_kernels(kernels)
         # `torch._inductor.aoti_load_package` wraps this in a second of imports and a walk over each call's arguments
         self._package = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
         told = self._package.get_metadata()
         self._states: list[list[int]] = json.loads(told[_STATES])
         self._dtype = model.dtype
-        with torch.no_grad(), _packed_linears(model, json.loads(told[_TOGETHER])):
+        with torch.no_grad(), packed_layers(model, json.loads(told[_GROUPS]), adapter):
             step = _Step(model)
             tensors = {
                 name: tensor.detach()
@@ -112,7 +106,7 @@ class Program:
             wanted: W, of how many slots logits (W, V) are to be computed, from the first one on.
         """
         call = self._call(cache, block.num_slots)
-        call.parents, call.length = _parents(block), cache.length
+        call.parents, call.length, call.tokens = _parents(block), cache.length, block.num_tokens
         self._kernels.space_begin(ctypes.byref(call))
         inputs = [input_ids, position_ids, _mask_like(block.num_slots), _first(wanted)]
         logits, tokens, shares = self._package.boxed_run(inputs)
@@ -152,6 +146,7 @@ class _Call(ctypes.Structure):
         ("parents", ctypes.POINTER(ctypes.c_int32)),
         ("length", ctypes.c_int64),
         ("capacity", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
     )
 
 
@@ -179,8 +174,6 @@ def why_not(model: PreTrainedModel) -> str | None:
         return f"its dtype is {str(model.dtype).removeprefix('torch.')}"
     if getattr(model, "is_quantized", False):
         return "its weights are quantised"
-    if any(module._forward_hooks for module in model.modules()):
-        return "it is an adapter, whose layers tell masks from text as they run"
     if not has_replaceable_attention(model):
         return "its attention is its own"
     return None
@@ -189,7 +182,9 @@ def why_not(model: PreTrainedModel) -> str | None:
 def fingerprint(model: PreTrainedModel) -> str:
     """Return a hash of everything that a compiled program depends on: architecture, versions and machine."""
     tensors = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in _tensors(model)]
-    told = (model.config.to_json_string(), _toolchain(), _INDUCTOR_CONFIGS, tensors)
+    types = [(name, module.weight_type) for name, module in model.named_modules() if hasattr(module, "weight_type")]
+    toolchain = toolchain_digest("compiled.py", "packing.py", "quantized.py")
+    told = (model.config.to_json_string(), toolchain, _INDUCTOR_CONFIGS, tensors, types)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
 
@@ -207,14 +202,7 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
 
 
-def machine() -> tuple[str, ...]:
-    """Return versions and processor, on which compiled code depends."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    versions = torch.__version__, transformers.__version__
-    return *versions, platform.machine(), capability, instructions(), _processor_flags()
-
-
-def compile_program(model: PreTrainedModel, package: Path) -> None:
+def compile_program(model: PreTrainedModel, package: Path, adapter: Adapter | None = None) -> None:
     """Compile a model for blocks of 1 to `MOST_SLOTS` slots; takes from 10 seconds up.
 
     Raises:
@@ -232,8 +220,8 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(warnings.catch_warnings(action="ignore"))  # torch warns of its own parts
-            together = _with_one_input(model, own)
-            stack.enter_context(_packed_linears(model, together, hollow=True))
+            groups = fused_groups(model, adapter, own)
+            stack.enter_context(packed_layers(model, groups, adapter, hollow=True))
             # one slot is a size like any other
             stack.enter_context(symbolic_shapes.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
             exported = torch.export.export(
@@ -241,13 +229,13 @@ def compile_program(model: PreTrainedModel, package: Path) -> None:
             )
             scratch = stack.enter_context(TemporaryDirectory(dir=package.parent))
             stack.enter_context(fresh_cache(dir=scratch))
-            told = {_STATES: json.dumps(_states_of(exported)), _TOGETHER: json.dumps(together)}
+            told = {_STATES: json.dumps(_states_of(exported)), _GROUPS: json.dumps(groups)}
             unfinished = torch._inductor.aoti_compile_and_package(
                 exported,
                 package_path=str(Path(scratch, "program.pt2")),
                 inductor_configs={
                     **_INDUCTOR_CONFIGS,
-                    "aot_inductor.custom_ops_to_c_shims": _SHIMS,
+                    "aot_inductor.custom_ops_to_c_shims": {**SHIMS, **_SHIMS},
                     "aot_inductor.metadata": told,
                 },
             )
@@ -273,168 +261,6 @@ def _states_of(exported: torch.export.ExportedProgram) -> list[list[int]]:
     return [states[layer] for layer in range(len(states))]
 
 
-def _with_one_input(model: PreTrainedModel, attention: str) -> list[list[str]]:
-    """Return names of the linear layers that fill tiles, those together that one after another take the same tensor."""
-    names = {module: name for name, module in model.named_modules() if _fills_tiles(module)}
-    calls: list[tuple[str, torch.Tensor]] = []
-    with ExitStack() as stack:
-        for module in names:
-
-            def note(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                calls.append((names[module], inputs[0]))
-
-            stack.callback(module.register_forward_pre_hook(note).remove)
-        own, model.config._attn_implementation = model.config._attn_implementation, attention
-        try:
-            model(input_ids=torch.ones(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
-        finally:
-            model.config._attn_implementation = own
-    if len(calls) > len({name for name, _ in calls}):  # layers that are called twice may have other company each time
-        return [[name] for name in dict(calls)]
-    together: list[list[str]] = []
-    before = None
-    for name, states in calls:
-        kind = id(states), _has_bias(cast(nn.Linear, model.get_submodule(name)))
-        if kind == before:
-            together[-1].append(name)
-        else:
-            together.append([name])
-        before = kind
-    return together
-
-
-def instructions() -> str:
-    """Return for which processor kernels are compiled, as `-march` names it: the one at hand, or that of `SPACE_CPU`."""
-    return os.environ.get("SPACE_CPU") or "native"
-
-
-def compiler_command(processor: str) -> list[str]:
-    """Return how a library of kernels is compiled for a processor, sources and output apart."""
-    # contracted or not as the compiler likes, a row could round one way alone and another way in a block
-    exact = "-ffp-contract=off"
-    return [
-        *(os.environ.get("CXX", "c++"), "-O3", f"-march={processor}", exact, "-fopenmp", "-fPIC", "-shared"),
-        "-std=c++20",
-    ]
-
-
-def build_kernels(folder: Path) -> Path:
-    """Return the library of our kernels, compiled into a folder where it is not there yet.
-
-    Raises:
-        RunFailed: there is no C++ compiler, or it fails.
-    """
-    library = folder / f"kernels-{_toolchain()[:16]}.so"
-    if library.exists():
-        return library
-    unfinished = library.with_suffix(f".{os.getpid()}")
-    torch_folder = Path(torch.__file__).parent
-    command = [*compiler_command(instructions()), f"-I{torch_folder / 'include'}", "-o", str(unfinished)]
-    command += [*map(str, sorted(KERNELS.glob("*.cpp"))), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        first = next((line for line in said if "error" in line), said[0])
-        raise RunFailed(f"no C++ compiler that works: {first}") from error
-    unfinished.replace(library)
-    return library
-
-
-def load_kernels(library: Path) -> ctypes.CDLL:
-    """Return the library of our kernels; programs loaded later find them in it."""
-    # programs find what was loaded first, and all libraries of one version are alike
-    if "kernels" not in _loaded:
-        _loaded["kernels"] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    return _loaded["kernels"]
-
-
-class _PackedLinears(nn.Module):
-    """Linear layers over one input, with their weights in the tiles of `kernels/linear.cpp`."""
-
-    def __init__(self, linears: Sequence[nn.Linear], *, hollow: bool) -> None:
-        super().__init__()
-        weight, depth = linears[0].weight, _DEPTH[linears[0].weight.dtype]
-        if hollow:  # memory that is not written to takes no room
-            tiles = sum(linear.out_features for linear in linears) // _LANES
-            packed = weight.new_empty(tiles, weight.shape[1] // depth, _LANES, depth)
-        else:
-            packed = torch.cat([_tiles(linear.weight.detach(), depth) for linear in linears])
-        self.register_buffer("packed", packed)
-        biases = [linear.bias.detach() for linear in linears if _has_bias(linear)]
-        self.register_buffer("bias", torch.cat(biases) if biases else None)
-        self._ends = [0]
-        for linear in linears:
-            self._ends.append(self._ends[-1] + linear.out_features)
-        self._done: tuple[torch.Tensor, list[torch.Tensor]] | None = None
-
-    def output(self, states: torch.Tensor, index: int) -> torch.Tensor:
-        """Return the (..., outputs) of one of the layers; all are computed when the first is asked for."""
-        if self._done is None or self._done[0] is not states:
-            found = torch.ops.space.packed_linear(states.contiguous(), self.packed, self.bias, self._ends[-1])
-            self._done = (states, [found[..., start:end] for start, end in pairwise(self._ends)])
-        output = self._done[1][index]
-        if index == len(self._ends) - 2:
-            self._done = None
-        return output
-
-
-class _PackedLinear(nn.Module):
-    """Stands in the place of one of them."""
-
-    def __init__(self, linears: _PackedLinears, index: int) -> None:
-        super().__init__()
-        if index == 0:
-            self.linears = linears
-        # not registered twice
-        self._linears, self._index = [linears], index
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # as nn.Linear names it
-        """Return (..., outputs)."""
-        return self._linears[0].output(input, self._index)
-
-
-def _has_bias(linear: nn.Linear) -> bool:
-    bias: torch.Tensor | None = linear.bias
-    return bias is not None
-
-
-def _tiles(weight: torch.Tensor, depth: int) -> torch.Tensor:
-    """Return (outputs / 16, width / depth, 16, depth) of (outputs, width) weights."""
-    return weight.view(-1, _LANES, weight.shape[1] // depth, depth).transpose(1, 2).contiguous()
-
-
-def _fills_tiles(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer, and no kind of its own, whose sizes fill whole tiles."""
-    if not isinstance(module, nn.Linear) or module.__class__.__name__ != "Linear":
-        return False
-    depth = _DEPTH.get(module.weight.dtype)
-    return depth is not None and not module.out_features % _LANES and not module.in_features % depth
-
-
-@contextmanager
-def _packed_linears(model: nn.Module, together: Sequence[Sequence[str]], *, hollow: bool = False) -> Iterator[None]:
-    """Put packed layers in place of a model's linear ones for a while; hollow ones have shapes, but no weights."""
-    own = {name: cast(nn.Linear, model.get_submodule(name)) for name in chain(*together)}
-    for names in together:
-        linears = _PackedLinears([own[name] for name in names], hollow=hollow)
-        for index, name in enumerate(names):
-            model.set_submodule(name, _PackedLinear(linears, index))
-    try:
-        yield
-    finally:
-        for name, linear in own.items():
-            model.set_submodule(name, linear)
-
-
-def _toolchain() -> str:
-    """Return a hash of versions, machine and sources, of what calls the program too."""
-    digest = hashlib.sha256(repr(machine()).encode())
-    for source in (Path(__file__), *sorted(KERNELS.glob("*.[ch]*"))):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()
-
-
 class _Step(nn.Module):
     """The call that is compiled."""
 
@@ -456,15 +282,6 @@ class _Step(nn.Module):
         return logits, *torch.ops.space.likely(logits)
 
 
-def _processor_flags() -> str:
-    """Return what instructions the processor has, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith("flags")), platform.processor())
-
-
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -478,8 +295,8 @@ def _attention(
     foreign = [name for name in _FOREIGN_ARGUMENTS if kwargs.get(name) is not None]
     if foreign:
         raise NotImplementedError(f"its attention takes {', '.join(foreign)}")
-    if query.shape[3] % _LANES or value.shape[3] % _LANES:
-        raise NotImplementedError(f"the width of its heads is no multiple of {_LANES}")
+    if query.shape[3] % LANES or value.shape[3] % LANES:
+        raise NotImplementedError(f"the width of its heads is no multiple of {LANES}")
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     query, key, value = (each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value))
     return torch.ops.space.cached_attention(query, key, value, module.layer_idx, scaling), None
@@ -489,31 +306,21 @@ def _attention_shape(query: torch.Tensor, _key: torch.Tensor, value: torch.Tenso
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
-def _linear_shape(states: torch.Tensor, _: torch.Tensor, __: torch.Tensor | None, outputs: int) -> torch.Tensor:
-    return states.new_empty(*states.shape[:-1], outputs)
-
-
 def _likely_shape(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (logits.shape[0], LIKELY)
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
 
 
 # programs call `kernels/shims.cpp` straight; there is nothing to dispatch to
-_OPERATORS = torch.library.Library("space", "DEF")  # it lives as long as this name
+_OPERATORS = torch.library.Library("space", "FRAGMENT")  # it lives as long as this name
 _OPERATORS.define("cached_attention(Tensor query, Tensor key, Tensor value, int layer, float scaling) -> Tensor")
-_OPERATORS.define("packed_linear(Tensor input, Tensor packed, Tensor? bias, int outputs) -> Tensor")
 _OPERATORS.define("likely(Tensor logits) -> (Tensor, Tensor)")
 torch.library.register_fake("space::cached_attention", _attention_shape, lib=_OPERATORS)
-torch.library.register_fake("space::packed_linear", _linear_shape, lib=_OPERATORS)
 torch.library.register_fake("space::likely", _likely_shape, lib=_OPERATORS)
 _SHIMS = {
     torch.ops.space.cached_attention.default: [
         "AOTITorchError aoti_torch_cpu_cached_attention(AtenTensorHandle query, AtenTensorHandle key, "
         "AtenTensorHandle value, int64_t layer, double scaling, AtenTensorHandle* made)"
-    ],
-    torch.ops.space.packed_linear.default: [
-        "AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle input, AtenTensorHandle packed, "
-        "AtenTensorHandle* bias, int64_t outputs, AtenTensorHandle* made)"
     ],
     torch.ops.space.likely.default: [
         "AOTITorchError aoti_torch_cpu_likely(AtenTensorHandle logits, AtenTensorHandle* tokens, "

@@ -1,7 +1,7 @@
 """Layers over weights that stay in the 4 to 16 bits in which a GGUF file has them.
 
-Weights are packed into tiles once, when they are loaded, by the C++ kernels (`kernels/quantized.cpp`); plain modules and
-compiled models compute with the same tensors. Activations and outputs are float32.
+Weights are packed into tiles once, when they are loaded, by the C++ kernels (`kernels/quantized.cpp`); plain
+modules and compiled models compute with the same tensors. Activations and outputs are float32.
 """
 
 from __future__ import annotations
@@ -108,6 +108,19 @@ def has_quantized_layers(model: nn.Module) -> bool:
     return any(isinstance(module, QuantizedLinear | QuantizedEmbedding) for module in model.modules())
 
 
+def num_parameters(model: nn.Module) -> int:
+    """Return how many weights a model has, packed ones counted as the numbers they stand for; shared ones once."""
+    packed = {
+        module.weight.data_ptr(): module.in_features * module.out_features
+        if isinstance(module, QuantizedLinear)
+        else module.num_embeddings * module.embedding_dim
+        for module in model.modules()
+        if isinstance(module, _QUANTIZED)
+    }
+    plain = {id(each): each.numel() for each in model.parameters() if each.dtype != torch.uint8}
+    return sum(packed.values()) + sum(plain.values())
+
+
 def dequantize(model: nn.Module) -> None:
     """Put float32 layers in the place of quantised ones; tied weights stay tied."""
     dense: dict[int, nn.Parameter] = {}
@@ -197,22 +210,17 @@ def _rows_shape(ids: torch.Tensor, _packed: torch.Tensor, width: int, _type: int
     return ids.new_empty(*ids.shape, width, dtype=torch.float32)
 
 
-def _define(
-    library: torch.library.Library, schema: str, run: Callable[..., object], shape: Callable[..., object]
-) -> None:
+def _define(schema: str, run: Callable[..., object], shape: Callable[..., object]) -> None:
     name = schema.partition("(")[0]
-    library.define(schema)
-    library.impl(name, run, "CPU")
-    torch.library.register_fake(f"space::{name}", shape, lib=library)
+    _OPERATORS.define(schema)
+    _OPERATORS.impl(name, run, "CPU")
+    torch.library.register_fake(f"space::{name}", shape, lib=_OPERATORS)
 
 
 _OPERATORS = torch.library.Library("space", "FRAGMENT")  # it lives as long as this name
 _define(
-    _OPERATORS,
     "quantized_linear(Tensor input, Tensor packed, Tensor? bias, int outputs, int type) -> Tensor",
     _quantized_linear,
     _linear_shape,
 )
-_define(
-    _OPERATORS, "quantized_rows(Tensor ids, Tensor packed, int width, int type) -> Tensor", _quantized_rows, _rows_shape
-)
+_define("quantized_rows(Tensor ids, Tensor packed, int width, int type) -> Tensor", _quantized_rows, _rows_shape)

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from space_cli.core.packing import Adapter, LowRank
 from space_cli.errors import UsageProblem
 from space_cli.models.checkpoint import ADAPTER_FILE
 
@@ -136,6 +137,20 @@ def adapter_of(model: PreTrainedModel) -> MaskEmbedding | None:
     """Return the adapter's embeddings, or None where the model carries none."""
     embedding = model.get_input_embeddings()
     return embedding if isinstance(embedding, MaskEmbedding) else None
+
+
+def adapter_updates(model: PreTrainedModel) -> Adapter | None:
+    """Return what an adapter adds to a model, as the compiled engine takes it; None where the model carries none."""
+    embedding = adapter_of(model)
+    if embedding is None:
+        return None
+    updates = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            updates[path] = LowRank(down.detach(), up.detach() * layer.scaling["default"])
+    path = next(path for path, module in model.named_modules() if module is embedding)
+    return Adapter(path, embedding.masks.detach(), updates)
 
 
 def trained_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:

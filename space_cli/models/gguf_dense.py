@@ -39,7 +39,7 @@ def tensor_names(gguf: GgufFile, config: PretrainedConfig, wanted: Iterable[str]
     """Return transformers' names of weights by those in the file."""
     kinds = {name: kind for kind, name in ggml.MODEL_ARCH_NAMES.items()}
     table = ggml.get_tensor_name_map(kinds[gguf.architecture], config.num_hidden_layers)
-    processor = _processor(gguf, config)
+    processor = processor_of(gguf, config)
     names: dict[str, str] = {}
     for ours in wanted:
         told = processor.preprocess_name(ours)
@@ -54,7 +54,8 @@ def tensor_names(gguf: GgufFile, config: PretrainedConfig, wanted: Iterable[str]
     return names
 
 
-def _processor(gguf: GgufFile, config: PretrainedConfig) -> Any:
+def processor_of(gguf: GgufFile, config: PretrainedConfig) -> Any:
+    """Return what undoes llama.cpp's changes of tensors."""
     kind: Any = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)
     return kind(config=config.to_dict())
 
@@ -63,7 +64,7 @@ def _state(
     gguf: GgufFile, config: PretrainedConfig, wanted: Iterable[str], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return the weights by transformers' names."""
-    names, processor = tensor_names(gguf, config, wanted), _processor(gguf, config)
+    names, processor = tensor_names(gguf, config, wanted), processor_of(gguf, config)
     state: dict[str, torch.Tensor] = {}
     for tensor in gguf.tensors:
         # experts are put together by the processor, into `state` itself

@@ -7,63 +7,21 @@ stays quantised where all that was changed is the order of its rows; others are 
 from __future__ import annotations
 
 import mmap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from gguf import GGUFReader, GGUFValueType, ReaderTensor
-from gguf.quants import dequantize
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from space_cli.core.quantized import QuantizedEmbedding, QuantizedLinear, WeightType, pack
 from space_cli.errors import UsageProblem
-
-_LONG = 64
-
-
-class TensorReader(GGUFReader):  # type: ignore[misc]  # gguf has no types
-    """Reads a file's tensors and short fields; a vocabulary's arrays, which take seconds, are stepped over."""
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
-        if raw_type == GGUFValueType.ARRAY:
-            kind = GGUFValueType(self._get(orig_offs, np.uint32)[0])
-            count = int(self._get(orig_offs + 4, np.uint64)[0])
-            if count > _LONG and kind != GGUFValueType.ARRAY:
-                end = self._end_of_array(orig_offs + 12, kind, count)
-                return end - orig_offs, [self._get(orig_offs, np.uint8, end - orig_offs)], [0], [raw_type, kind]
-        found: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
-        return found
-
-    def _end_of_array(self, start: int, kind: GGUFValueType, count: int) -> int:
-        if kind != GGUFValueType.STRING:
-            return start + count * int(np.dtype(self.gguf_scalar_to_np[kind]).itemsize)
-        order = "little" if self.byte_order == "I" else "big"
-        held = memoryview(self.data)
-        for _ in range(count):
-            start += 8 + int.from_bytes(held[start : start + 8], order)
-        return start
-
-    def forget(self) -> None:
-        """Give back the memory that holds what was read of the file."""
-        self.data._mmap.madvise(mmap.MADV_DONTNEED)
-
-
-class _NamesOf:
-    """What transformers' map of names asks of a model, its base model the only part: it walks all, 30 ms a part."""
-
-    def __init__(self, model: nn.Module, part: str | None = None) -> None:
-        self.config, self.state_dict = model.config, model.state_dict
-        self._parts = [] if part is None else [(part, _NamesOf(model.get_submodule(part)))]
-
-    def named_children(self) -> list[tuple[str, _NamesOf]]:
-        """Return the parts to look into."""
-        return self._parts
+from space_cli.models.gguf_dense import processor_of, tensor_names, unpacked
+from space_cli.models.gguf_file import GgufFile, Tensor
 
 
 @dataclass(frozen=True)
@@ -75,75 +33,61 @@ class _Matrix:
         order: (outputs) int64, the file's row of each output; None where they lie as they should.
     """
 
-    tensor: ReaderTensor
+    tensor: Tensor
     name: str
     order: torch.Tensor | None
 
 
-def load_gguf_model(files: list[Path], config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the model of a GGUF file (or its shards) in float32, its matrices quantised as they are in the file.
-
-    Args:
-        files: the shards in order, or the one file.
-        config: as transformers reads it from the first.
-        dtype: of what is not quantised; float32 is what the kernels compute in.
+def load_packed(gguf: GgufFile, config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model of a GGUF file in float32, its matrices quantised as they are in the file.
 
     Raises:
-        UsageProblem: the file lacks weights that the model needs.
+        UsageProblem: weights are absent or of another shape than the metadata say.
     """
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    readers = [TensorReader(file) for file in files]
-    architecture = str(readers[0].fields["general.architecture"].contents())
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    names = get_gguf_hf_weights_map(_NamesOf(model, model.base_model_prefix), processor)
-    for reader in readers:
-        for tensor in reader.tensors:
-            _fill(model, tensor, names, processor)
-        reader.forget()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    names, processor = tensor_names(gguf, config, model.state_dict()), processor_of(gguf, config)
+    merged: dict[str, torch.Tensor] = {}
+    for tensor in gguf.tensors:
+        matrix = _matrix(model, tensor, names, processor)
+        if matrix is not None:
+            _fill_quantized(model, matrix)
+            continue
+        # experts are put together by the processor, into `merged`
+        done = processor.process(
+            weights=unpacked(tensor), name=tensor.name, tensor_key_mapping=names, parsed_parameters={"tensors": merged}
+        )
+        if done.name in names:
+            _fill(model, gguf, names[done.name], torch.from_numpy(np.array(done.weights, dtype=np.float32)))
+    for name, weights in merged.items():
+        _fill(model, gguf, name, weights.float())
     _tie(model)
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent:
-        raise UsageProblem(f"{files[0]}: no weights for {absent[0]}")
+        raise UsageProblem(f"{gguf.files[0]}: is damaged: it has no weights for {absent[0]}")
     return model.eval()
 
 
-def _fill(model: PreTrainedModel, tensor: ReaderTensor, names: dict[str, str], processor: TensorProcessor) -> None:
-    """Put a tensor of the file into the model."""
-    matrix = _matrix(model, tensor, names, processor)
-    if matrix is not None:
-        _fill_quantized(model, matrix)
-        return
-    result = processor.process(
-        weights=dequantize(tensor.data, tensor.tensor_type),
-        name=tensor.name,
-        tensor_key_mapping=names,
-        parsed_parameters={"tensors": {}},
-    )
-    name = names.get(result.name or "")
-    if name is None:
-        return
+def _fill(model: PreTrainedModel, gguf: GgufFile, name: str, value: torch.Tensor) -> None:
+    """Put full weights where a name says."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
-    expected = getattr(module, leaf)
-    value = torch.from_numpy(np.array(result.weights, dtype=np.float32)).reshape(expected.shape).to(expected.dtype)
-    if isinstance(expected, nn.Parameter):
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-    else:
-        setattr(module, leaf, value)
+    expected: torch.Tensor = getattr(module, leaf)
+    if expected.shape != value.shape:
+        raise UsageProblem(f"{gguf.files[0]}: is damaged: the weights for {name} have another shape")
+    is_parameter = isinstance(expected, nn.Parameter)
+    setattr(module, leaf, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
 
-def _matrix(
-    model: PreTrainedModel, tensor: ReaderTensor, names: dict[str, str], processor: TensorProcessor
-) -> _Matrix | None:
+def _matrix(model: PreTrainedModel, tensor: Tensor, names: dict[str, str], processor: Any) -> _Matrix | None:
     """Return what can stay as it is in the file, or None."""
     name = names.get(tensor.name)
-    if name is None or tensor.tensor_type not in set(WeightType) or len(tensor.shape) != 2:
+    if name is None or tensor.type not in WeightType.__members__ or len(tensor.shape) != 2:
         return None
     module = model.get_submodule(name.rpartition(".")[0])
     if type(module) not in (nn.Linear, nn.Embedding) or not name.endswith(".weight"):
         return None
-    width, outputs = (int(size) for size in tensor.shape)
+    outputs, width = tensor.shape
     if tuple(cast(torch.Tensor, module.weight).shape) != (outputs, width) or width % 32:
         return None
     # numbers in the places of weights tell what is done to them
@@ -163,30 +107,26 @@ def _matrix(
 
 
 def _fill_quantized(model: PreTrainedModel, matrix: _Matrix) -> None:
-    path = matrix.name.removesuffix(".weight")
+    """Put a quantised layer in the place of the one that a matrix is the weights of."""
+    path, tensor = matrix.name.removesuffix(".weight"), matrix.tensor
     module = model.get_submodule(path)
-    weight_type, (width, outputs) = WeightType(matrix.tensor.tensor_type), map(int, matrix.tensor.shape)
-    raw = np.asarray(matrix.tensor.data)
-    raw.flags.writeable = False
-    blocks = _as_tensor(raw.view(np.uint8).reshape(outputs, -1))
+    weight_type, (outputs, width) = WeightType[tensor.type], tensor.shape
+    raw = np.memmap(
+        tensor.file, mode="r", dtype=np.uint8, offset=tensor.offset, shape=(outputs, tensor.num_bytes // outputs)
+    )
+    with warnings.catch_warnings(action="ignore"):  # torch warns that it could be written to
+        blocks = torch.from_numpy(raw)
     packed = pack(blocks, weight_type, width, matrix.order)
+    # what was read of the file is needed no more
+    raw._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
     made: nn.Module
     if isinstance(module, nn.Embedding):
         made = QuantizedEmbedding(packed, weight_type, num_embeddings=outputs, width=width)
     else:
-        # a bias that is still to come keeps its place
-        linear = cast(nn.Linear, module)
         made = QuantizedLinear(packed, weight_type, in_features=width, out_features=outputs)
-        made.bias = linear.bias
+        # one that is still to come keeps its place
+        made.bias = cast(nn.Linear, module).bias
     model.set_submodule(path, made)
-
-
-def _as_tensor(array: np.ndarray) -> torch.Tensor:
-    """Return a tensor over the file's memory, which nothing writes to."""
-    import warnings
-
-    with warnings.catch_warnings(action="ignore"):  # torch warns that it could be written to
-        return torch.from_numpy(array)
 
 
 def _tie(model: PreTrainedModel) -> None:
@@ -196,7 +136,7 @@ def _tie(model: PreTrainedModel) -> None:
         return
     if isinstance(embedding, QuantizedEmbedding):
         tied = QuantizedLinear(
-            embedding.weight,
+            cast(torch.Tensor, embedding.weight),
             embedding.weight_type,
             in_features=embedding.embedding_dim,
             out_features=embedding.num_embeddings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -24,12 +24,15 @@ from space_cli.core.compiled import Program
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
 from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafts, Experience
 from space_cli.core.engine import context_length, embedding_rows
+from space_cli.core.quantized import num_parameters
 from space_cli.errors import UsageProblem
 from space_cli.models import support
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.gguf_names import gguf_path, is_gguf
+from space_cli.models.kernels import kernels_problem
 from space_cli.models.registry import ModelEntry, read_models, resolve
 
+Weights = Literal["as stored", "dense"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -83,6 +86,11 @@ class LoadedModel:
             return ChainDrafts(Block.chain(candidates, candidates))
         return AdaptiveDrafts(self.costs, self.masks_per_group, experience=self.experience)
 
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, those that are quantised included."""
+        return num_parameters(self.model)
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text` with the special tokens the tokenizer puts in front."""
         return list(self.tokenizer(text)["input_ids"])
@@ -100,6 +108,7 @@ def load_model(
     device: str = "auto",
     quantization: str = "none",
     revision: str | None = None,
+    weights: Weights = "as stored",
 ) -> LoadedModel:
     """Load a model and refuse one that SPACE cannot run.
 
@@ -110,6 +119,7 @@ def load_model(
         device: auto, cpu, cuda, cuda:N or mps.
         quantization: none, int8, nf4 or fp4 (bitsandbytes).
         revision: branch, tag or commit of a Hub id.
+        weights: those of a GGUF file stay in its few bits as stored, or become tensors that can be trained through.
 
     Raises:
         UsageProblem: no such model, a malformed folder, or a model that cannot work; one line each.
@@ -121,10 +131,11 @@ def load_model(
         space = _space_config(entry, revision)
         base, base_revision = _base(entry, revision, space, models_file)
         file = gguf_path(base, base_revision) if is_gguf(base) else None
-        read = _from_folder if file is None else _from_gguf
-        model, tokenizer = read(
-            name, str(file or base), base_revision, dtype=dtype, device=chosen_device, quantization=quantization
-        )
+        asked = {"dtype": dtype, "device": chosen_device, "quantization": quantization}
+        if file is None:
+            model, tokenizer = _from_folder(name, base, base_revision, **asked)
+        else:
+            model, tokenizer = _from_gguf(name, file, **asked, weights=weights)
     except OSError as error:
         raise _not_loaded(name, entry, error) from error
     except ValueError as error:
@@ -174,7 +185,7 @@ def _from_folder(
 
 
 def _from_gguf(
-    name: str, source: str, _revision: str | None, *, dtype: str, device: str, quantization: str
+    name: str, source: Path, *, dtype: str, device: str, quantization: str, weights: Weights
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return model and tokenizer of a GGUF file."""
     from space_cli.models.gguf import gguf_config, gguf_dtype, gguf_model
@@ -183,12 +194,14 @@ def _from_gguf(
 
     if quantization != "none":
         raise UsageProblem(f"{name} is a GGUF file, quantised as it is", hint="leave --quantization out")
-    gguf = read_gguf(Path(source))
+    gguf = read_gguf(source)
     config = gguf_config(gguf)
     support.check_config(config, name)
     config.dtype = DTYPES[gguf_dtype(gguf)]
-    tokenizer = gguf_tokenizer(gguf.metadata, source)
-    return gguf_model(gguf, config, DTYPES[_dtype(dtype, device, config)]), tokenizer
+    tokenizer = gguf_tokenizer(gguf.metadata, str(source))
+    chosen = DTYPES[_dtype(dtype, device, config)]
+    packed = weights == "as stored" and device == "cpu" and chosen == torch.float32 and gguf.is_quantized
+    return gguf_model(gguf, config, chosen, packed=packed and kernels_problem() is None), tokenizer
 
 
 def _device(device: str) -> str:
@@ -302,7 +315,7 @@ def _not_loaded(name: str, entry: ModelEntry, error: OSError) -> UsageProblem:
         return UsageProblem(f"{name}: not a complete model folder: {first}")
     return UsageProblem(
         f"model {name!r} could not be loaded: {first}",
-        hint="give an alias of models.toml, a folder, a GGUF file, or the id of a model on the Hub",
+        hint="give an alias of models.toml, a folder, a GGUF file (on the Hub: org/repo:Q4_K_M), or the id of a model",
     )
 
 

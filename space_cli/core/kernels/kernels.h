@@ -7,12 +7,12 @@
 extern "C" {
 
 // what a layer's attention must know of a call: buffers (key_heads, capacity, ...) by layer, `length` slots of which are
-// in use, and the parent of each of the call's slots, -1 the root
+// in use, the parent of each of the call's slots, -1 the root, and how many of them are tokens; masks follow them
 struct SpaceCall {
     void* const* keys;
     void* const* values;
     const int32_t* parents;
-    int64_t length, capacity;
+    int64_t length, capacity, tokens;
 };
 
 // of the calls to come in this thread

@@ -7,6 +7,8 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "low_rank.h"
+#include "quantized.h"
 
 namespace {
 
@@ -56,26 +58,75 @@ AOTITorchError make(const int64_t* sizes, int64_t dims, int32_t dtype, AtenTenso
 
 bool is_half(AtenTensorHandle tensor) { return dtype_of(tensor) == aoti_torch_dtype_bfloat16(); }
 
+// makes (..., outputs) of an input (..., width) and its dtype; `rows` becomes the number of them
+AOTITorchError make_output(const View& from, int32_t dtype, int64_t outputs, int64_t* rows, AtenTensorHandle* made) {
+    int64_t sizes[4] = {1, 1, 1, 1};
+    if (from.dims > 4 || !from.is_contiguous()) return AOTI_TORCH_FAILURE;
+    *rows = 1;
+    for (int64_t dim = 0; dim < from.dims - 1; ++dim) *rows *= sizes[dim] = from.sizes[dim];
+    sizes[from.dims - 1] = outputs;
+    return make(sizes, from.dims, dtype, made);
+}
+
+const void* data_of(AtenTensorHandle* tensor) { return tensor ? View(*tensor).data : nullptr; }
+
 }  // namespace
 
 extern "C" {
 
 void space_begin(const SpaceCall* call) { current = *call; }
 
-// input (1, rows, width) contiguous, packed as `linear.cpp` has it, bias (outputs); makes (1, rows, outputs)
+// input (1, rows, width) contiguous, packed as `linear.cpp` has it for type 0, else `quantized.cpp`, bias (outputs); down,
+// up and ends as `low_rank.cpp` has them, for rows that are masks; makes (1, rows, outputs)
 AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle input, AtenTensorHandle packed, AtenTensorHandle* bias,
-                                            int64_t outputs, AtenTensorHandle* made) {
+                                            int64_t outputs, int64_t type, AtenTensorHandle* down, AtenTensorHandle* up,
+                                            AtenTensorHandle* ends, AtenTensorHandle* made) {
     const View from(input);
-    int64_t sizes[4] = {1, 1, 1, 1};
-    if (from.dims > 4 || !from.is_contiguous()) return AOTI_TORCH_FAILURE;
-    int64_t rows = 1;
-    for (int64_t dim = 0; dim < from.dims - 1; ++dim) rows *= sizes[dim] = from.sizes[dim];
-    sizes[from.dims - 1] = outputs;
-    const AOTITorchError failed = make(sizes, from.dims, dtype_of(input), made);
+    int64_t rows;
+    const AOTITorchError failed = make_output(from, dtype_of(input), outputs, &rows, made);
     if (failed) return failed;
-    const auto run = is_half(input) ? space_linear_bfloat16 : space_linear_float32;
-    run(from.data, View(packed).data, bias ? View(*bias).data : nullptr, View(*made).data, rows,
-        from.sizes[from.dims - 1], outputs);
+    const int64_t width = from.sizes[from.dims - 1];
+    void* to = View(*made).data;
+    if (type) {
+        space_linear_quantized(type, static_cast<const float*>(from.data), View(packed).data,
+                               static_cast<const float*>(data_of(bias)), static_cast<float*>(to), rows, width, outputs);
+    } else {
+        const auto run = is_half(input) ? space_linear_bfloat16 : space_linear_float32;
+        run(from.data, View(packed).data, data_of(bias), to, rows, width, outputs);
+    }
+    if (!down || current.tokens >= rows) return AOTI_TORCH_SUCCESS;
+    const View of_layers(*ends), updates(*up);
+    const int64_t size = is_half(input) ? 2 : 4, first = current.tokens;
+    const auto *inputs = static_cast<const char*>(from.data) + first * width * size;
+    auto* outputs_of = static_cast<char*>(to) + first * outputs * size;
+    const auto add = [&](auto run, auto* states, auto* results) {
+        run(states, View(*down).data, updates.data, static_cast<const int64_t*>(of_layers.data), results,
+            of_layers.sizes[0], updates.sizes[1], rows - first, width);
+    };
+    if (is_half(input))
+        add(space_low_rank_bfloat16, static_cast<const void*>(inputs), static_cast<void*>(outputs_of));
+    else
+        add(space_low_rank_float32, reinterpret_cast<const float*>(inputs), reinterpret_cast<float*>(outputs_of));
+    return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_quantized_linear(AtenTensorHandle input, AtenTensorHandle packed, AtenTensorHandle* bias,
+                                               int64_t outputs, int64_t type, AtenTensorHandle* made) {
+    return aoti_torch_cpu_packed_linear(input, packed, bias, outputs, type, nullptr, nullptr, nullptr, made);
+}
+
+// ids of any shape, contiguous; makes (..., width) float32
+AOTITorchError aoti_torch_cpu_quantized_rows(AtenTensorHandle ids, AtenTensorHandle packed, int64_t width, int64_t type,
+                                             AtenTensorHandle* made) {
+    const View from(ids);
+    int64_t sizes[4], rows = 1;
+    if (from.dims > 3 || !from.is_contiguous()) return AOTI_TORCH_FAILURE;
+    for (int64_t dim = 0; dim < from.dims; ++dim) rows *= sizes[dim] = from.sizes[dim];
+    sizes[from.dims] = width;
+    const AOTITorchError failed = make(sizes, from.dims + 1, aoti_torch_dtype_float32(), made);
+    if (failed) return failed;
+    space_rows_quantized(type, static_cast<const int64_t*>(from.data), View(packed).data,
+                         static_cast<float*>(View(*made).data), rows, width);
     return AOTI_TORCH_SUCCESS;
 }
 
