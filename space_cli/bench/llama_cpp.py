@@ -1,7 +1,7 @@
 """llama.cpp as a peer: decodes the GGUF file that a model came from, or one that it is written as.
 
-Tokens are known by their ids alone, so what is written has no vocabulary. `llama_cpp` is no dependency of ours: it is
-imported by name, late, so that mypy finds the same with and without it.
+Tokens are known by their ids alone, so what is written has no vocabulary. `llama_cpp` is no dependency of
+ours: it is imported by name, late, so that mypy finds the same with and without it.
 
 Source: llama.cpp's `convert_hf_to_gguf.py` (`LlamaModel`).
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from space_cli.errors import UsageProblem
+from space_cli.files import expanded
 from space_cli.rows import (
     HubDataset,
     Row,
@@ -169,12 +170,13 @@ def _human_eval() -> Iterator[SourceRow]:
 
 
 def _file_rows(name: str) -> Iterator[SourceRow]:
+    file = Path(expanded(name))
     try:
-        there = Path(name).exists()
+        there = file.exists()
     except OSError as error:  # a name too long for the file system
         raise UsageProblem(f"{name}: {error.strerror or error}") from error
     if there:
-        return read_file(Path(name))
+        return read_file(file)
     close = difflib.get_close_matches(name.partition("=")[0], SUITES, n=1, cutoff=0.5)
     known = f"known suites: {', '.join(SUITES)}; or a file of prompts"
     raise UsageProblem(f"no suite and no file named {name!r}", hint=f"did you mean {close[0]}?" if close else known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,10 +22,18 @@ from space_cli.training.acceptance import Acceptance, measure_acceptance
 from space_cli.training.card import card, draw_curves
 from space_cli.training.distill import Distillation, distil
 from space_cli.training.prepare import Method, Prepared, prepare_model
+from space_cli.training.start import empty, fitting, identity, mend_generation_config
 from space_cli.training.trainer import Epochs, SARTrainer, complete_checkpoints
+from space_cli.training.two_pass import Loss, TwoPassTrainer
 
 SETTINGS_FILE, LOG_FILE, ANSWERS_FILE = "training_settings.json", "training.jsonl", "distilled.jsonl"
+OWN_FILE = "self.jsonl"
 CARD_FILE, CURVES_FILE = "README.md", "training.png"
+ANSWER_SHARE = 0.25
+"""Of the hours of a training: the most that answers take, those to the data's prompts and to its own each."""
+_ENDLESS = 10_000  # epochs: the hours end it
+# what may change where hours shape a training: more of them, and more answers to learn from
+_ADDED_WITH_HOURS = {"hours", "data", "distill", "max_steps"}
 _FEW_SHAPES = 64  # batches of ever new shapes leave an allocator with ever new gaps
 
 
@@ -40,6 +49,8 @@ class Recipe:
         answer_tokens: most tokens of an answer, in distillation and in measuring.
         answer_batch_size: prompts the base answers at once.
         early_stop: stop when so many evaluations in a row lowered no held-out loss, and keep the best; 0 never stops.
+        loss: of an adapter's masks.
+        hours: end the training; None leaves it to epochs and steps.
         arguments: of transformers' TrainingArguments.
     """
 
@@ -50,13 +61,15 @@ class Recipe:
     groups: int
     p_sar: float
     mask_loss_weight: float
-    rank: int
+    loss: Loss
+    rank: int | None
     distill: int
     temperatures: tuple[float, ...]
     answer_tokens: int
     answer_batch_size: int
     epochs: int
     early_stop: int
+    hours: float | None
     seed: int
     arguments: dict[str, Any]
 
@@ -67,8 +80,8 @@ class TrainingView(Protocol):
     def note(self, text: str) -> None:
         """Something is worth a line."""
 
-    def phase(self, name: str, done: int, total: int) -> None:
-        """A part of the work beside the steps has come so far."""
+    def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
+        """A part of the work beside the steps has come so far, at so many tokens per second."""
 
     def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
         """Some steps have ended."""
@@ -94,9 +107,13 @@ def train(
         RunFailed: a file cannot be written.
     """
     processes = PartialState(cpu=loaded.device == "cpu")
-    settings = asdict(recipe) | {"data": prepared.fingerprint}
+    settings = asdict(recipe) | {"data": prepared.fingerprint, "base_identity": identity(loaded)}
     checkpoint = _resumed(output, settings) if resume else None
+    if recipe.method == "full" and (mended := mend_generation_config(loaded)):
+        view.note(mended)
     if processes.is_main_process:
+        if not resume:
+            empty(output, loaded)
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
     stop = StopRule(recipe.answer_tokens, loaded.eos_token_ids)
@@ -105,7 +122,7 @@ def train(
     )
     with processes.main_process_first():
         # the others then find all answers in the file
-        answered = _distilled(loaded, prepared, recipe, base_model, output / ANSWERS_FILE, view)
+        answered = _distilled(loaded, prepared, recipe, settings["base_identity"], output / ANSWERS_FILE, view)
     mask_ids = prepare_model(
         loaded, recipe.method, masks=recipe.candidates, distinct=recipe.distinct_masks, rank=recipe.rank
     )
@@ -161,7 +178,13 @@ def _resumed(output: Path, settings: dict[str, Any]) -> Path | None:
         raise UsageProblem(f"{output}: no training to resume", hint="leave --resume out") from error
     now = json.loads(json.dumps(settings))
     then, now = ({**told, **told.get("arguments", {}), "arguments": None} for told in (earlier, now))
-    for name in now:
+    if then.get("base_identity") != now["base_identity"]:
+        raise UsageProblem(
+            f"{output}: was trained on other weights, in another form or of another revision",
+            hint="give the same --model, --revision, --dtype and --quantization, or another --output",
+        )
+    added = _ADDED_WITH_HOURS if now.get("hours") and then.get("hours") else set()
+    for name in now.keys() - added:
         if then.get(name) != now[name]:
             raise UsageProblem(
                 f"{output}: was trained with other settings: {name} {then.get(name)} instead of {now[name]}",
@@ -171,10 +194,13 @@ def _resumed(output: Path, settings: dict[str, Any]) -> Path | None:
 
 
 def _distilled(
-    loaded: LoadedModel, prepared: Prepared, recipe: Recipe, base_model: str, file: Path, view: TrainingView
+    loaded: LoadedModel, prepared: Prepared, recipe: Recipe, base: Any, file: Path, view: TrainingView
 ) -> list[dict[str, list[int]]]:
     """Return the base's own answers as examples that carry loss on the answer."""
-    prompts = prepared.prompts[: recipe.distill]
+    prompts, too_long = fitting(prepared.prompts, recipe.answer_tokens, loaded.context_length)
+    if too_long and recipe.distill:
+        view.note(f"{too_long} prompts leave no room for an answer of {recipe.answer_tokens} tokens: not answered")
+    prompts = prompts[: recipe.distill]
     if not prompts:
         return []
     settings = Distillation(
@@ -182,7 +208,8 @@ def _distilled(
         temperatures=recipe.temperatures,
         batch_size=recipe.answer_batch_size,
         seed=recipe.seed,
-        fingerprint=f"{base_model} {loaded.dtype}",
+        fingerprint=json.dumps(base),
+        seconds=None if recipe.hours is None else recipe.hours * 3600 * ANSWER_SHARE,
     )
     pairs = distil(
         loaded.model,
@@ -190,7 +217,7 @@ def _distilled(
         settings,
         eos_token_ids=loaded.eos_token_ids,
         file=file,
-        on_progress=lambda done, total: view.phase("answers of the base", done, total),
+        on_progress=lambda done, total, rate: view.phase("answers of the base", done, total, rate),
     )
     return [{"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer} for prompt, answer in pairs]
 
@@ -203,8 +230,7 @@ def _acceptance(
     stop: StopRule,
     view: TrainingView,
 ) -> Acceptance | None:
-    limit = loaded.context_length
-    room = [ids for ids in prepared.held_out if limit is None or len(ids) + stop.max_new_tokens <= limit]
+    room, _ = fitting(prepared.held_out, stop.max_new_tokens, loaded.context_length)
     return measure_acceptance(
         loaded.model,
         room,
@@ -267,13 +293,16 @@ def make_trainer(
         **recipe.arguments,
     )
     stops = [EarlyStoppingCallback(recipe.early_stop)] if recipe.early_stop else []
-    return SARTrainer(
+    two_pass = recipe.method == "adapter" and recipe.form == "groups"
+    kind = partial(TwoPassTrainer, loss=recipe.loss) if two_pass else SARTrainer
+    return kind(
         collator=collator,
         space=space,
         mask_loss_weight=recipe.mask_loss_weight,
+        hours=recipe.hours,
         model=loaded.model,
         args=arguments,
-        train_dataset=Epochs(examples, epochs=recipe.epochs, seed=recipe.seed),
+        train_dataset=Epochs(examples, epochs=recipe.epochs if recipe.hours is None else _ENDLESS, seed=recipe.seed),
         eval_dataset=Epochs(held_out, epochs=1, seed=recipe.seed) if held_out else None,
         processing_class=loaded.tokenizer,
         callbacks=[*callbacks, *stops],

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from tiny import lively, tiny_configs
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from tiny import tiny_model
+from transformers import GenerationConfig
 
 from space_cli.bench import llama_cpp
 from space_cli.bench.measure import Settings, measure, plan
@@ -65,8 +65,7 @@ def run(loaded, names, *, draft=None, suite=SUITE, sampling=None, tokens=20):
 
 def llama(loaded, **changes):
     """A tiny Llama of another config, its biases and norms random too."""
-    config = LlamaConfig(**tiny_configs()["llama"].to_dict() | changes)
-    model = lively(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    model = tiny_model("llama", **changes)
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if parameter.ndim == 1:
