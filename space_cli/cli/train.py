@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -12,15 +13,20 @@ from space_cli.cli import options
 from space_cli.errors import Interrupted, UsageProblem
 
 if TYPE_CHECKING:
+    from space_cli.cli.train_view import TrainView
+    from space_cli.models.checkpoint import SpaceConfig
     from space_cli.models.loading import LoadedModel
-    from space_cli.training.prepare import Method
+    from space_cli.training.data import Conversation
+    from space_cli.training.own_data import OwnData
+    from space_cli.training.prepare import Method, Prepared
+    from space_cli.training.run import Recipe
 
 EPILOG = (
     "Example: space train --data answers.jsonl --output mine    "
     "Example: space train --model org/model --quantization nf4 --method adapter --data org/dataset --output mine"
 )
 _ENDLESS = 10_000_000  # steps: the hours end it
-_OWN_QUESTIONS = 2000
+_OWN_QUESTIONS, _DRY_QUESTIONS = 2000, 8
 _ADAPTER_ABOVE = 1_000_000_000
 _GROUPS = {"full": 8, "adapter": 48}
 _LEARNING_RATES = {"full": 5e-5, "adapter": 1e-3}
@@ -40,7 +46,7 @@ _Method = Annotated[
     Literal["auto", "full", "adapter"],
     typer.Option(
         "--method",
-        help="full: all weights. adapter: the base stays as it is. auto: adapter from 1B on, and over quantised weights.",
+        help="full: all weights. adapter: the base stays as it is. auto: adapter from 1B on or over quantised weights.",
     ),
 ]
 _Candidates = Annotated[int, typer.Option("--candidates", min=1, max=31, help="k, and masks of a group.")]
@@ -167,9 +173,9 @@ def train(
     from space_cli.cli.train_view import training_view
     from space_cli.models.loading import load_model
     from space_cli.training.chat_format import rendered
-    from space_cli.training.own_data import OwnData, own_examples
+    from space_cli.training.own_data import OwnData
     from space_cli.training.prepare import prepare_examples
-    from space_cli.training.run import ANSWER_SHARE, OWN_FILE, Recipe, train
+    from space_cli.training.run import ANSWER_SHARE, OWN_FILE, Recipe
 
     # started by `accelerate launch` or torchrun: one device each, and one process that speaks
     process = os.environ.get("LOCAL_RANK")
@@ -188,21 +194,15 @@ def train(
     examples = [example for source in sources for example in source.examples]
     template = template or loaded.prompt_template
     length = min(max_length, loaded.context_length or max_length)
-    own = OwnData(
-        count=answered or _OWN_QUESTIONS,
-        answer_tokens=min(answer_tokens, length),
-        batch_size=answer_batch_size,
-        seed=seed,
-        seconds=None if hours is None else hours * 3600 * ANSWER_SHARE,
-    )
     if OWN_DATA in data:
-        examples += own_examples(
-            loaded,
-            own,
-            template=template,
-            file=output / OWN_FILE,
-            on_progress=lambda done, total, rate: view.phase("questions of its own", done, total, rate),
+        own = OwnData(
+            count=_DRY_QUESTIONS if dry_run else answered or _OWN_QUESTIONS,
+            answer_tokens=min(answer_tokens, length),
+            batch_size=answer_batch_size,
+            seed=seed,
+            seconds=None if hours is None else hours * 3600 * ANSWER_SHARE,
         )
+        examples += _own_examples(loaded, own, template, None if dry_run else output / OWN_FILE, view)
     prepared = prepare_examples(
         examples, loaded.tokenizer, template=template, max_length=length, held_out=held_out, seed=seed
     )
@@ -249,11 +249,28 @@ def train(
 
         view.rehearsed(rehearse(loaded, prepared, recipe, base_model=_base_name(model)))
         return 0
+    space = _trained(loaded, prepared, recipe, _base_name(model), output, resume=resume, view=view)
+    if process in (None, "0"):
+        view.conclude(space, output)
+    return 0
+
+
+def _trained(
+    loaded: LoadedModel,
+    prepared: Prepared,
+    recipe: Recipe,
+    base_model: str,
+    output: Path,
+    *,
+    resume: bool,
+    view: TrainView,
+) -> SpaceConfig:
+    """Train; where that ends early, say what is kept and how to go on."""
+    from space_cli.training.run import train
+
     try:
         with view:
-            space = train(
-                loaded, prepared, recipe, base_model=_base_name(model), output=output, resume=resume, view=view
-            )
+            return train(loaded, prepared, recipe, base_model=base_model, output=output, resume=resume, view=view)
     except UsageProblem:
         raise
     except KeyboardInterrupt as error:
@@ -261,9 +278,22 @@ def train(
     except Exception as error:
         error.add_note(_kept(output))
         raise
-    if process in (None, "0"):
-        view.conclude(space, output)
-    return 0
+
+
+def _own_examples(
+    loaded: LoadedModel, settings: OwnData, template: str | None, file: Path | None, view: TrainView
+) -> list[Conversation]:
+    """Return what the model asks itself and answers, kept in a file or, for a dry run, nowhere."""
+    from space_cli.training.own_data import own_examples
+
+    with TemporaryDirectory() as folder:
+        return own_examples(
+            loaded,
+            settings,
+            template=template,
+            file=Path(folder, "dry.jsonl") if file is None else file,
+            on_progress=lambda done, total, rate: view.phase("questions of its own", done, total, rate),
+        )
 
 
 def _kept(output: Path) -> str:

@@ -99,9 +99,7 @@ def _answer(
     model: PreTrainedModel, waiting: Sequence[_Request], settings: Distillation, eos_token_ids: frozenset[int]
 ) -> Iterator[tuple[_Request, list[int]]]:
     requests = [
-        Request(
-            each.prompt_ids, settings.max_new_tokens, each.temperature, mix(settings.seed, int(each.key[:8], 16))
-        )
+        Request(each.prompt_ids, settings.max_new_tokens, each.temperature, mix(settings.seed, int(each.key[:8], 16)))
         for each in waiting
     ]
     for number, answer in answer_in_batches(model, requests, rows=settings.batch_size, eos_token_ids=eos_token_ids):

@@ -1,7 +1,7 @@
 """Low-rank layers in one piece for training: no table as large as the layer's output beside the output itself.
 
-peft's layer scales and adds the update as tables of their own, forwards and backwards, and casts its input; on a CPU that
-takes longer than the products. Here the update is added by the product that makes it.
+peft's layer scales and adds the update as tables of their own, forwards and backwards, and casts its input; on a CPU
+that takes longer than the products. Here the update is added by the product that makes it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class LowRankLinear(torch.autograd.Function):
         Args:
             ctx: of autograd.
             inputs: of the base's dtype, as are the products.
-            weight: (out, in); transposed: the same, (in, out).
+            weight: (out, in).
+            transposed: the same, (in, out).
             bias: (out).
             down: A, (r, in), float32.
             up: B, (out, r), float32.
@@ -119,7 +120,9 @@ def training_attention(
     groups = heads // key.shape[1]
     grouped = (query * (width**-0.5 if scaling is None else scaling)).reshape(batch, -1, groups * queries, width)
     scores = (grouped @ key.transpose(2, 3)).view(batch, -1, groups, queries, key.shape[2])
-    shares = functional.softmax(scores + attention_mask[:, :, None], dim=-1).view(batch, -1, groups * queries, key.shape[2])
+    shares = functional.softmax(scores + attention_mask[:, :, None], dim=-1).view(
+        batch, -1, groups * queries, key.shape[2]
+    )
     return (shares @ value).view(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 

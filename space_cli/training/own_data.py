@@ -105,15 +105,15 @@ def _turn_of_a_user(loaded: LoadedModel, template: str | None) -> tuple[list[int
     return ids, closing.strip()
 
 
-def _questions(loaded: LoadedModel, settings: OwnData, opening: Sequence[int], closing: str, *, number: int) -> list[str]:
+def _questions(
+    loaded: LoadedModel, settings: OwnData, opening: Sequence[int], closing: str, *, number: int
+) -> list[str]:
     """Sample a batch of user's turns."""
     requests = [
         Request(tuple(opening), _QUESTION_TOKENS, _TEMPERATURE, mix(mix(settings.seed, number), row))
         for row in range(settings.batch_size)
     ]
-    found = answer_in_batches(
-        loaded.model, requests, rows=settings.batch_size, eos_token_ids=loaded.eos_token_ids
-    )
+    found = answer_in_batches(loaded.model, requests, rows=settings.batch_size, eos_token_ids=loaded.eos_token_ids)
     questions = []
     for _, ids in found:
         ended = ids[-1] in loaded.eos_token_ids
@@ -131,9 +131,7 @@ def _answered(
     examples = [Conversation((Turn("user", each), Turn("assistant", ".")), OWN_DATA) for each in questions]
     prompts = [prompt_ids(each, loaded.tokenizer, template=template)[0] for each in examples]
     requests = [Request(tuple(ids), settings.answer_tokens) for ids in prompts]
-    found = answer_in_batches(
-        loaded.model, requests, rows=settings.batch_size, eos_token_ids=loaded.eos_token_ids
-    )
+    found = answer_in_batches(loaded.model, requests, rows=settings.batch_size, eos_token_ids=loaded.eos_token_ids)
     return [(questions[number], ids) for number, ids in found]
 
 

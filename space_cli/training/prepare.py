@@ -89,9 +89,7 @@ def prepare_examples(
     return Prepared(
         examples=[useful[number] for number in trained if number in useful],
         # in an order drawn by the seed: the first few stand for all of the data
-        prompts=prompts(
-            number for number in order if number not in kept_back and examples[number].where != OWN_DATA
-        ),
+        prompts=prompts(number for number in order if number not in kept_back and examples[number].where != OWN_DATA),
         held_out=prompts(sorted(kept_back)),
         held_out_examples=[useful[number] for number in sorted(kept_back & useful.keys())],
         cut=sum(encoded[number].cut > 0 for number in trained),
