@@ -247,9 +247,9 @@ def train(
     if dry_run:
         from space_cli.training.rehearse import rehearse
 
-        view.rehearsed(rehearse(loaded, prepared, recipe, base_model=_base_name(model)))
+        view.rehearsed(rehearse(loaded, prepared, recipe, base_model=_base_name(model, loaded)))
         return 0
-    space = _trained(loaded, prepared, recipe, _base_name(model), output, resume=resume, view=view)
+    space = _trained(loaded, prepared, recipe, _base_name(model, loaded), output, resume=resume, view=view)
     if process in (None, "0"):
         view.conclude(space, output)
     return 0
@@ -349,8 +349,10 @@ def _method(loaded: LoadedModel, method: str, quantization: str) -> Method:
     return "adapter" if large or has_adapter or quantization != "none" or loaded.gguf else "full"
 
 
-def _base_name(model: str) -> str:
-    """Return the model's name as a checkpoint elsewhere will find it: folders and files by their full path."""
+def _base_name(model: str, loaded: LoadedModel) -> str:
+    """Return the base's name as a checkpoint elsewhere will find it: folders and files by their full path."""
     from space_cli.models.registry import located
 
+    if loaded.space is not None and loaded.space.method == "adapter" and loaded.space.base_model is not None:
+        return loaded.space.base_model
     return located(model)
