@@ -7,6 +7,14 @@ import tempfile
 from pathlib import Path
 
 
+def expanded(name: str) -> str:
+    """Return a path with the home folder in place of `~`; a shell leaves the one in `--option=~/file` as it is."""
+    try:
+        return str(Path(name).expanduser()) if name.startswith("~") else name
+    except RuntimeError:  # nobody of that name
+        return name
+
+
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write `content` under a temporary name in the same folder, then put it in place of `file`.
 

@@ -15,10 +15,13 @@ import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from space_cli.errors import UsageProblem
+from space_cli.files import expanded
+from space_cli.text import decoded, marked_encoding, read_text
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv")
 
@@ -73,7 +76,7 @@ def read_rows(source: str, hub: HubDataset) -> Iterator[SourceRow]:
     Raises:
         UsageProblem: nothing there, or no kind of file that is read; malformed content, while the rows are read.
     """
-    file = Path(source)
+    file = Path(expanded(source))
     try:
         known, there = source.lower().endswith(SUFFIXES), file.exists()
     except OSError as error:  # a name too long for the file system
@@ -108,22 +111,26 @@ def _json(file: Path) -> Iterator[SourceRow]:
     name = file.name.lower()
     opened = gzip.open if name.endswith(".gz") else open
     with opened(file, "rb") as stream:
-        if name.removesuffix(".gz").endswith(".jsonl"):
-            yield from _json_lines(stream, file)
+        first = stream.readline()
+        if name.removesuffix(".gz").endswith(".jsonl") and marked_encoding(first)[0] == "utf-8":
+            yield from _json_lines(chain([first.removeprefix(BOM_UTF8)], stream), file)
             return
-        content = stream.read()
-    if content.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
-        yield from _json_array(_decode(content, file), file)
+        content = first + stream.read()
+    encoding, start = marked_encoding(content)
+    if content[start:].decode(encoding, "replace").lstrip().startswith("["):
+        yield from _json_array(decoded(content, str(file)), file)
+    elif encoding == "utf-8":
+        # line by line: what is no text is told behind what is
+        yield from _json_lines(content[start:].split(b"\n"), file)
     else:
-        yield from _json_lines(content.split(b"\n"), file)
+        yield from _json_lines(decoded(content, str(file)).encode().split(b"\n"), file)
 
 
 def _json_lines(lines: Iterable[bytes], file: Path) -> Iterator[SourceRow]:
     # JSON Lines ends lines with \n alone: str.splitlines would cut inside strings that hold U+2028 and the like
     for number, line in enumerate(lines, start=1):
-        content = line.removeprefix(BOM_UTF8) if number == 1 else line
-        if content.strip():
-            yield SourceRow(str(file), "line", number, _parse(content, f"{file}:{number}"))
+        if line.strip():
+            yield SourceRow(str(file), "line", number, _parse(line, f"{file}:{number}"))
 
 
 def _parse(line: bytes, where: str) -> Any:
@@ -177,7 +184,7 @@ def _line_of(text: str, position: int) -> int:
 def _csv(file: Path) -> Iterator[SourceRow]:
     # the standard library's reader keeps every cell a string and knows its line; those of datasets and pyarrow do not
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_decode(file.read_bytes(), file), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
     header: list[str] = []
     line = 1
     try:
@@ -191,15 +198,6 @@ def _csv(file: Path) -> Iterator[SourceRow]:
                 yield SourceRow(str(file), "line", begun, dict(zip(header, cells, strict=False)))
     except csv.Error as error:
         raise UsageProblem(f"{file}:{line}: not CSV: {error}") from error
-
-
-def _decode(content: bytes, file: Path) -> str:
-    content = content.removeprefix(BOM_UTF8)
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UsageProblem(f"{file}:{line}: not UTF-8 text") from error
 
 
 def _parquet(file: Path) -> Iterator[SourceRow]:

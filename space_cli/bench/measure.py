@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from space_cli.bench.report import Sample
 from space_cli.bench.suites import Prompt, Suite
 from space_cli.core.choose import Sampling
 from space_cli.core.engine import Numerics
-from space_cli.core.stopping import StopRule, TextStream, cut_at_stop
+from space_cli.core.stopping import StopRule, TextStream, cut_at_stop, text_behind
 from space_cli.core.stream import Generation, Parts, Step, is_repetitive
 from space_cli.errors import UsageProblem
 from space_cli.models.chat import Chat
@@ -104,6 +105,11 @@ class Plan:
     def turns(self) -> int:
         """Turns of all prompts."""
         return sum(len(each.prompt.turns) for each in self.prompts)
+
+
+def suites_for(loaded: LoadedModel, suites: Sequence[Suite]) -> list[Suite]:
+    """Return the suites in the form in which this model is to be asked."""
+    return [suite.for_chat_model() if loaded.is_chat_model else suite for suite in suites]
 
 
 def most_tokens(suites: Sequence[Suite], settings: Settings, *, limit: int | None) -> int:
@@ -278,8 +284,8 @@ def _answer(method: Method, planned: Planned, view: View) -> Sample:
 
 def _sample(method: Method, planned: Planned, generation: Generation) -> Sample:
     task, tokens = planned.task, generation.tokens
-    text = task.loaded.decode(tokens, skip_special_tokens=True)
-    stream = TextStream(task.loaded.decode)
+    text = text_behind(partial(task.loaded.decode, skip_special_tokens=True), task.prompt_ids, tokens)
+    stream = TextStream(task.loaded.decode, task.prompt_ids)
     return Sample(
         suite=planned.suite.name,
         task_id=planned.prompt.task_id,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +14,14 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from space_cli.bench import llama_cpp
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import AdaptiveDrafts, Drafts
+from space_cli.core.drafting import Drafter, Strategy
 from space_cli.core.engine import Numerics, embedding_rows
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
 from space_cli.models.loading import LoadedModel
+from space_cli.models.reference import reference_model
+from space_cli.models.stops import no_defaults_of_its_own
 
 OnStep = Callable[[Step], None]
 LOOKUP_TOKENS = 10
@@ -50,18 +51,14 @@ def _ar(task: Task, on_step: OnStep) -> Generation:
 
 
 def _space(task: Task, on_step: OnStep) -> Generation:
-    return run_decode(task, task.loaded.drafts(task.candidates), on_step)
+    return run_decode(task, task.loaded.drafts(task.candidates, strategy=Strategy(memory=False)), on_step)
 
 
 def _space_chain(task: Task, on_step: OnStep) -> Generation:
     return run_decode(task, task.loaded.drafts(task.candidates or task.loaded.candidates), on_step)
 
 
-def _space_lookup(task: Task, on_step: OnStep) -> Generation:
-    return run_decode(task, AdaptiveDrafts(task.loaded.costs, 0), on_step)
-
-
-def run_decode(task: Task, drafts: Drafts | None, on_step: OnStep) -> Generation:
+def run_decode(task: Task, drafts: Drafter | None, on_step: OnStep) -> Generation:
     """Answer a task with our decoder; without drafts, one token at a time."""
     generation = Generation()
     for step in decode(
@@ -101,8 +98,8 @@ def _hf_mtp(task: Task, on_step: OnStep) -> Generation:
 
 
 def _llama_cpp(task: Task, on_step: OnStep) -> Generation:
-    generation, state = Generation(), task.stop.begin()
-    tokens = llama_cpp.greedy(task.loaded.model, task.prompt_ids, max_new_tokens=task.stop.max_new_tokens)
+    generation, state = Generation(), task.stop.begin(task.prompt_ids)
+    tokens = llama_cpp.greedy(task.loaded, task.prompt_ids, max_new_tokens=task.stop.max_new_tokens)
     while generation.finish_reason is None:
         started = time.perf_counter()
         token = next(tokens)
@@ -149,9 +146,10 @@ def _call_generate(
         pad_token_id=min(loaded.eos_token_ids, default=0),
         **options,
     )
-    input_ids = torch.tensor([list(prompt_ids)], device=loaded.model.device)
-    with _no_defaults_of_its_own(loaded.model), _no_defaults_of_its_own(assistant_model or loaded.model):
-        return loaded.model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
+    model = reference_model(loaded.model)
+    input_ids = torch.tensor([list(prompt_ids)], device=model.device)
+    with no_defaults_of_its_own(model), no_defaults_of_its_own(assistant_model or model):
+        return model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
@@ -160,22 +158,12 @@ def _call_generate(
         )
 
 
-@contextmanager
-def _no_defaults_of_its_own(model: PreTrainedModel) -> Iterator[None]:
-    """Keep `generate` from filling in what many checkpoints ask for: sampling, penalties, beams, another cache."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 class _Recorder(StoppingCriteria):
     """Turns what `generate` adds between two calls into a `Step`, and ends it by our stop rule."""
 
     def __init__(self, task: Task, on_step: OnStep) -> None:
         self.generation = Generation()
-        self._state = task.stop.begin()
+        self._state = task.stop.begin(task.prompt_ids)
         self._length = len(task.prompt_ids)
         self._on_step = on_step
         self._started = time.perf_counter()
@@ -269,6 +257,18 @@ def _check_mtp(loaded: LoadedModel, _sampling: Sampling, _draft: LoadedModel | N
         raise UsageProblem(f"{loaded.name} has no layers for multi-token prediction")
 
 
+def _part(name: str, description: str, strategy: Strategy) -> Method:
+    """Return SPACE with a part of its drafts, for the ablation."""
+
+    def run(task: Task, on_step: OnStep) -> Generation:
+        generation = run_decode(task, task.loaded.drafts(strategy=strategy), on_step)
+        if strategy.memory:
+            task.loaded.remember(generation.tokens)
+        return generation
+
+    return Method(name, description, run, exact_under_seed=True, needs_masks=not strategy.copies, adaptive=True)
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -289,13 +289,10 @@ METHODS = {
             needs_masks=True,
             takes_candidates=True,
         ),
-        Method(
-            "space-lookup",
-            "candidates copied from the context, no masks",
-            _space_lookup,
-            exact_under_seed=True,
-            adaptive=True,
-        ),
+        _part("space-masks", "blocks by cost, one token of each mask", Strategy(1, copies=False, memory=False)),
+        _part("space-tree", "blocks by cost, several tokens of each mask", Strategy(copies=False, memory=False)),
+        _part("space-lookup", "candidates copied from the context, no masks", Strategy(0, memory=False)),
+        _part("space-memory", "space, with the answers of this run to copy from", Strategy()),
         Method("hf", "transformers' generate", _hf, exact_under_seed=False),
         Method("hf-lookup", "generate with prompt lookup", _hf_lookup, exact_under_seed=False),
         Method(
@@ -321,7 +318,7 @@ METHODS = {
         ),
         Method(
             "llama-cpp",
-            "llama.cpp, greedy, from the same weights (pip install llama-cpp-python gguf)",
+            "llama.cpp, greedy, on the same weights: the GGUF file itself (pip install llama-cpp-python)",
             _llama_cpp,
             exact_under_seed=False,
             check=_check_llama_cpp,

@@ -64,7 +64,7 @@ def judge_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: 
         if metric is not None and metric not in missing:
             alike.setdefault((prompt, metric, sample.text), []).append(sample)
     # each waits for a process of its own
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     try:
         for group, (score, outcome) in zip(alike.values(), pool.map(lambda key: judge(*key), alike), strict=True):
             for sample in group:

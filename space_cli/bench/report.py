@@ -7,11 +7,13 @@ import subprocess
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, Field
+from pydantic_core import PydanticSerializationError
 
 import space_cli
 from space_cli.bench.profile import Profile
@@ -124,7 +126,11 @@ class JsonRecord(BaseModel):
 
     def to_json(self) -> str:
         """Return the JSON text; a figure that was not measured is null."""
-        return self.model_dump_json(indent=1) + "\n"
+        try:
+            return self.model_dump_json(indent=1) + "\n"
+        except PydanticSerializationError:  # the name of a file can hold bytes that are no text
+            text = dumps(self.model_dump(), indent=1, ensure_ascii=False)
+            return text.encode("utf-8", "replace").decode() + "\n"
 
     def write(self, file: Path) -> None:
         """Write the JSON, whole or not at all.

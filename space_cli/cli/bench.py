@@ -7,12 +7,14 @@ import sys
 from collections.abc import Collection
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from space_cli.cli import options
+from space_cli.cli.texts import with_corpora, with_past_answers
 from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def run(
     methods: _Methods = None,
     draft_model: _DraftModel = None,
     candidates: options.Candidates = None,
+    corpus: options.Corpus = None,
     sweep: _Sweep = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
@@ -124,7 +127,7 @@ def run(
 
     suites = [load_suite(name, field=field) for name in dict.fromkeys(suite or ["humaneval"])]
 
-    from space_cli.bench.measure import Settings, check_candidates, most_tokens, plan
+    from space_cli.bench.measure import Settings, check_candidates, most_tokens, plan, suites_for
     from space_cli.bench.methods import choose_methods
     from space_cli.bench.quality import check
     from space_cli.cli.live import run_view
@@ -137,14 +140,15 @@ def run(
     view.loading(model)
     load = partial(load_model, models_file=models_file, device=device)
     loaded = load(model, dtype=dtype, quantization=quantization, revision=revision)
-    draft = load(draft_model, dtype=loaded.dtype) if draft_model is not None else None
+    draft = None if draft_model is None else load(draft_model, dtype=loaded.dtype)
     settings = Settings(
         max_new_tokens, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), candidates
     )
     chosen, left_out = choose_methods(wanted, loaded, sampling=settings.sampling, draft=draft)
     check_candidates(loaded, candidates, chosen)
+    suites = suites_for(loaded, suites)
     tokens = seeds * most_tokens(suites, settings, limit=limit)
-    loaded = _with_engine(loaded, engine, chosen, tokens, view)
+    loaded = with_corpora(_with_engine(loaded, engine, chosen, tokens, view), corpus, quiet=quiet)
     planned = plan(loaded, suites, settings, limit=limit, draft=draft)
     report = _report(loaded, draft, settings)
     report.settings |= {
@@ -152,7 +156,8 @@ def run(
         "metrics": {each.name: each.metric for each in suites},
         "seeds": seeds,
         "sweep": sweep,
-        "left_out": left_out | planned.left_out | not_judged,
+        "corpus": [str(path) for path in corpus or ()],
+        "left_out": left_out | planned.left_out | not_judged | _no_pictures(report_file),
     }
     view.left_out(report.settings["left_out"])
     journal = _journal(json, report, planned, resume=resume)
@@ -246,7 +251,9 @@ def _with_engine(
     ours = sum(not method.name.startswith(("hf", "llama")) for method in methods)
     loaded = prepare(loaded, engine=engine, tokens=ours * tokens, on_compile=view.compiling)
     # measured anew: an hour in which the machine was busy must not decide
-    return measured(loaded, fresh=True) if any(method.adaptive for method in methods) else loaded
+    loaded = measured(loaded, fresh=True) if any(method.adaptive for method in methods) else loaded
+    # of this run alone: what was answered yesterday must not count
+    return with_past_answers(loaded, kept=False)
 
 
 def _journal(json: str | None, report: Report, planned: Plan, *, resume: bool) -> Journal | None:
@@ -305,6 +312,13 @@ def _add(
 
         view.note("judging answers")
         judge_all(report.samples, suites, missing=not_judged)
+
+
+def _no_pictures(report_file: Path | None) -> dict[str, str]:
+    """Return why a page will have no pictures, as what is left out of a run."""
+    if report_file is None or report_file.suffix != ".html" or find_spec("matplotlib") is not None:
+        return {}
+    return {"pictures of --report": "need matplotlib: pip install 'space-decoding[plot]'"}
 
 
 def _list() -> int:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import gc
 import sys
 from contextlib import contextmanager, nullcontext
+from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from space_cli.cli import options
+from space_cli.cli.texts import with_corpora, with_past_answers
 from space_cli.errors import Interrupted, UsageProblem
+from space_cli.text import prose, well_formed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from space_cli.cli.session import Session
     from space_cli.models.loading import LoadedModel
+    from space_cli.models.prompting import Turn
 
 EPILOG = (
     "Example: space chat    Example: space chat --prompt 'def add(a, b):' --raw    Example: cat notes.txt | space chat"
@@ -29,7 +33,9 @@ _Prompt = Annotated[
 ]
 _Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the model goes on behind the prompt.")]
 _System = Annotated[str | None, typer.Option("--system", help="What the model is told before all else.")]
-_SystemFile = Annotated[Path | None, typer.Option("--system-file", help="The same, from a file.")]
+_SystemFile = Annotated[
+    Path | None, typer.Option("--system-file", callback=options.at_home, help="The same, from a file.")
+]
 _Mode = Annotated[
     Literal["space", "ar"],
     typer.Option("--mode", help="space, or one token at a time."),
@@ -41,7 +47,16 @@ _Live = Annotated[
     Literal["text", "steps"], typer.Option("--live", help="Show the answer, or every step with what was guessed.")
 ]
 _Continue = Annotated[bool, typer.Option("--continue", "-c", help="Go on with the newest conversation.")]
-_Load = Annotated[Path | None, typer.Option("--load", help="Go on with a saved conversation.")]
+_Load = Annotated[
+    Path | None, typer.Option("--load", callback=options.at_home, help="Go on with a saved conversation.")
+]
+_Schema = Annotated[
+    Path | None,
+    typer.Option(
+        "--schema", callback=options.at_home, help="Answers are JSON that the JSON schema in this file holds for."
+    ),
+]
+_JsonMode = Annotated[bool, typer.Option("--json-mode", help="Answers are JSON objects.")]
 _Stats = Annotated[bool, typer.Option("--stats", help="Say on standard error what one answer cost.")]
 
 
@@ -54,6 +69,8 @@ def chat(
     template: options.Template = None,
     mode: _Mode = "space",
     candidates: options.Candidates = None,
+    corpus: options.Corpus = None,
+    memory: options.Memory = True,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -61,6 +78,8 @@ def chat(
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
+    schema: _Schema = None,
+    json_mode: _JsonMode = False,
     context: _Context = "stop",
     live: _Live = "text",
     go_on: _Continue = False,
@@ -82,19 +101,23 @@ def chat(
     if raw and template is not None:
         raise UsageProblem("--raw and --template exclude each other")
     system = _system(system, system_file)
-    model = options.named_model(model, quiet=quiet)
+    form = _schema(schema, json_mode=json_mode)
     state = _state_folder()
+    turns, partner = _saved(state / "newest.json" if go_on else load)
+    if partner and model is not None and not quiet and _differ(partner, model):
+        _say(f"the conversation was with {partner}; {model} goes on with it")
+    # a conversation goes on with the model it was had with
+    model = options.named_model(model or partner, quiet=quiet)
 
-    from space_cli.cli.console import err, plain, quiet_libraries
+    from space_cli.cli.console import err, is_screen, plain, quiet_libraries
 
     console = err()
-    loading = console.status(plain(f"loading {model}")) if console.is_terminal and not quiet else nullcontext()
+    loading = console.status(plain(f"loading {model}")) if is_screen(console) and not quiet else nullcontext()
     with loading, _without_collecting():
         quiet_libraries()
 
         from space_cli.cli.live import COMPILING
         from space_cli.cli.session import ChatSettings, Session
-        from space_cli.models.chat import load_turns
         from space_cli.models.engines import prepare
         from space_cli.models.loading import load_model
 
@@ -112,9 +135,9 @@ def chat(
                 revision=revision if name == model else None,
             )
             # what steps cost is measured once an answer needs it: the prompt comes sooner
-            return prepare(loaded, engine=engine, on_compile=compiling)
+            loaded = prepare(loaded, engine=engine, on_compile=compiling)
+            return with_corpora(with_past_answers(loaded, kept=True) if memory else loaded, corpus, quiet=quiet)
 
-        turns = load_turns(state / "newest.json") if go_on else load_turns(load) if load else []
         loaded = loaded_by(model)
         settings = ChatSettings.of(
             temperature=temperature,
@@ -129,7 +152,7 @@ def chat(
             context=context,
             live=live,
         )
-        session = Session(loaded, settings, template="{}" if raw else template, turns=turns)
+        session = Session(loaded, settings, template="{}" if raw else template, turns=turns, schema=form)
         if system:
             session.chat.system = system
     if text is not None:
@@ -153,11 +176,12 @@ def _without_collecting() -> Iterator[None]:
 
 def _one_prompt(prompt: str | None) -> str | None:
     """Return the one prompt to answer, or None to converse: what was given, what is piped in, or both."""
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("utf-8", "replace")
-    if prompt in (None, "-"):
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else prose(sys.stdin.buffer.read(), "standard input")
+    if prompt is None or prompt == "-":
         if not piped and (prompt == "-" or sys.stdin is None or not sys.stdin.isatty()):
             raise UsageProblem("standard input is empty", hint="give --prompt TEXT, or run it in a terminal")
         return piped or None
+    prompt = well_formed(prompt, "--prompt")
     return f"{prompt}\n\n{piped}" if piped and prompt else prompt or piped
 
 
@@ -165,11 +189,50 @@ def _system(system: str | None, file: Path | None) -> str:
     if system is not None and file is not None:
         raise UsageProblem("--system and --system-file exclude each other")
     if file is None:
-        return system or ""
+        return well_formed(system or "", "--system")
     try:
-        return file.read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageProblem(f"--system-file {file}: {getattr(error, 'strerror', None) or error}") from error
+        return prose(file.read_bytes(), str(file)).strip()
+    except OSError as error:
+        raise UsageProblem(f"--system-file {file}: {error.strerror or error}") from error
+
+
+def _saved(file: Path | None) -> tuple[list[Turn], str | None]:
+    """Return the turns of a saved conversation and the model it was had with; nothing without a file."""
+    if file is None:
+        return [], None
+
+    from space_cli.models.chat import load_turns
+
+    return load_turns(file)
+
+
+def _differ(one: str, other: str) -> bool:
+    from space_cli.models.registry import located
+
+    return located(one) != located(other)
+
+
+def _say(text: str) -> None:
+    from space_cli.cli.console import err, plain
+
+    err().print(plain(text, style="dim"), soft_wrap=True)
+
+
+def _schema(file: Path | None, *, json_mode: bool) -> dict[str, Any] | None:
+    """Return the schema that answers follow, or None."""
+    if file is not None and json_mode:
+        raise UsageProblem("--schema and --json-mode exclude each other")
+    if file is None:
+        return {"type": "object"} if json_mode else None
+    try:
+        schema = loads(file.read_bytes())
+    except OSError as error:
+        raise UsageProblem(f"--schema {file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageProblem(f"--schema {file}: no JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise UsageProblem(f"--schema {file}: a schema is a JSON object")
+    return schema
 
 
 def _state_folder() -> Path:
@@ -181,7 +244,7 @@ def _state_folder() -> Path:
 def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, quiet: bool) -> int:
     """Answer one prompt on standard output, or as JSON."""
     from space_cli.cli.answer import summary, view_of
-    from space_cli.cli.console import err, out, plain, print_wrapped
+    from space_cli.cli.console import err, is_screen, out, plain, print_wrapped
     from space_cli.cli.session import record_of
     from space_cli.cli.tables import write_record
     from space_cli.core.stream import Generation
@@ -190,7 +253,7 @@ def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, 
     session.chat.turns.append(Turn("user", text))
     asked, generation = session.request(), Generation()
     try:
-        with nullcontext() if json == "-" else view_of(session, out()) as view:
+        with nullcontext() if json == "-" else view_of(session, out(), asked.token_ids) as view:
             for step in session.steps(asked):
                 generation.steps.append(step)
                 if view is not None:
@@ -202,7 +265,7 @@ def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, 
         if generation.steps:
             write_record(record_of(session, asked, generation), json)
     session.conclude(asked, generation)
-    if (stats or out().is_terminal) and not quiet:
+    if (stats or is_screen(out())) and not quiet:
         told = summary(session, generation, speedup=session.speedup(), context="")
         print_wrapped(err(), plain(told, style="dim"))
     return 0

@@ -6,8 +6,11 @@ from a file is untrusted: `visible` turns what a terminal would obey into what a
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +40,7 @@ def plain(text: str, style: str = "") -> Text:
 
 def print_wrapped(console: Console, text: Text) -> None:
     """Print a text of ours, in a terminal broken between words."""
-    console.print(text, soft_wrap=not console.is_terminal)
+    console.print(text, soft_wrap=not is_screen(console))
 
 
 @contextmanager
@@ -57,6 +60,54 @@ def unechoed() -> Iterator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
+# what a bar, a rule or an ellipsis is drawn with where only ASCII can be written
+_LOOK_ALIKES = dict(zip("▁▂▃▄▅▆▇█━─│·…↵→✓", "._:-=+*##-|-.>>v", strict=True))
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    """Stand in for characters that a stream cannot encode: by a look-alike, or by an escape that loses nothing."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    return "".join(_LOOK_ALIKES.get(each) or _escaped(each) for each in characters), error.end
+
+
+def _escaped(character: str) -> str:
+    return character.encode("ascii", "backslashreplace").decode()
+
+
+def never_fail_for_a_character() -> None:
+    """Make standard output and error take any text, whatever their encoding: a long run must not end at a character."""
+    codecs.register_error("space", _replaced)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="space")
+
+
+def echo_json(text: str) -> None:
+    """Write JSON to standard output; what its encoding lacks is escaped as JSON escapes it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = re.sub(r"[^\x00-\x7f]", _json_escape, text)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    units = found[0].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[place : place + 2].hex()}" for place in range(0, len(units), 2))
+
+
+def is_screen(console: Console) -> bool:
+    """Return whether a person sees the console as it is drawn, so that the cursor may be moved.
+
+    FORCE_COLOR and TTY_COMPATIBLE ask for colour where there is no terminal, as in the log of a CI run.
+    """
+    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
+
+
 def out() -> Console:
     """Return the console of standard output."""
     return Console(highlight=False, markup=False, emoji=False)
@@ -68,16 +119,26 @@ def err() -> Console:
 
 
 def quiet_libraries() -> None:
-    """Keep the model libraries' notes and bars from breaking ours; a download keeps its bar in a terminal."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Keep the model libraries' notes, warnings and bars from breaking ours; a download keeps its bar in a terminal.
 
-    # bitsandbytes tells which of its kernels are absent, whether they are wanted or not
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    With --debug what they note and warn of is shown.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    debug = bool(os.environ.get("SPACE_DEBUG"))
+    quiet = not debug and "TRANSFORMERS_VERBOSITY" not in os.environ
+    if quiet:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    if not debug:
+        if logging.lastResort is not None:  # where loggers without a handler of their own write
+            logging.lastResort.setLevel(logging.ERROR)
+        # bitsandbytes tells which of its kernels are absent, whether they are wanted or not
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    if quiet:
+        transformers_logging.set_verbosity_error()  # where it was imported before
     transformers_logging.disable_progress_bar()
     if sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         enable_progress_bars()

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from space_cli.cli.console import err, plain, visible
+from space_cli.cli.console import err, is_screen, plain, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -210,7 +210,7 @@ class LiveRunView(RunView):
 def run_view(*, quiet: bool) -> RunView:
     """Return the view for where standard error goes."""
     console = err()
-    if quiet or not console.is_terminal or console.is_dumb_terminal:
+    if quiet or not is_screen(console):
         return RunView(console, quiet=quiet)
     return LiveRunView(console)
 

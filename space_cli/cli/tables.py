@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from space_cli.cli.console import err, out, plain
+from space_cli.cli.console import echo_json, err, is_screen, out, plain
 from space_cli.cli.live import histogram, without_masks
 from space_cli.core.stream import Parts
 from space_cli.verify.record import LEAST_P_VALUE
@@ -35,7 +34,7 @@ _ROUNDING = (
 def write_record(record: JsonRecord, json: str | None) -> None:
     """Write the record of a run as --json asks: - is standard output."""
     if json == "-":
-        typer.echo(record.to_json(), nl=False)
+        echo_json(record.to_json())
     elif json is not None:
         record.write(Path(json))
 
@@ -68,7 +67,7 @@ def show_bench(report: Report, done: str, *, to_stderr: bool) -> None:
 
 def _console(*, to_stderr: bool) -> Console:
     console = err() if to_stderr else out()
-    if not console.is_terminal:
+    if not is_screen(console):
         # without a terminal there is no width to keep to: a folded table is hard to read and to take apart
         console.width = max(console.width, 200)
     return console
@@ -280,7 +279,7 @@ def show_verification(record: Verification, done: str, *, to_stderr: bool) -> No
     """
     console = _console(to_stderr=to_stderr)
     # in a terminal lines break between words, elsewhere not at all
-    fold = not console.is_terminal
+    fold = not is_screen(console)
     if not record.complete:
         console.print(f"Interrupted after {done}.")
     places = by_place(record.divergences)
@@ -346,6 +345,8 @@ def verdict(record: Verification) -> str:
     violations = len(places) - ties
     unlikely = [test for test in record.distributions if test.p_value < LEAST_P_VALUE]
     scope = f"{record.tokens} tokens of {len(record.answers)} answers"
+    if record.lossless is None:
+        return f"NO VERDICT: an error ended the run behind {scope}"
     if violations or unlikely:
         found = [f"{violations} {'violation' if violations == 1 else 'violations'}"] if violations else []
         found += [

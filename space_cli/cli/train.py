@@ -36,12 +36,12 @@ _Data = Annotated[
     list[str],
     typer.Option(
         "--data",
-        help="A .jsonl, .json, .parquet or .csv file (.gz too), a Hub dataset id, or self: the model asks itself;"
+        help="A .jsonl, .json, .parquet, .csv or .txt file (.gz too), a Hub dataset id, or self: the model asks itself;"
         " repeatable.",
         metavar="DATA",
     ),
 ]
-_Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoint.")]
+_Output = Annotated[Path, typer.Option("--output", "-o", callback=options.at_home, help="Folder of the checkpoint.")]
 _Method = Annotated[
     Literal["auto", "full", "adapter"],
     typer.Option(
@@ -165,10 +165,7 @@ def train(
     from space_cli.training.data import OWN_DATA, read_examples
 
     sources = [read_examples(source, limit=limit) for source in dict.fromkeys(data) if source != OWN_DATA]
-
-    from space_cli.cli.console import quiet_libraries
-
-    quiet_libraries()
+    _check_names(optim, report_to)
 
     from space_cli.cli.train_view import training_view
     from space_cli.models.loading import load_model
@@ -184,6 +181,7 @@ def train(
     view.note(f"loading {model}")
     loaded = load_model(
         model,
+        weights="dense",
         models_file=models_file,
         dtype=dtype,
         device=_own_device(device, process),
@@ -191,9 +189,9 @@ def train(
         revision=revision,
     )
     chosen = _method(loaded, method, quantization)
-    examples = [example for source in sources for example in source.examples]
     template = template or loaded.prompt_template
     length = min(max_length, loaded.context_length or max_length)
+    examples = [example for source in sources for example in source.examples]
     if OWN_DATA in data:
         own = OwnData(
             count=_DRY_QUESTIONS if dry_run else answered or _OWN_QUESTIONS,
@@ -241,7 +239,7 @@ def train(
         },
     )
     for source in sources:
-        view.note(f"{source.source}: {len(source.examples)} examples, format {source.format}")
+        view.note(source.told)
     view.example(rendered(examples[0], loaded.tokenizer, template=template))
     view.begin(loaded, prepared, recipe)
     if dry_run:
@@ -314,6 +312,16 @@ def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageProblem(f"--output {output}: is not empty", hint="give --resume to go on with it, or --overwrite")
 
 
+def _check_names(optim: str, report_to: str) -> None:
+    from space_cli.cli.console import quiet_libraries
+
+    quiet_libraries()
+
+    from space_cli.training.choices import check_names
+
+    check_names(optim=optim, report_to=report_to)
+
+
 def _own_device(device: str, process: str | None) -> str:
     """Return the device of this process where several were started."""
     import torch
@@ -344,7 +352,7 @@ def _temperatures(told: str) -> tuple[float, ...]:
 def _method(loaded: LoadedModel, method: str, quantization: str) -> Method:
     if method == "full" or method == "adapter":
         return "full" if method == "full" else "adapter"
-    large = loaded.model.num_parameters() > _ADAPTER_ABOVE
+    large = loaded.num_parameters > _ADAPTER_ABOVE
     has_adapter = loaded.space is not None and loaded.space.method == "adapter"
     return "adapter" if large or has_adapter or quantization != "none" or loaded.gguf else "full"
 

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from space_cli.cli.console import err, out, plain
+from space_cli.cli.console import err, is_screen, out, plain
 
 if TYPE_CHECKING:
     from space_cli.models.checkpoint import SpaceConfig
@@ -57,7 +57,7 @@ class TrainView:
 
     def begin(self, loaded: LoadedModel, prepared: Prepared, recipe: Recipe) -> None:
         """Say what will be trained on what."""
-        where = f"{loaded.name}, {loaded.model.num_parameters():,} parameters, {loaded.dtype} {loaded.device}"
+        where = f"{loaded.name}, {loaded.num_parameters:,} parameters, {loaded.dtype} {loaded.device}"
         self.note(f"{where}; method {recipe.method}, k = {recipe.candidates}")
         left_out = f", {prepared.empty} without anything to learn left out" if prepared.empty else ""
         cut = f", {prepared.cut} cut by {prepared.cut_tokens} tokens" if prepared.cut else ""
@@ -218,7 +218,7 @@ class LiveTrainView(TrainView):
 def training_view(*, quiet: bool) -> TrainView:
     """Return the view for where standard error goes."""
     console = err()
-    if quiet or not console.is_terminal or console.is_dumb_terminal:
+    if quiet or not is_screen(console):
         return TrainView(console, quiet=quiet)
     return LiveTrainView(console)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from space_cli.cli import options
-from space_cli.errors import UsageProblem
+from space_cli.cli.texts import with_corpora, with_past_answers
+from space_cli.errors import RunFailed, UsageProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from space_cli.bench.measure import Planned, Settings
     from space_cli.cli.live import RunView
@@ -71,6 +73,7 @@ def verify_lossless(
     drafts: _Drafts = None,
     numerics: _Numerics = "auto",
     candidates: options.Candidates = None,
+    corpus: options.Corpus = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -104,7 +107,7 @@ def verify_lossless(
 
     quiet_libraries()
 
-    from space_cli.bench.measure import Settings, most_tokens, plan
+    from space_cli.bench.measure import Settings, most_tokens, plan, suites_for
     from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
     from space_cli.models.engines import prepare
@@ -116,6 +119,7 @@ def verify_lossless(
     view.loading(model)
     load = partial(load_model, models_file=models_file, dtype=dtype, device=device, quantization=quantization)
     loaded = load(model, revision=revision)
+    suites = suites_for(loaded, suites)
     names = names or ("ar", "hf", *(["base"] if _base_of(loaded) else []))
     base = _load_base(loaded, load, view) if "base" in names else None
     same_shape = numerics == "same-shape"
@@ -129,6 +133,7 @@ def verify_lossless(
         tokens=2 * seeds * most_tokens(suites, settings, limit=limit),
         on_compile=view.compiling,
     )
+    loaded = with_corpora(with_past_answers(loaded, kept=False), corpus, quiet=quiet)
     planned = plan(loaded, suites, settings, limit=limit)
     view.left_out(planned.left_out)
     comparison = Comparison(block, drafts, names, base, same_shape, seeds)
@@ -136,7 +141,7 @@ def verify_lossless(
     run_names = ["ar", "space", *(["hf"] if "hf" in names and not temperature else []), *(["base"] if base else [])]
     view.begin(loaded, run_names, planned.turns * seeds, unit="answers")
     try:
-        with view:
+        with view, _noting_a_break(record):
             _run(record, planned.prompts, comparison, view, draws=draws)
         record.complete = True
     except KeyboardInterrupt:
@@ -147,6 +152,16 @@ def verify_lossless(
             record.conclude(candidates=None if drafts == "adaptive" else block.num_candidates, strict=strict)
             _hand_out(record, json, report, view)
     return 0 if record.lossless else 1
+
+
+@contextmanager
+def _noting_a_break(record: Verification) -> Iterator[None]:
+    """From answers before an error nothing follows for the model: it gets no verdict."""
+    try:
+        yield
+    except RunFailed:
+        record.broken = True
+        raise
 
 
 def _load_base(loaded: LoadedModel, load: Callable[[str], LoadedModel], view: RunView) -> LoadedModel:
@@ -205,11 +220,12 @@ def _block(loaded: LoadedModel, drafts: str, candidates: int | None) -> Block:
     return Block.chain(k, 0)
 
 
-def _shaped(loaded: LoadedModel, numerics: str) -> Numerics:
+def _shaped(loaded: LoadedModel, numerics: str) -> Numerics | None:
     from space_cli.core.engine import default_numerics
 
     if numerics == "auto":
-        return default_numerics(loaded.model)
+        # on a GPU it depends on the engine, which pads its rows where it can
+        return None if loaded.device.startswith("cuda") else default_numerics(loaded.model)
     # blocks of one shape also need one length of the cache
     return "plain" if numerics == "plain" else "invariant"
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -24,7 +25,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from space_cli.errors import RunFailed
+
 LIKELY = 4
+_NONE = -1
+_INFINITE = 0x7F80
+"""The exponent's bits of a bfloat16 that is infinite or no number."""
 _NOISE_ROWS_KEPT = 64
 _MASK64 = (1 << 64) - 1
 # of splitmix64
@@ -45,7 +51,11 @@ class Likely(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen, in transformers' words; temperature 0 is greedy and ignores top_k, top_p and min_p."""
+    """How tokens are chosen, in transformers' words; temperature 0 is greedy and ignores top_k, top_p and min_p.
+
+    Presence and frequency penalties are OpenAI's: off the logit of a token that the answer has already, once, and once
+    for each time that it came.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -53,16 +63,29 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
 
-    def processors(self) -> LogitsProcessorList:
-        """Return transformers' processors in the order `generate` applies them."""
+    @property
+    def reads_history(self) -> bool:
+        """Whether the tokens so far change what is chosen."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
+    def processors(self, prompt_length: int = 0) -> LogitsProcessorList:
+        """Return the processors, transformers' ones in the order `generate` applies them.
+
+        Args:
+            prompt_length: tokens in front of the answer, which presence and frequency penalties do not count.
+        """
         processors = LogitsProcessorList()
         if self.repetition_penalty != 1.0:
             processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.presence_penalty or self.frequency_penalty:
+            processors.append(_CountPenalty(prompt_length, self.presence_penalty, self.frequency_penalty))
         if self.temperature == 0:
             return processors
         if self.temperature != 1.0:
@@ -74,6 +97,19 @@ class Sampling:
         if self.min_p:
             processors.append(MinPLogitsWarper(self.min_p))
         return processors
+
+
+class _CountPenalty(LogitsProcessor):
+    """OpenAI's presence and frequency penalties, which transformers does not have."""
+
+    def __init__(self, prompt_length: int, presence: float, frequency: float) -> None:
+        self._prompt_length, self._presence, self._frequency = prompt_length, presence, frequency
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        answers = input_ids[:, self._prompt_length :]
+        counts = torch.zeros_like(scores).scatter_add_(1, answers, torch.ones_like(answers, dtype=scores.dtype))
+        taken = counts * self._frequency + (counts > 0) * self._presence
+        return cast(torch.FloatTensor, scores - taken)
 
 
 class Chooser:
@@ -96,10 +132,19 @@ class Chooser:
         self._noise = None if seed is None else _Noise(seed)
 
     @classmethod
-    def from_sampling(cls, sampling: Sampling) -> Chooser:
-        """Return the chooser that `sampling` describes."""
+    def from_sampling(
+        cls, sampling: Sampling, *, prompt_length: int = 0, first: Sequence[LogitsProcessor] = ()
+    ) -> Chooser:
+        """Return the chooser that `sampling` describes.
+
+        Args:
+            sampling: how.
+            prompt_length: tokens in front of the answer.
+            first: processors in front of its own; they get the history.
+        """
         seed = sampling.seed if sampling.temperature else None
-        return cls(sampling.processors(), seed=seed, reads_history=sampling.repetition_penalty != 1.0)
+        processors = LogitsProcessorList([*first, *sampling.processors(prompt_length)])
+        return cls(processors, seed=seed, reads_history=bool(first) or sampling.reads_history)
 
     def rows(self, logits: torch.Tensor, likely: Likely | None = None) -> Rows:
         """Return the rows of one model call, to choose from one by one.
@@ -140,13 +185,21 @@ class Rows:
         self._likely = likely if plain else None
         self._greedy: list[int] | None = None
         if plain:
-            self._greedy = largest(logits) if likely is None else likely.tokens[:, 0].tolist()
+            self._greedy = largest(logits) if likely is None else _first(likely)
 
     def token(self, row: int, history: Sequence[int]) -> int:
-        """Return the token that follows `history` (prompt included) by the logits of `row`."""
-        if self._greedy is not None:
-            return self._greedy[row]
-        return largest(self.scores(row, history)[None])[0]
+        """Return the token that follows `history` (prompt included) by the logits of `row`.
+
+        Raises:
+            RunFailed: its logits are not finite, so that none is the largest.
+        """
+        token = largest(self.scores(row, history)[None])[0] if self._greedy is None else self._greedy[row]
+        if token == _NONE:
+            raise RunFailed(
+                f"the model's logits behind {len(history)} tokens are not finite",
+                hint="its weights are damaged, or --dtype is too narrow for them: try float32",
+            )
+        return token
 
     def scores(self, row: int, history: Sequence[int]) -> torch.Tensor:
         """Return the (V,) scores of `row` whose largest is chosen: processed logits, and noise if sampled.
@@ -159,6 +212,23 @@ class Rows:
         if self._noise is not None:
             scores = scores + self._noise.at(len(history), scores.shape[-1], scores.device)
         return scores[0]
+
+    def logprobs(self, rows: Sequence[int], tokens: Sequence[int], count: int) -> list[tuple[tuple[int, float], ...]]:
+        """Return for each row its token and the `count` likeliest, with their log-probabilities before any processor.
+
+        Args:
+            rows: that the tokens were chosen from.
+            tokens: one for each row.
+            count: beside the token itself.
+        """
+        scores = self._logits[list(rows)]
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(dim=-1)
+        values, likeliest = (each.tolist() for each in scores.topk(min(count, scores.shape[-1]), dim=-1))
+        own = scores[torch.arange(len(tokens)), list(tokens)].tolist()
+        return [
+            ((token, value), *zip(likeliest[row], values[row], strict=True))
+            for row, (token, value) in enumerate(zip(tokens, own, strict=True))
+        ]
 
     def likely(self, rows: range, history: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
         """Return for consecutive rows the `count` likeliest tokens with their shares, largest first.
@@ -180,14 +250,29 @@ class Rows:
 
 
 def largest(logits: torch.Tensor) -> list[int]:
-    """Return the token of the largest logit of each row of (Q, V): one copy off the device, and no other of a step."""
+    """Return the token of the largest logit of each row of (Q, V), -1 where that is no finite number.
+
+    One copy off the device, and no other of a step.
+    """
     if logits.device.type != "cpu":
-        return cast(list[int], logits.argmax(dim=-1).tolist())
+        values, tokens = logits.max(dim=-1)
+        return cast(list[int], torch.where(values.isfinite(), tokens, _NONE).tolist())
+    rows = np.arange(len(logits))
     if logits.dtype != torch.bfloat16:
-        return cast(list[int], logits.numpy().argmax(axis=-1).tolist())
-    # numpy has no bfloat16; as integers they have the same order once the magnitude of negative ones is turned over
-    bits = logits.view(torch.int16).numpy()
-    return cast(list[int], (bits ^ (bits >> 15 & 0x7FFF)).argmax(axis=-1).tolist())
+        numbers = logits.numpy()
+        places = numbers.argmax(axis=-1)
+        finite = np.isfinite(numbers[rows, places])
+    else:
+        # numpy has no bfloat16; as integers they have the same order once the magnitude of negative ones is turned over
+        bits = logits.view(torch.int16).numpy()
+        places = (bits ^ (bits >> 15 & 0x7FFF)).argmax(axis=-1)
+        finite = bits[rows, places] & _INFINITE != _INFINITE
+    return cast(list[int], np.where(finite, places, _NONE).tolist())
+
+
+def _first(likely: Likely) -> list[int]:
+    """Return the likeliest token of each row, -1 where the shares are no numbers."""
+    return np.where(np.isfinite(likely.shares[:, 0].numpy()), likely.tokens[:, 0].numpy(), _NONE).tolist()
 
 
 class _Noise:

@@ -16,6 +16,7 @@ from space_cli.core.block import Block
 from space_cli.core.cache import KVCache, cache_arguments
 from space_cli.core.choose import Likely
 from space_cli.core.compiled import MOST_SLOTS, Program
+from space_cli.core.cuda import GraphProgram
 from space_cli.core.stream import in_common
 
 Numerics = Literal["plain", "invariant"]
@@ -31,12 +32,30 @@ def default_numerics(model: PreTrainedModel) -> Numerics:
 def context_length(config: PretrainedConfig) -> int | None:
     """Return how many tokens a model can attend over, or None where its config sets no limit.
 
-    A sliding window is a limit too: a block's mask shows every slot the whole prefix.
+    A sliding window is a limit too: a block's mask shows every slot the whole prefix. So is where long rope changes its
+    factors (Phi-3 128k): a block would reach over it before the token that it begins with, and be computed with others.
     """
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    limits = [getattr(text, "max_position_embeddings", None), getattr(text, "max_seq_len", None), window]
+    limits = [
+        getattr(text, "max_position_embeddings", None),
+        getattr(text, "max_seq_len", None),
+        window,
+        *_rope_changes(text),
+    ]
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _rope_changes(config: PretrainedConfig) -> list[int]:
+    """Return the lengths at which transformers' long rope takes other factors for all positions."""
+    told = getattr(config, "rope_parameters", None) or {}
+    layers = [each for each in told.values() if isinstance(each, dict)] or [told]
+    original = getattr(config, "original_max_position_embeddings", None)
+    return [
+        each.get("original_max_position_embeddings") or original
+        for each in layers
+        if each.get("rope_type") == "longrope"
+    ]
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -197,6 +216,10 @@ class _Inputs:
         self.tensors = torch.from_numpy(self.ids)[None], torch.from_numpy(self.positions)[None]
 
 
-def engine_for(model: PreTrainedModel, program: Program | None, **arguments: Any) -> EagerEngine:
+def engine_for(model: PreTrainedModel, program: Program | GraphProgram | None, **arguments: Any) -> EagerEngine:
     """Return the engine that runs a model, compiled or as it is; arguments as of `EagerEngine`."""
+    if isinstance(program, GraphProgram):
+        from space_cli.core.cuda_engine import GraphEngine  # which is one of the engines here
+
+        return GraphEngine(model, program, **arguments)
     return EagerEngine(model, **arguments) if program is None else CompiledEngine(model, program, **arguments)

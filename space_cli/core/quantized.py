@@ -108,6 +108,19 @@ def has_quantized_layers(model: nn.Module) -> bool:
     return any(isinstance(module, QuantizedLinear | QuantizedEmbedding) for module in model.modules())
 
 
+def num_parameters(model: nn.Module) -> int:
+    """Return how many weights a model has, packed ones counted as the numbers they stand for; shared ones once."""
+    packed = {
+        module.weight.data_ptr(): module.in_features * module.out_features
+        if isinstance(module, QuantizedLinear)
+        else module.num_embeddings * module.embedding_dim
+        for module in model.modules()
+        if isinstance(module, _QUANTIZED)
+    }
+    plain = {id(each): each.numel() for each in model.parameters() if each.dtype != torch.uint8}
+    return sum(packed.values()) + sum(plain.values())
+
+
 def dequantize(model: nn.Module) -> None:
     """Put float32 layers in the place of quantised ones; tied weights stay tied."""
     dense: dict[int, nn.Parameter] = {}

@@ -10,6 +10,8 @@ from space_cli.core.stream import FinishReason
 Decode = Callable[[list[int]], str]
 """Text of token ids, as a tokenizer's `decode` gives it."""
 
+_TAIL = 16
+
 
 class TextStream:
     """Text of a growing token sequence, in pieces that never change afterwards.
@@ -18,12 +20,17 @@ class TextStream:
     fallback, merged spaces), and an unfinished multi-byte character must wait for its last byte.
 
     Source: the offsets of text-generation-inference and vLLM (`detokenize_incrementally`).
+
+    Args:
+        decode: gives the text of token ids.
+        before: the tokens that the text goes on from: a prompt's, as SentencePiece shows a leading space behind others
+            alone.
     """
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._tail: list[int] = []
-        self._shown = 0
+        self._tail = tail_of(decode, before)
+        self._shown = len(self._tail)
 
     def push(self, token: int) -> str:
         """Return the text that has become final with `token`; empty while a character is unfinished."""
@@ -33,7 +40,9 @@ class TextStream:
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         piece = text[len(before) :]
-        self._tail = self._tail[self._shown :]
+        # what shows nothing alone, as special tokens, is no place to go on from
+        if self._decode(self._tail[self._shown :]):
+            self._tail = self._tail[self._shown :]
         self._shown = len(self._tail)
         return piece
 
@@ -42,6 +51,20 @@ class TextStream:
         piece = self._decode(self._tail)[len(self._decode(self._tail[: self._shown])) :]
         self._tail, self._shown = [], 0
         return piece
+
+
+def tail_of(decode: Decode, token_ids: Sequence[int]) -> list[int]:
+    """Return the end of `token_ids`, as much of it as shows a text to go on from."""
+    count = _TAIL
+    while count < len(token_ids) and not decode(list(token_ids[-count:])).strip():
+        count *= 2
+    return list(token_ids[-count:])
+
+
+def text_behind(decode: Decode, before: Sequence[int], token_ids: Sequence[int]) -> str:
+    """Return the text of `token_ids` as it stands behind the tokens `before`."""
+    tail = tail_of(decode, before)
+    return decode([*tail, *token_ids])[len(decode(tail)) :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,20 +91,20 @@ class StopRule:
         if "" in self.stop_strings:
             raise ValueError("a stop string cannot be empty")
 
-    def begin(self) -> StopState:
-        """Return the state of one generation under these rules."""
-        return StopState(self)
+    def begin(self, prompt_ids: Sequence[int] = ()) -> StopState:
+        """Return the state of one generation behind a prompt under these rules."""
+        return StopState(self, prompt_ids)
 
 
 class StopState:
     """How far one generation is from its end."""
 
-    def __init__(self, rule: StopRule) -> None:
+    def __init__(self, rule: StopRule, prompt_ids: Sequence[int] = ()) -> None:
         self._rule = rule
         self._count = 0
         self._text = ""
         self._keep = max(map(len, rule.stop_strings), default=0) - 1
-        self._stream = TextStream(rule.decode) if rule.stop_strings and rule.decode else None
+        self._stream = TextStream(rule.decode, prompt_ids) if rule.stop_strings and rule.decode else None
 
     def push(self, token: int) -> FinishReason | None:
         """Take the next token and return why the generation ends with it, or None."""
@@ -102,6 +125,42 @@ class StopState:
             if reason is not None:
                 return index, reason
         return len(tokens), None
+
+
+class HeldBack:
+    """Text on its way out, cut in front of the first stop string; what may become one waits.
+
+    Args:
+        stop_strings: none of them empty.
+    """
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stop = stop_strings
+        self._held = ""
+        self._ended = False
+
+    def push(self, text: str) -> str:
+        """Return what is final with `text`; nothing once a stop string has come."""
+        if self._ended:
+            return ""
+        self._held += text
+        cut = cut_at_stop(self._held, self._stop)
+        self._ended = len(cut) < len(self._held)
+        safe = len(cut) if self._ended else len(cut) - _begun(cut, self._stop)
+        self._held, final = "" if self._ended else self._held[safe:], cut[:safe]
+        return final
+
+    def flush(self) -> str:
+        """Return what is still held back: no stop string came of it."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _begun(text: str, stop_strings: Sequence[str]) -> int:
+    """Return the length of the longest end of `text` with which a stop string begins."""
+    longest = max(map(len, stop_strings), default=1) - 1
+    ends = range(min(longest, len(text)), 0, -1)
+    return next((size for size in ends if any(stop.startswith(text[-size:]) for stop in stop_strings)), 0)
 
 
 def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:

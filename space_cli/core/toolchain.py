@@ -16,6 +16,8 @@ from space_cli.core.quantized import use_kernels
 from space_cli.errors import RunFailed
 
 KERNELS = Path(__file__).parent / "kernels"
+# what those that `SPACE_CPU` may name have beyond others of their kind, as Linux lists it
+_LEVELS = {"x86-64-v3": ("avx2", "fma", "bmi2"), "x86-64-v4": ("avx512f", "avx512bw", "avx512dq", "avx512vl")}
 _loaded: dict[str, ctypes.CDLL] = {}
 
 
@@ -29,6 +31,16 @@ def machine() -> tuple[str, ...]:
 def instructions() -> str:
     """Return for which processor kernels are compiled, as `-march` names it: `native`, or `SPACE_CPU`."""
     return os.environ.get("SPACE_CPU") or "native"
+
+
+def _check_processor() -> None:
+    """Refuse what would end the process at its first instruction that the processor does not have."""
+    missing = set(_LEVELS.get(instructions(), ())).difference(_processor_flags().split())
+    if missing:
+        raise RunFailed(
+            f"SPACE_CPU={instructions()}: this processor does not have {', '.join(sorted(missing))}",
+            hint="unset SPACE_CPU, or choose another",
+        )
 
 
 def compiler_command(processor: str) -> list[str]:
@@ -45,10 +57,12 @@ def build_kernels(folder: Path) -> Path:
     """Return the library of our kernels, compiled into a folder where it is not there yet.
 
     Raises:
-        RunFailed: there is no C++ compiler, or it fails.
+        RunFailed: there is no C++ compiler, or it fails; or the processor is none that `SPACE_CPU` names.
     """
+    _check_processor()
     library = folder / f"kernels-{toolchain_digest()[:16]}.so"
-    if library.exists():
+    seal = library.with_suffix(".sha256")
+    if (digest := _digest(library)) is not None and digest == _content(seal):
         return library
     unfinished = library.with_suffix(f".{os.getpid()}")
     torch_folder = Path(torch.__file__).parent
@@ -59,16 +73,41 @@ def build_kernels(folder: Path) -> Path:
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         first = next((line for line in said if "error" in line), said[0])
+        unfinished.unlink(missing_ok=True)
         raise RunFailed(f"no C++ compiler that works: {first}") from error
-    unfinished.replace(library)
+    try:
+        seal.write_bytes(_digest(unfinished) or b"")
+        unfinished.replace(library)
+    except OSError as error:
+        raise RunFailed(f"{library}: {error.strerror}") from error
     return library
 
 
+def _content(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
+def _digest(file: Path) -> bytes | None:
+    """Return a file's hash: half a library would end the process that loads it."""
+    content = _content(file)
+    return None if content is None else hashlib.sha256(content).hexdigest().encode()
+
+
 def load_kernels(library: Path) -> ctypes.CDLL:
-    """Return the library of our kernels; programs loaded later find them in it."""
+    """Return the library of our kernels; programs loaded later find them in it.
+
+    Raises:
+        RunFailed: it is no library for this machine, or lies where none may be loaded from.
+    """
     # programs find what was loaded first, and all libraries of one version are alike
     if "kernels" not in _loaded:
-        _loaded["kernels"] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        try:
+            _loaded["kernels"] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise RunFailed(f"the kernels cannot be loaded: {error}", hint="use --engine eager") from error
         use_kernels(_loaded["kernels"])
     return _loaded["kernels"]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from space_cli.core.stopping import text_behind
 from space_cli.errors import UsageProblem
 from space_cli.files import write_whole
 from space_cli.models.prompting import Known, Role, Turn, request
+from space_cli.models.registry import located
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,8 +71,9 @@ class Chat:
 
     def answered(self, asked: Known, token_ids: Sequence[int]) -> None:
         """Add the model's answer to a request; its tokens are remembered as they are."""
-        self.turns.append(Turn("assistant", self.loaded.decode(list(token_ids), skip_special_tokens=True)))
-        said = asked.text + self.loaded.decode(list(token_ids))
+        shown = partial(self.loaded.decode, skip_special_tokens=True)
+        self.turns.append(Turn("assistant", text_behind(shown, asked.token_ids, token_ids)))
+        said = asked.text + text_behind(self.loaded.decode, asked.token_ids, token_ids)
         self._known.append(Known(said, [*asked.token_ids, *token_ids]))
 
     def undo(self) -> str | None:
@@ -96,11 +100,11 @@ class Chat:
             OSError: it could not be written.
         """
         turns = [_SavedTurn(role=turn.role, content=turn.content) for turn in self.turns]
-        write_whole(file, _SavedChat(model=self.loaded.name, turns=turns).model_dump_json(indent=1) + "\n")
+        write_whole(file, _SavedChat(model=located(self.loaded.name), turns=turns).model_dump_json(indent=1) + "\n")
 
 
-def load_turns(file: Path) -> list[Turn]:
-    """Return the turns of a saved conversation.
+def load_turns(file: Path) -> tuple[list[Turn], str]:
+    """Return the turns of a saved conversation, and the model it was had with.
 
     Raises:
         UsageProblem: it cannot be read, or is none.
@@ -115,4 +119,4 @@ def load_turns(file: Path) -> list[Turn]:
         raise UsageProblem(f"{file}: no saved conversation: {field}: {first['msg']}") from error
     except (ValueError, RecursionError) as error:
         raise UsageProblem(f"{file}: no saved conversation: {error}") from error
-    return [Turn(turn.role, turn.content) for turn in saved.turns]
+    return [Turn(turn.role, turn.content) for turn in saved.turns], saved.model

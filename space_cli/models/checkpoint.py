@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from space_cli.errors import UsageProblem
 from space_cli.files import write_whole
+from space_cli.text import read_text
 
 SPACE_CONFIG_NAME = "space_config.json"
 ADAPTER_FILE = "space_adapter.safetensors"
@@ -65,7 +66,7 @@ class SpaceConfig(BaseModel):
         """
         file = folder / SPACE_CONFIG_NAME
         try:
-            return cls.model_validate_json(file.read_bytes())
+            return cls.model_validate_json(read_text(file))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"

@@ -13,6 +13,7 @@ from space_cli.errors import UsageProblem
 from space_cli.models.gguf_dense import load_dense
 from space_cli.models.gguf_file import GgufFile
 from space_cli.models.gguf_tokenizer import end_ids
+from space_cli.models.gguf_weights import load_packed
 
 _MODEL_TYPES = {
     "llama": "llama",
@@ -94,13 +95,13 @@ def gguf_dtype(gguf: GgufFile) -> str:
     return "float16" if types <= {"F32", "F16"} and "F16" in types else "float32"
 
 
-def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model with its weights, on the CPU.
+def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype, *, packed: bool) -> PreTrainedModel:
+    """Return the model with its weights, on the CPU; packed ones stay in the bits that the file has them in.
 
     Raises:
         UsageProblem: weights are absent.
     """
-    model = load_dense(gguf, config, dtype)
+    model = load_packed(gguf, config) if packed else load_dense(gguf, config, dtype)
     generation = model.generation_config
     generation.eos_token_id = sorted(end_ids(gguf.metadata)) or None
     return model

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -22,14 +23,25 @@ from transformers.utils.hub import cached_file
 from space_cli.core.block import Block
 from space_cli.core.compiled import Program
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
-from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafts, Experience
+from space_cli.core.cuda import GraphProgram
+from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Strategy
+from space_cli.core.drafting.ngrams import Source
 from space_cli.core.engine import context_length, embedding_rows
+from space_cli.core.quantized import num_parameters
 from space_cli.errors import UsageProblem
 from space_cli.models import support
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.gguf_names import gguf_path, is_gguf
-from space_cli.models.registry import ModelEntry, resolve
+from space_cli.models.kernels import kernels_problem
+from space_cli.models.prompting import encode
+from space_cli.models.registry import ModelEntry, read_models, resolve
+from space_cli.models.stops import stop_ids
+from space_cli.models.texts import PastAnswers
 
+Weights = Literal["as stored", "dense"]
+SPREAD = "cuda:all"
+"""The device of a model whose layers are laid over all GPUs, as one GPU has no room for it."""
+_OVER_ALL: str | dict[str, str] = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,8 +57,11 @@ class LoadedModel:
         candidates: k to decode with by default; 0 for a model never trained for SPACE.
         masks_per_group: m of the training, the largest k that makes sense.
         program: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
-        experience: of its drafts, from answer to answer; None begins anew with each.
+        completes: it is a base model, which goes on with a text, whatever its chat template.
         gguf: the file its weights came from, the first of several shards; None for a folder of safetensors.
+        corpora: texts to copy from.
+        past: answers of before to copy from, to which new ones are added; None where they are not wanted.
+        stats: of its drafts by their strategy, from answer to answer.
     """
 
     name: str
@@ -62,23 +77,61 @@ class LoadedModel:
     candidates: int
     masks_per_group: int
     prompt_template: str | None
-    program: Program | None = None
+    program: Program | GraphProgram | None = None
     costs: StepCosts = ASSUMED_COSTS
-    experience: Experience | None = None
+    completes: bool = False
     gguf: Path | None = None
+    corpora: tuple[Source, ...] = ()
+    past: PastAnswers | None = None
+    stats: dict[Strategy, AcceptanceStats] = field(default_factory=dict)
 
-    def drafts(self, candidates: int | None = None) -> Drafts:
+    @property
+    def is_chat_model(self) -> bool:
+        """Whether it answers requests rather than going on with a text."""
+        return bool(self.tokenizer.chat_template) and not self.completes
+
+    def drafts(
+        self,
+        candidates: int | None = None,
+        *,
+        strategy: Strategy = EVERYTHING,
+        texts: Iterable[Sequence[int]] = (),
+    ) -> Drafter:
         """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best.
 
-        A model without masks drafts what it copies from the context.
+        A model without masks drafts what it copies.
+
+        Args:
+            candidates: k of the paper's chain.
+            strategy: what drafts are made of where `candidates` is None.
+            texts: token ids to copy from besides the context, as an answer that is expected.
         """
         if candidates is not None:
-            return ChainDrafts(Block.chain(candidates, candidates))
-        return AdaptiveDrafts(self.costs, self.masks_per_group, experience=self.experience)
+            return ChainDrafter(Block.chain(candidates, candidates))
+        if strategy not in self.stats:
+            accepted = () if self.space is None else self.space.accepted_by_depth
+            self.stats[strategy] = AcceptanceStats(self.costs, self.masks_per_group, accepted)
+        return AdaptiveDrafter(
+            self.stats[strategy], self.masks_per_group, strategy, texts=texts, sources=self.sources(strategy)
+        )
+
+    def sources(self, strategy: Strategy = EVERYTHING) -> list[Source]:
+        """Return the texts beyond its context that a generation copies from."""
+        return [self.past, *self.corpora] if strategy.memory and self.past is not None else list(self.corpora)
+
+    def remember(self, answer: Sequence[int]) -> None:
+        """Add the token ids of an answer to those that later ones copy from."""
+        if self.past is not None:
+            self.past.add(answer)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, those that are quantised included."""
+        return num_parameters(self.model)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text` with the special tokens the tokenizer puts in front."""
-        return list(self.tokenizer(text)["input_ids"])
+        """Return the token ids of `text` with the special tokens the tokenizer puts in front, and none behind."""
+        return encode(text, self.tokenizer)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of `token_ids`."""
@@ -93,6 +146,7 @@ def load_model(
     device: str = "auto",
     quantization: str = "none",
     revision: str | None = None,
+    weights: Weights = "as stored",
 ) -> LoadedModel:
     """Load a model and refuse one that SPACE cannot run.
 
@@ -100,9 +154,10 @@ def load_model(
         name: an alias of models.toml, a folder, a GGUF file, or a Hub id.
         models_file: a user's own models.toml.
         dtype: auto, float32, bfloat16 or float16; auto is the checkpoint's own where the device computes in it.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps, or cuda:all: layer by layer over all GPUs.
         quantization: none, int8, nf4 or fp4 (bitsandbytes).
         revision: branch, tag or commit of a Hub id.
+        weights: those of a GGUF file stay in its few bits as stored, or become tensors that can be trained through.
 
     Raises:
         UsageProblem: no such model, a malformed folder, or a model that cannot work; one line each.
@@ -114,15 +169,16 @@ def load_model(
         space = _space_config(entry, revision)
         base, base_revision = _base(entry, revision, space, models_file)
         file = gguf_path(base, base_revision) if is_gguf(base) else None
-        read = _from_folder if file is None else _from_gguf
-        model, tokenizer = read(
-            name, str(file or base), base_revision, dtype=dtype, device=chosen_device, quantization=quantization
-        )
+        asked = {"dtype": dtype, "device": chosen_device, "quantization": quantization}
+        if file is None:
+            model, tokenizer = _from_folder(name, base, base_revision, **asked)
+        else:
+            model, tokenizer = _from_gguf(name, file, **asked, weights=weights)
     except OSError as error:
         raise _not_loaded(name, entry, error) from error
     except ValueError as error:
         raise _unreadable(name, error) from error
-    if quantization == "none":
+    if quantization == "none" and chosen_device != SPREAD:
         model.to(torch.device(chosen_device))  # type: ignore[arg-type]  # wrapped in a way that hides its signature
     if space is not None and space.method == "adapter":
         _put_adapter_on(model, entry, revision, space)
@@ -137,8 +193,9 @@ def load_model(
         dtype=str(model.dtype).removeprefix("torch."),
         device=chosen_device,
         context_length=context_length(model.config),
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=stop_ids(tokenizer, model.generation_config),
         prompt_template=entry.prompt_template,
+        completes=entry.completes or _base_completes(space, models_file),
         gguf=file,
         **_mask_fields(name, model, space, entry),
     )
@@ -160,13 +217,14 @@ def _from_folder(
         config=config,
         dtype=chosen,
         use_safetensors=True,
-        **_quantization(quantization, device, chosen),
+        **_placement(quantization, device),
+        **_quantization(quantization, chosen),
     )
     return model, tokenizer
 
 
 def _from_gguf(
-    name: str, source: str, _revision: str | None, *, dtype: str, device: str, quantization: str
+    name: str, source: Path, *, dtype: str, device: str, quantization: str, weights: Weights
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return model and tokenizer of a GGUF file."""
     from space_cli.models.gguf import gguf_config, gguf_dtype, gguf_model
@@ -175,12 +233,14 @@ def _from_gguf(
 
     if quantization != "none":
         raise UsageProblem(f"{name} is a GGUF file, quantised as it is", hint="leave --quantization out")
-    gguf = read_gguf(Path(source))
+    gguf = read_gguf(source)
     config = gguf_config(gguf)
     support.check_config(config, name)
     config.dtype = DTYPES[gguf_dtype(gguf)]
-    tokenizer = gguf_tokenizer(gguf.metadata, source)
-    return gguf_model(gguf, config, DTYPES[_dtype(dtype, device, config)]), tokenizer
+    tokenizer = gguf_tokenizer(gguf.metadata, str(source))
+    chosen = DTYPES[_dtype(dtype, device, config)]
+    packed = weights == "as stored" and device == "cpu" and chosen == torch.float32 and gguf.is_quantized
+    return gguf_model(gguf, config, chosen, packed=packed and kernels_problem() is None), tokenizer
 
 
 def _device(device: str) -> str:
@@ -190,7 +250,7 @@ def _device(device: str) -> str:
     kind = device.partition(":")[0]
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind not in present:
-        raise UsageProblem(f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N or mps")
+        raise UsageProblem(f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N, cuda:all or mps")
     if not present[kind]:
         raise UsageProblem(f"no {kind} device on this machine", hint="use --device cpu")
     return device
@@ -208,7 +268,14 @@ def _dtype(dtype: str, device: str, config: PretrainedConfig) -> str:
     return own if own in DTYPES else "float32"
 
 
-def _quantization(quantization: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def _placement(quantization: str, device: str) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that put weights where they belong as they are read."""
+    if device == SPREAD:
+        return {"device_map": _OVER_ALL}
+    return {} if quantization == "none" else {"device_map": {"": device}}
+
+
+def _quantization(quantization: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for bitsandbytes weights."""
     if quantization == "none":
         return {}
@@ -223,7 +290,7 @@ def _quantization(quantization: str, device: str, dtype: torch.dtype) -> dict[st
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": config}
 
 
 def _space_config(entry: ModelEntry, revision: str | None) -> SpaceConfig | None:
@@ -254,6 +321,12 @@ def _base(
     return base.source, space.base_revision or base.revision
 
 
+def _base_completes(space: SpaceConfig | None, models_file: Path | None) -> bool:
+    """Return whether what was tuned is a base model; models.toml says so of those it names."""
+    known = read_models(models_file)
+    return space is not None and space.base_model in known and known[space.base_model].completes
+
+
 def _put_adapter_on(model: PreTrainedModel, entry: ModelEntry, revision: str | None, space: SpaceConfig) -> None:
     """Load an adapter's files, from the Hub where they are not here, onto its base."""
     from space_cli.models.adapter import load_adapter  # peft takes half a second to import
@@ -275,13 +348,6 @@ def _mask_fields(name: str, model: PreTrainedModel, space: SpaceConfig | None, e
         "candidates": candidates,
         "masks_per_group": (known.masks_per_group or candidates) if ids else 0,
     }
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end `generate`, or the tokenizer's where the model names none."""
-    ids = model.generation_config.eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return frozenset([ids] if isinstance(ids, int) else ids or ())
 
 
 def _not_loaded(name: str, entry: ModelEntry, error: OSError) -> UsageProblem:

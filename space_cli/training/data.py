@@ -1,19 +1,25 @@
-"""Training examples from files and from the Hub: five formats, recognised by their fields.
+"""Training examples from files and from the Hub: five formats, recognised by their fields, and plain text.
 
+A row that teaches nothing, an empty answer for one, is left out and counted; a malformed one is an error.
 This module knows nothing of tokens: `chat_format` turns an example into them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from space_cli.errors import UsageProblem
+from space_cli.files import expanded
 from space_cli.models.prompting import Role, Turn
-from space_cli.rows import HubDataset, Row, SourceRow, filled, read_rows, string
+from space_cli.rows import HubDataset, Row, SourceRow, read_rows, string
+from space_cli.training.documents import SUFFIXES as TEXT_SUFFIXES
+from space_cli.training.documents import read_documents
 
 FORMATS = {
     "messages": "messages: [{role, content}, ...]",
@@ -31,6 +37,16 @@ _UNDERSTOOD = "understood are " + " | ".join(FORMATS.values())
 
 _MESSAGES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT: dict[str, Role] = _MESSAGES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+_KEYS = {"role", "content", "from", "value"}
+_OF_TOOLS = {"tool", "function", "function_call", "observation", "ipython"}
+"""Roles of turns that a chat of text alone has no place for."""
+
+_EMPTY, _TOOLS = "nothing to learn", "calls of tools"
+_ERRORS_TOLD = 3
+
+
+class _LeftOut(Exception):
+    """A row that is no example, with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +90,26 @@ class Loaded:
         examples: in the order of the source.
         format: the name in `FORMATS` that was recognised.
         source: as the user gave it.
+        left_out: rows that are no examples, by reason.
+        unused: fields of turns that say something and have no place in training.
+        apart: by what the documents of plain text are told apart; empty for other files.
     """
 
     examples: list[Example]
     format: str
     source: str
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    apart: str = ""
+
+    @property
+    def told(self) -> str:
+        """The source in one line, what was not used of it included."""
+        parts = [f"{self.source}: {len(self.examples)} examples, format {self.format}"]
+        parts += [f"documents apart at {self.apart}"] if self.apart else []
+        parts += [f"{count} left out: {reason}" for reason, count in self.left_out.items()]
+        parts += [f"not used: {', '.join(self.unused)}"] if self.unused else []
+        return ", ".join(parts)
 
 
 def read_examples(
@@ -87,21 +118,65 @@ def read_examples(
     """Return the examples of a file or of a dataset on the Hub.
 
     Args:
-        source: a file that ends in one of `rows.SUFFIXES` (JSON is an array of objects or one object a line), or else
-            the id of a dataset on the Hub.
+        source: a file that ends in one of `rows.SUFFIXES` (JSON is an array of objects or one object a line), plain
+            text that ends in .txt or .txt.gz, or else the id of a dataset on the Hub.
         limit: take only the first examples.
         split: of a dataset on the Hub.
         revision: branch, tag or commit of a dataset on the Hub.
 
     Raises:
-        UsageProblem: nothing there, an unknown format, or a malformed row, named by its line where it has one.
+        UsageProblem: nothing there, an unknown format, or malformed rows, named by their lines where they have some.
     """
-    rows = islice(read_rows(source, HubDataset(source, split, revision=revision)), limit)
+    rows, apart = _rows(source, HubDataset(source, split, revision=revision))
     first = next(rows, None)
     if first is None:
         raise UsageProblem(f"{source}: no examples in it")
     name, parse = _recognise(_object(first), first.where)
-    return Loaded([parse(_object(row), row.where) for row in chain([first], rows)], name, source)
+    found = _Found()
+    for row in chain([first], rows):
+        found.take(row, parse)
+        if len(found.examples) == limit:
+            break
+    found.check(source)
+    return Loaded(found.examples, name, source, dict(found.left_out), tuple(found.unused), apart)
+
+
+def _rows(source: str, hub: HubDataset) -> tuple[Iterator[SourceRow], str]:
+    """Return the rows of a source, and for plain text by what its documents are told apart."""
+    file = Path(expanded(source))
+    if source.lower().endswith(TEXT_SUFFIXES) and file.is_file():
+        documents, apart = read_documents(file)
+        return iter(documents), apart
+    return read_rows(source, hub), ""
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the rows so far were."""
+
+    examples: list[Example] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    unused: dict[str, None] = field(default_factory=dict)
+    errors: list[UsageProblem] = field(default_factory=list)
+
+    def take(self, row: SourceRow, parse: Callable[[Any, str], Example]) -> None:
+        try:
+            self.examples.append(parse(_object(row), row.where))
+            self.unused |= dict.fromkeys(_unused(row.value))
+        except _LeftOut as reason:
+            self.left_out[str(reason)] += 1
+        except UsageProblem as error:
+            self.errors.append(error)
+
+    def check(self, source: str) -> None:
+        """Refuse a source with malformed rows, the first of them told, or with nothing but rows left out."""
+        if self.errors:
+            first = self.errors[:_ERRORS_TOLD]
+            more = f"; and {len(self.errors) - len(first)} more such rows" if len(self.errors) > len(first) else ""
+            raise UsageProblem("; ".join(error.message for error in first) + more, hint=first[0].hint)
+        if not self.examples:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+            raise UsageProblem(f"{source}: no examples in it: {reasons}")
 
 
 def _object(row: SourceRow) -> Row:
@@ -124,7 +199,7 @@ def _recognise(row: Row, where: str) -> tuple[str, Callable[[Any, str], Example]
     if "prompt" in row and (answer := _first(row, "completion", "response")):
         return "prompt-completion", partial(_pair, answer=answer, chat="history" in row)
     if "text" in row:
-        return "text", lambda row, where: Text(filled(row.get("text"), "text", where), where)
+        return "text", lambda row, where: Text(_said(row, "text", where), where)
     fields = ", ".join(map(repr, row)) or "none"
     raise UsageProblem(f"{where}: the fields {fields} are no known format", hint=_UNDERSTOOD)
 
@@ -134,17 +209,19 @@ def _first(row: Row, *fields: str) -> str:
 
 
 def _listed(row: Row, where: str, *, field: str, keys: tuple[str, str], roles: Mapping[str, Role]) -> Example:
-    return _conversation(_turns(row.get(field), field, where, keys=keys, roles=roles), where)
+    turns = _turns(row.get(field), field, where, keys=keys, roles=roles)
+    return _conversation(_with_system(row, turns, where), where)
 
 
 def _alpaca(row: Row, where: str, *, answer: str) -> Example:
-    request = filled(row.get("instruction"), "instruction", where)
+    request = _said(row, "instruction", where)
     # databricks-dolly calls its input `context`
-    for field in ("input", "context"):
-        if row.get(field) is not None and (given := string(row[field], field, where)).strip():
+    for name in ("input", "context"):
+        if row.get(name) is not None and (given := string(row[name], name, where)).strip():
             request = f"{request}\n\n{given}"
-    response = filled(row.get(answer), answer, where)
-    return _conversation([Turn("user", request), Turn("assistant", response)], where)
+    response = _said(row, answer, where)
+    turns = [*_history(row.get("history"), where), Turn("user", request), Turn("assistant", response)]
+    return _conversation(_with_system(row, turns, where), where)
 
 
 def _pair(row: Row, where: str, *, answer: str, chat: bool) -> Example:
@@ -156,13 +233,43 @@ def _pair(row: Row, where: str, *, answer: str, chat: bool) -> Example:
         )
         if all(turn.role != "assistant" for turn in answered):
             raise UsageProblem(f"{where}: {answer!r} must hold an assistant turn")
-        return _conversation(asked + answered, where)
-    prompt, response = filled(row.get("prompt"), "prompt", where), filled(row.get(answer), answer, where)
+        return _conversation(_with_system(row, asked + answered, where), where)
+    prompt, response = _said(row, "prompt", where), _said(row, answer, where)
     history = row.get("history")
-    if not chat and history is None:
+    if not chat and history is None and not row.get("system"):
         return Completion(prompt, response, where)
     turns = [*_history(history, where), Turn("user", prompt), Turn("assistant", response)]
-    return _conversation(turns, where)
+    return _conversation(_with_system(row, turns, where), where)
+
+
+def _said(row: Row, field: str, where: str) -> str:
+    """Return what a field says; a row in which it is there and says nothing is left out."""
+    if field in row and (row[field] is None or (isinstance(row[field], str) and not str(row[field]).strip())):
+        raise _LeftOut(_EMPTY)
+    if not isinstance(row.get(field), str):
+        raise UsageProblem(f"{where}: {field!r} must be a non-empty string")
+    return string(row[field], field, where)
+
+
+def _with_system(row: Row, turns: list[Turn], where: str) -> list[Turn]:
+    """Put what a row says of itself as `system` in front, as a turn; rows that describe tools are left out."""
+    if row.get("tools"):
+        raise _LeftOut(_TOOLS)
+    if row.get("system") is None or not (system := string(row["system"], "system", where)).strip():
+        return turns
+    if turns and turns[0].role == "system":
+        if turns[0].content.strip() != system.strip():
+            raise UsageProblem(f"{where}: 'system' is not what the system turn says")
+        return turns
+    return [Turn("system", system), *turns]
+
+
+def _unused(row: Row) -> Iterable[str]:
+    """Yield the names of fields by which turns of a list say more than who says what."""
+    for name in ("messages", "conversations", "prompt", "completion", "response"):
+        turns = row.get(name)
+        for turn in turns if isinstance(turns, list) else ():
+            yield from (f"{name}.{key}" for key, value in turn.items() if value and key not in _KEYS)
 
 
 def _history(history: object, where: str) -> Iterator[Turn]:
@@ -172,7 +279,7 @@ def _history(history: object, where: str) -> Iterator[Turn]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise UsageProblem(f"{where}: 'history[{index}]' must be a pair of strings, [user, assistant]")
         yield Turn("user", string(pair[0], f"history[{index}][0]", where))
-        yield Turn("assistant", filled(pair[1], f"history[{index}][1]", where))
+        yield Turn("assistant", _answer_said(pair[1], f"history[{index}][1]", where))
 
 
 def _turns(given: object, field: str, where: str, *, keys: tuple[str, str], roles: Mapping[str, Role]) -> list[Turn]:
@@ -185,14 +292,23 @@ def _turns(given: object, field: str, where: str, *, keys: tuple[str, str], role
         if not isinstance(turn, dict):
             raise UsageProblem(f"{where}: '{at}' must be an object with {said_by!r} and {said!r}")
         name = string(turn.get(said_by), f"{at}.{said_by}", where)
+        if name in _OF_TOOLS or turn.get("tool_calls") or turn.get("function_call"):
+            raise _LeftOut(_TOOLS)
         if name not in roles:
             raise UsageProblem(f"{where}: '{at}.{said_by}' is {name!r}; known are {', '.join(roles)}")
-        check = filled if roles[name] == "assistant" else string
+        check = _answer_said if roles[name] == "assistant" and said in turn else string
         turns.append(Turn(roles[name], check(turn.get(said), f"{at}.{said}", where)))
     return turns
 
 
+def _answer_said(value: object, field: str, where: str) -> str:
+    """Return an answer; a conversation with an empty one is left out."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise _LeftOut(_EMPTY)
+    return string(value, field, where)
+
+
 def _conversation(turns: list[Turn], where: str) -> Conversation:
     if all(turn.role != "assistant" for turn in turns[1:]):
-        raise UsageProblem(f"{where}: the conversation has no assistant turn that answers something")
+        raise _LeftOut(_EMPTY)
     return Conversation(tuple(turns), where)

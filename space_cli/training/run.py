@@ -22,6 +22,7 @@ from space_cli.training.acceptance import Acceptance, measure_acceptance
 from space_cli.training.card import card, draw_curves
 from space_cli.training.distill import Distillation, distil
 from space_cli.training.prepare import Method, Prepared, prepare_model
+from space_cli.training.start import empty, fitting, identity, mend_generation_config
 from space_cli.training.trainer import Epochs, SARTrainer, complete_checkpoints
 from space_cli.training.two_pass import Loss, TwoPassTrainer
 
@@ -106,9 +107,13 @@ def train(
         RunFailed: a file cannot be written.
     """
     processes = PartialState(cpu=loaded.device == "cpu")
-    settings = asdict(recipe) | {"data": prepared.fingerprint}
+    settings = asdict(recipe) | {"data": prepared.fingerprint, "base_identity": identity(loaded)}
     checkpoint = _resumed(output, settings) if resume else None
+    if recipe.method == "full" and (mended := mend_generation_config(loaded)):
+        view.note(mended)
     if processes.is_main_process:
+        if not resume:
+            empty(output, loaded)
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
     stop = StopRule(recipe.answer_tokens, loaded.eos_token_ids)
@@ -117,7 +122,7 @@ def train(
     )
     with processes.main_process_first():
         # the others then find all answers in the file
-        answered = _distilled(loaded, prepared, recipe, base_model, output / ANSWERS_FILE, view)
+        answered = _distilled(loaded, prepared, recipe, settings["base_identity"], output / ANSWERS_FILE, view)
     mask_ids = prepare_model(
         loaded, recipe.method, masks=recipe.candidates, distinct=recipe.distinct_masks, rank=recipe.rank
     )
@@ -174,6 +179,11 @@ def _resumed(output: Path, settings: dict[str, Any]) -> Path | None:
         raise UsageProblem(f"{output}: no training to resume", hint="leave --resume out") from error
     now = json.loads(json.dumps(settings))
     then, now = ({**told, **told.get("arguments", {}), "arguments": None} for told in (earlier, now))
+    if then.get("base_identity") != now["base_identity"]:
+        raise UsageProblem(
+            f"{output}: was trained on other weights, in another form or of another revision",
+            hint="give the same --model, --revision, --dtype and --quantization, or another --output",
+        )
     added = _ADDED_WITH_HOURS if now.get("hours") and then.get("hours") else set()
     for name in now.keys() - added:
         if then.get(name) != now[name]:
@@ -185,10 +195,13 @@ def _resumed(output: Path, settings: dict[str, Any]) -> Path | None:
 
 
 def _distilled(
-    loaded: LoadedModel, prepared: Prepared, recipe: Recipe, base_model: str, file: Path, view: TrainingView
+    loaded: LoadedModel, prepared: Prepared, recipe: Recipe, base: Any, file: Path, view: TrainingView
 ) -> list[dict[str, list[int]]]:
     """Return the base's own answers as examples that carry loss on the answer."""
-    prompts = prepared.prompts[: recipe.distill]
+    prompts, too_long = fitting(prepared.prompts, recipe.answer_tokens, loaded.context_length)
+    if too_long and recipe.distill:
+        view.note(f"{too_long} prompts leave no room for an answer of {recipe.answer_tokens} tokens: not answered")
+    prompts = prompts[: recipe.distill]
     if not prompts:
         return []
     settings = Distillation(
@@ -196,7 +209,7 @@ def _distilled(
         temperatures=recipe.temperatures,
         batch_size=recipe.answer_batch_size,
         seed=recipe.seed,
-        fingerprint=f"{base_model} {loaded.dtype}",
+        fingerprint=json.dumps(base),
         seconds=None if recipe.hours is None else recipe.hours * 3600 * ANSWER_SHARE,
     )
     pairs = distil(
@@ -218,8 +231,7 @@ def _acceptance(
     stop: StopRule,
     view: TrainingView,
 ) -> Acceptance | None:
-    limit = loaded.context_length
-    room = [ids for ids in prepared.held_out if limit is None or len(ids) + stop.max_new_tokens <= limit]
+    room, _ = fitting(prepared.held_out, stop.max_new_tokens, loaded.context_length)
     return measure_acceptance(
         loaded.model,
         room,

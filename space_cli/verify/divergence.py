@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from space_cli.core.cache import cache_arguments
 from space_cli.core.choose import Chooser
+from space_cli.core.quantized import dequantize, num_parameters
 from space_cli.verify.record import Verdict
 
 _ROWS_MEASURED = 32
@@ -101,6 +102,7 @@ class Anatomist:
             if dtype.itemsize <= self._model.dtype.itemsize or not self._fits(dtype):
                 continue
             wider: PreTrainedModel = copy.deepcopy(self._model)
+            dequantize(wider)
             wider.to(dtype)  # type: ignore[arg-type]  # wrapped in a way that hides its signature
             try:
                 wider(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=wider.device))
@@ -110,7 +112,7 @@ class Anatomist:
         return None
 
     def _fits(self, dtype: torch.dtype) -> bool:
-        needed = sum(parameter.numel() for parameter in self._model.parameters()) * dtype.itemsize
+        needed = num_parameters(self._model) * dtype.itemsize
         if self._model.device.type == "cuda":
             return needed < torch.cuda.mem_get_info(self._model.device)[0] * 0.8
         available: int = psutil.virtual_memory().available

@@ -7,9 +7,11 @@ import torch
 from space_cli.bench.methods import Task
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.engine import engine_for
+from space_cli.errors import RunFailed
 from space_cli.verify.record import Kernels
 
 _PREFIX, _FOLLOWING = 64, 24
+_HINT = "its weights are damaged, or --dtype is too narrow for them: try float32"
 
 
 @torch.inference_mode()
@@ -48,6 +50,8 @@ def check_kernels(task: Task, block: Block, *, same_shape: bool) -> Kernels:
         rows = engine.run(block, [*following[start : start + block.num_tokens], *masks])[: block.num_tokens]
         together += list(rows)
         engine.settle(range(block.num_tokens))
+    if not all(row.isfinite().all() for row in (*alone, *together)):
+        raise RunFailed("the model's logits are not finite, so nothing can be said of its answers", hint=_HINT)
     differences = [(one - other).abs().max().item() for one, other in zip(alone, together, strict=True)]
     return Kernels(
         positions=len(differences),

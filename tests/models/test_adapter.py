@@ -3,19 +3,18 @@ import json
 
 import pytest
 import torch
-from tiny import lively, more_tiny_configs, tiny_configs
-from transformers import AutoModelForCausalLM
+from tiny import in_all, tiny_configs, tiny_model
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import ChainDrafts
+from space_cli.core.drafting import ChainDrafter
 from space_cli.core.stopping import StopRule
 from space_cli.errors import UsageProblem
 from space_cli.models.adapter import adapter_of, attach_adapter, load_adapter, low_rank, save_adapter
 from space_cli.models.checkpoint import ADAPTER_FILE
 
-CONFIGS = tiny_configs() | {name: more_tiny_configs()[name] for name in ("Falcon", "Gemma2", "GptOss", "Cohere2")}
+FAMILIES = (*tiny_configs(), "Falcon", "Gemma2", "GptOss", "Cohere2")
 PROMPT = [17, 3, 250, 44, 91, 8]
 
 
@@ -31,13 +30,15 @@ def trained(model):
 
 
 def answer(model, block, masks=()):
-    steps = decode(model, PROMPT, stop=StopRule(24), chooser=Chooser(), drafts=ChainDrafts(block), mask_token_ids=masks)
+    steps = decode(
+        model, PROMPT, stop=StopRule(24), chooser=Chooser(), drafts=ChainDrafter(block), mask_token_ids=masks
+    )
     return [token for step in steps for token in step.tokens]
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=in_all(FAMILIES))
 def base(request):
-    return lively(AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.float32))
+    return tiny_model(request.param)
 
 
 @torch.inference_mode()

@@ -231,7 +231,6 @@ GOOD = {
     "pair": {"prompt": "q", "completion": "a"},
     "text": {"text": "a"},
 }
-NO_ANSWER = "the conversation has no assistant turn that answers something"
 
 
 @pytest.mark.parametrize(
@@ -239,30 +238,21 @@ NO_ANSWER = "the conversation has no assistant turn that answers something"
     [
         ("text", {"txt": "a"}, "'text' must be a non-empty string"),
         ("text", {"text": 5}, "'text' must be a non-empty string"),
-        ("text", {"text": " \n"}, "'text' must be a non-empty string"),
         ("alpaca", {"instruction": "q", "response": "a"}, "'output' must be a non-empty string"),
-        ("alpaca", {"instruction": "q", "output": ""}, "'output' must be a non-empty string"),
-        ("alpaca", {"instruction": None, "output": "a"}, "'instruction' must be a non-empty string"),
         ("alpaca", {"instruction": "q", "input": 3, "output": "a"}, "'input' must be a string"),
         ("alpaca", {"instruction": "q", "input": "\udfff", "output": "a"}, "'input' holds half of a surrogate pair"),
         ("pair", {"prompt": "q"}, "'completion' must be a non-empty string"),
-        ("pair", {"prompt": "", "completion": "a"}, "'prompt' must be a non-empty string"),
         ("pair", {"prompt": ["q"], "completion": "a"}, "'prompt[0]' must be an object with 'role' and 'content'"),
         ("pair", {"prompt": [], "completion": "a"}, "'completion' must be a list of turns with 'role' and 'content'"),
         ("pair", {"prompt": listed(*SEVERAL), "completion": listed("user q")}, "'completion' must hold an assistant"),
         ("pair", {"prompt": "q", "completion": "a", "history": "h"}, "'history' must be a list of [user, assistant]"),
         ("pair", {"prompt": "q", "completion": "a", "history": [["h"]]}, "'history[0]' must be a pair of strings"),
-        ("pair", {"prompt": "q", "completion": "a", "history": [["h", ""]]}, "'history[0][1]' must be a non-empty"),
         ("pair", {"prompt": "q", "completion": "a", "history": [[1, "h"]]}, "'history[0][0]' must be a string"),
         ("messages", {"messages": None}, "'messages' must be a list of turns with 'role' and 'content'"),
-        ("messages", {"messages": []}, NO_ANSWER),
-        ("messages", {"messages": listed("user q")}, NO_ANSWER),
-        ("messages", {"messages": listed("assistant a")}, NO_ANSWER),
         ("messages", {"messages": ["q"]}, "'messages[0]' must be an object with 'role' and 'content'"),
-        ("messages", {"messages": listed("tool q")}, "'messages[0].role' is 'tool'; known are sy"),
+        ("messages", {"messages": listed("bard q")}, "'messages[0].role' is 'bard'; known are sy"),
         ("messages", {"messages": [{"role": ["user"], "content": "q"}]}, "'messages[0].role' must be a string"),
         ("messages", {"messages": [{"role": "user", "content": [1]}]}, "'messages[0].content' must be a string"),
-        ("messages", {"messages": [{"role": "assistant", "content": ""}]}, "'messages[0].content' must be a non-empty"),
         ("sharegpt", {"conversations": "q"}, "'conversations' must be a list of turns with 'from' and 'value'"),
         ("sharegpt", sharegpt("bard a"), "'conversations[0].from' is 'bard'; known"),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "'conversations[0].value' must be a string"),
@@ -283,9 +273,11 @@ def test_a_malformed_row_is_told_with_line_and_field(tmp_path, form, row, told, 
 def test_a_malformed_row_of_parquet_is_told_with_its_number(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     file = tmp_path / "data.parquet"
-    parquet.write_table(pyarrow.table({"prompt": ["q", "q"], "response": ["a", None]}), file)
+    parquet.write_table(
+        pyarrow.table({"prompt": ["q", "q"], "response": ["a", "b"], "history": [[["q", "a"]], [["q"]]]}), file
+    )
 
-    with pytest.raises(UsageProblem, match=r"data\.parquet, row 2: 'response' must be a non-empty string"):
+    with pytest.raises(UsageProblem, match=r"data\.parquet, row 2: 'history\[0\]' must be a pair of strings"):
         read_examples(str(file))
 
 
@@ -320,11 +312,11 @@ def test_a_file_that_is_not_there_is_told(name):
 
 
 def test_what_is_neither_a_file_to_read_nor_a_name_on_the_hub_is_told(tmp_path):
-    (tmp_path / "data.txt").write_text("text")
+    (tmp_path / "data.doc").write_text("text")
     (tmp_path / "folder.json").mkdir()
 
     with pytest.raises(UsageProblem, match=r"no kind of file that is read; give a file in \.jsonl, \.json"):
-        read_examples(str(tmp_path / "data.txt"))
+        read_examples(str(tmp_path / "data.doc"))
     with pytest.raises(UsageProblem, match="a folder; give a file in"):
         read_examples(str(tmp_path))
     with pytest.raises(UsageProblem, match="json: a folder; give a file in"):
@@ -362,8 +354,7 @@ def test_a_dataset_of_the_hub_is_read_by_split_and_revision(monkeypatch):
 
     assert asked == [(("someone/something",), {"split": "test", "revision": "v1"})]
     assert loaded.examples == [Text("a", "someone/something, row 1"), Text("b", "someone/something, row 2")]
-    with pytest.raises(UsageProblem, match=r"^someone/something, row 3: 'text' must be"):
-        read_examples("someone/something")
+    assert read_examples("someone/something").left_out == {"nothing to learn": 1}
 
 
 @pytest.mark.parametrize("package", ["datasets", "pyarrow"])

@@ -1,0 +1,28 @@
+"""The C++ kernels, built and loaded when a model first needs them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from space_cli.core.toolchain import build_kernels, load_kernels
+from space_cli.errors import RunFailed
+
+
+def engine_folder() -> Path:
+    """Return where compiled models, kernels and what was measured of them are kept."""
+    return user_cache_path("space") / "engines"
+
+
+@lru_cache(maxsize=1)
+def kernels_problem() -> str | None:
+    """Load the kernels, built first where they are not on disk; return in a line why they cannot be had, or None."""
+    folder = engine_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        load_kernels(build_kernels(folder))
+    except (OSError, RunFailed) as error:
+        return str(error)
+    return None

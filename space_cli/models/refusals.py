@@ -1,0 +1,56 @@
+"""Why a model was not compiled, kept so that not every start tries in vain, and only while it still holds.
+
+A refusal's file is named for the model, the versions and the sources; in it is what else a compilation depends on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+from space_cli.files import write_whole
+from space_cli.models.memory import available_memory
+
+_SECONDS = 7 * 24 * 3600
+# room that makes a second try worth it: twice as much as there was, and some more
+_MORE_ROOM = 2**28
+
+
+def note_refusal(file: Path, reason: str) -> None:
+    """Keep why a model was not compiled, where that can be written."""
+    told = {"reason": reason, "compiler": _compiler(), "room": _room(file.parent), "time": time.time()}
+    try:
+        write_whole(file, json.dumps(told))
+    except OSError:
+        return
+
+
+def is_refused(file: Path) -> bool:
+    """Return whether a refusal is kept and nothing it depended on has changed for the better since."""
+    try:
+        told = json.loads(file.read_bytes())
+        then = [int(free) for free in told["room"]]
+        is_recent = 0 <= time.time() - float(told["time"]) < _SECONDS
+        same = told["compiler"] == _compiler()
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours
+        return False
+    has_more = any(now >= 2 * before + _MORE_ROOM for now, before in zip(_room(file.parent), then, strict=False))
+    return is_recent and same and not has_more
+
+
+def _compiler() -> list[str | int]:
+    """Return which compiler is used, and of when."""
+    name = os.environ.get("CXX", "c++")
+    found = shutil.which(name)
+    if found is None:
+        return [name]
+    real = Path(found).resolve()
+    return [name, str(real), real.stat().st_mtime_ns]
+
+
+def _room(folder: Path) -> list[int]:
+    """Return bytes free in memory and on the disk of a folder."""
+    return [available_memory(), shutil.disk_usage(folder).free]

@@ -1,0 +1,99 @@
+"""Which of two engines is faster for a model on this machine: timed once, kept beside its program."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from space_cli.core.block import AR_BLOCK
+from space_cli.core.choose import largest
+from space_cli.core.engine import EagerEngine
+from space_cli.files import write_whole
+
+PROMPT = 64
+"""Tokens of the prompt that is timed."""
+# an answer as many are: 128 tokens to a prompt of 256
+_ANSWER_STEPS, _ANSWER_PROMPTS = 128, 4
+_MOST_CALLS, _SECONDS = 12, 0.15
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of an engine's step of one token, and of a prompt of `PROMPT` tokens."""
+
+    step: float
+    prompt: float
+
+    @property
+    def answer(self) -> float:
+        """Seconds of an answer of the usual lengths."""
+        return _ANSWER_STEPS * self.step + _ANSWER_PROMPTS * self.prompt
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Those of both engines."""
+
+    eager: Speed
+    compiled: Speed
+
+    @property
+    def compiled_is_faster(self) -> bool:
+        """Whether answers take less time compiled."""
+        return self.compiled.answer < self.eager.answer
+
+
+@torch.inference_mode()
+def measure_speed(engine: EagerEngine, prompt: int = PROMPT) -> Speed:
+    """Time an engine; half a second for a small model.
+
+    Args:
+        engine: with room for the prompt and a token; its cache is overwritten.
+        prompt: its tokens, for a model whose context has no room for more.
+    """
+    token_ids = [index % 7 for index in range(prompt)]
+
+    def read() -> None:
+        engine.prefill([])
+        engine.prefill(token_ids)
+
+    def step() -> None:
+        largest(engine.run(AR_BLOCK, [0]))
+        engine.abandon()
+
+    return Speed(prompt=_fastest(read), step=_fastest(step))
+
+
+def _fastest(call: Callable[[], None]) -> float:
+    """Return the shortest time of some calls, the first apart, in which a call's parts are made ready."""
+    call()
+    began, found = time.perf_counter(), list[float]()
+    while len(found) < _MOST_CALLS and (not found or time.perf_counter() - began < _SECONDS):
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def read_speeds(file: Path) -> Speeds | None:
+    """Return what was measured, or None."""
+    try:
+        told = json.loads(file.read_bytes())
+        return Speeds(
+            **{name: Speed(float(told[name]["step"]), float(told[name]["prompt"])) for name in ("eager", "compiled")}
+        )
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours
+        return None
+
+
+def write_speeds(speeds: Speeds, file: Path) -> None:
+    """Keep what was measured, where that can be written."""
+    try:
+        write_whole(file, json.dumps(asdict(speeds)))
+    except OSError:  # measured again the next time
+        return
