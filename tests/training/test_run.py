@@ -286,7 +286,7 @@ def test_nothing_is_resumed_with_other_settings(make_base, data, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_a_model_asks_itself_for_some_hours(make_base, data, tmp_path):
+def test_a_model_asks_itself_for_some_hours(make_base, tmp_path):
     base, output = make_base(), tmp_path / "out"
     options = ("--method", "adapter", "--distill", "24", "--max-length", "200", "--save-steps", "4", "--template")
 
