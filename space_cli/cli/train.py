@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -12,17 +13,20 @@ from space_cli.cli import options
 from space_cli.errors import Interrupted, UsageProblem
 
 if TYPE_CHECKING:
-    from space_cli.cli.train_view import TrainingView
+    from space_cli.cli.train_view import TrainView
+    from space_cli.models.checkpoint import SpaceConfig
     from space_cli.models.loading import LoadedModel
-    from space_cli.training.data import Example
-    from space_cli.training.prepare import Method
+    from space_cli.training.data import Conversation
+    from space_cli.training.own_data import OwnData
+    from space_cli.training.prepare import Method, Prepared
+    from space_cli.training.run import Recipe
 
 EPILOG = (
     "Example: space train --data answers.jsonl --output mine    "
     "Example: space train --model org/model --quantization nf4 --method adapter --data org/dataset --output mine"
 )
 _ENDLESS = 10_000_000  # steps: the hours end it
-_OWN_QUESTIONS = 2000
+_OWN_QUESTIONS, _DRY_QUESTIONS = 2000, 8
 _ADAPTER_ABOVE = 1_000_000_000
 _GROUPS = {"full": 8, "adapter": 48}
 _LEARNING_RATES = {"full": 5e-5, "adapter": 1e-3}
@@ -166,8 +170,9 @@ def train(
     from space_cli.cli.train_view import training_view
     from space_cli.models.loading import load_model
     from space_cli.training.chat_format import rendered
+    from space_cli.training.own_data import OwnData
     from space_cli.training.prepare import prepare_examples
-    from space_cli.training.run import Recipe, train
+    from space_cli.training.run import ANSWER_SHARE, OWN_FILE, Recipe
 
     # started by `accelerate launch` or torchrun: one device each, and one process that speaks
     process = os.environ.get("LOCAL_RANK")
@@ -188,8 +193,14 @@ def train(
     length = min(max_length, loaded.context_length or max_length)
     examples = [example for source in sources for example in source.examples]
     if OWN_DATA in data:
-        size = {"answer_tokens": min(answer_tokens, length), "batch_size": answer_batch_size, "seed": seed}
-        examples += _own(loaded, output, view, hours, template=template, count=answered or _OWN_QUESTIONS, **size)
+        own = OwnData(
+            count=_DRY_QUESTIONS if dry_run else answered or _OWN_QUESTIONS,
+            answer_tokens=min(answer_tokens, length),
+            batch_size=answer_batch_size,
+            seed=seed,
+            seconds=None if hours is None else hours * 3600 * ANSWER_SHARE,
+        )
+        examples += _own_examples(loaded, own, template, None if dry_run else output / OWN_FILE, view)
     prepared = prepare_examples(
         examples, loaded.tokenizer, template=template, max_length=length, held_out=held_out, seed=seed
     )
@@ -234,13 +245,30 @@ def train(
     if dry_run:
         from space_cli.training.rehearse import rehearse
 
-        view.rehearsed(rehearse(loaded, prepared, recipe, base_model=_base_name(model)))
+        view.rehearsed(rehearse(loaded, prepared, recipe, base_model=_base_name(model, loaded)))
         return 0
+    space = _trained(loaded, prepared, recipe, _base_name(model, loaded), output, resume=resume, view=view)
+    if process in (None, "0"):
+        view.conclude(space, output)
+    return 0
+
+
+def _trained(
+    loaded: LoadedModel,
+    prepared: Prepared,
+    recipe: Recipe,
+    base_model: str,
+    output: Path,
+    *,
+    resume: bool,
+    view: TrainView,
+) -> SpaceConfig:
+    """Train; where that ends early, say what is kept and how to go on."""
+    from space_cli.training.run import train
+
     try:
         with view:
-            space = train(
-                loaded, prepared, recipe, base_model=_base_name(model), output=output, resume=resume, view=view
-            )
+            return train(loaded, prepared, recipe, base_model=base_model, output=output, resume=resume, view=view)
     except UsageProblem:
         raise
     except KeyboardInterrupt as error:
@@ -248,9 +276,22 @@ def train(
     except Exception as error:
         error.add_note(_kept(output))
         raise
-    if process in (None, "0"):
-        view.conclude(space, output)
-    return 0
+
+
+def _own_examples(
+    loaded: LoadedModel, settings: OwnData, template: str | None, file: Path | None, view: TrainView
+) -> list[Conversation]:
+    """Return what the model asks itself and answers, kept in a file or, for a dry run, nowhere."""
+    from space_cli.training.own_data import own_examples
+
+    with TemporaryDirectory() as folder:
+        return own_examples(
+            loaded,
+            settings,
+            template=template,
+            file=Path(folder, "dry.jsonl") if file is None else file,
+            on_progress=lambda done, total, rate: view.phase("questions of its own", done, total, rate),
+        )
 
 
 def _kept(output: Path) -> str:
@@ -308,22 +349,6 @@ def _temperatures(told: str) -> tuple[float, ...]:
     return found
 
 
-def _own(
-    loaded: LoadedModel, output: Path, view: TrainingView, hours: float | None, *, template: str | None, **settings: int
-) -> list[Example]:
-    """Return questions that the model asks itself, with its answers."""
-    from space_cli.training.own_data import OwnData, own_examples
-    from space_cli.training.run import ANSWER_SHARE, OWN_FILE
-
-    return own_examples(
-        loaded,
-        OwnData(**settings, seconds=None if hours is None else hours * 3600 * ANSWER_SHARE),
-        template=template,
-        file=output / OWN_FILE,
-        on_progress=lambda done, total, rate: view.phase("questions of its own", done, total, rate),
-    )
-
-
 def _method(loaded: LoadedModel, method: str, quantization: str) -> Method:
     if method == "full" or method == "adapter":
         return "full" if method == "full" else "adapter"
@@ -332,8 +357,10 @@ def _method(loaded: LoadedModel, method: str, quantization: str) -> Method:
     return "adapter" if large or has_adapter or quantization != "none" or loaded.gguf else "full"
 
 
-def _base_name(model: str) -> str:
-    """Return the model's name as a checkpoint elsewhere will find it: folders and files by their full path."""
+def _base_name(model: str, loaded: LoadedModel) -> str:
+    """Return the base's name as a checkpoint elsewhere will find it: folders and files by their full path."""
     from space_cli.models.registry import located
 
+    if loaded.space is not None and loaded.space.method == "adapter" and loaded.space.base_model is not None:
+        return loaded.space.base_model
     return located(model)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _SECONDS_PER_LINE = 5.0
 _RECENT = 6
 _EXAMPLE_LINES = 6
+_PLOT_WIDTH, _LEVELS = 60, "▁▂▃▄▅▆▇█"
 
 
 class TrainView:
@@ -36,6 +37,7 @@ class TrainView:
         self._begun = time.monotonic()
         self._first_step: int | None = None
         self._rows: list[tuple[str, ...]] = []
+        self._held_out: list[list[float]] = []
 
     def note(self, text: str) -> None:
         """Say what is going on."""
@@ -88,7 +90,8 @@ class TrainView:
 
     def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
         """Show figures of the last steps, or of the held-out examples."""
-        if "eval_ar_loss" in logs:
+        if "eval_mask_loss" in logs:
+            self._held_out.append(_accuracies(logs, "eval_"))
             self._show_held_out(step, logs)
         if "loss" not in logs:
             return
@@ -99,9 +102,11 @@ class TrainView:
         self._show_row(cells)
 
     def _show_held_out(self, step: int, logs: dict[str, float]) -> None:
+        # an adapter leaves the base's own loss as it is
+        loss = f" AR loss {logs['eval_ar_loss']:.3f}," if "eval_ar_loss" in logs else ""
+        right = " ".join(f"{accuracy:.0%}" for accuracy in self._held_out[-1])
         self.note(
-            f"held-out examples after {step} steps: AR loss {logs['eval_ar_loss']:.3f},"
-            f" mask loss {logs['eval_mask_loss']:.3f},"
+            f"held-out examples after {step} steps:{loss} mask loss {logs['eval_mask_loss']:.3f}, masks right {right},"
             f" expected tokens per step {logs['eval_expected_tokens_per_step']:.2f}"
         )
 
@@ -112,7 +117,7 @@ class TrainView:
     def _cells(self, step: int, steps: int, logs: dict[str, Any]) -> tuple[str, ...]:
         done = step - (self._first_step or 0)
         left = (time.monotonic() - self._begun) / done * (steps - step) if done else None
-        accuracies = [logs[name] for name in sorted(logs) if name.startswith("mask_accuracy_")]
+        accuracies = _accuracies(logs, "")
         expected = logs.get("expected_tokens_per_step")
         return (
             f"{step}/{steps}",
@@ -189,14 +194,25 @@ class LiveTrainView(TrainView):
         self._live.refresh()
 
     def _render(self) -> RenderableType:
+        plot = self._plot()
         if not self._rows:
-            return self._bar
+            return Group(plot, self._bar) if self._held_out else self._bar
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         for heading in _HEADINGS:
             table.add_column(heading, justify="right")
         for row in self._rows:
             table.add_row(*row)
-        return Group(table, self._bar)
+        return Group(table, plot, self._bar)
+
+    def _plot(self) -> Table:
+        """Draw the share of held-out tokens that masks guess right, a line for each depth, from start to now."""
+        plot = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        plot.add_column("held out")
+        plot.add_column("")
+        plot.add_column("right", justify="right")
+        for depth, line in enumerate(zip(*self._held_out[-_PLOT_WIDTH:], strict=True), start=1):
+            plot.add_row(f"mask {depth}", "".join(map(_level, line)), f"{line[-1]:.0%}")
+        return plot
 
 
 def training_view(*, quiet: bool) -> TrainView:
@@ -205,6 +221,22 @@ def training_view(*, quiet: bool) -> TrainView:
     if quiet or not is_screen(console):
         return TrainView(console, quiet=quiet)
     return LiveTrainView(console)
+
+
+def _accuracies(logs: dict[str, float], prefix: str) -> list[float]:
+    """Return what share of each mask's guesses was right."""
+    start = f"{prefix}mask_accuracy_"
+    depths = sorted(int(name.removeprefix(start)) for name in logs if name.startswith(start))
+    return [logs[f"{start}{depth}"] for depth in depths]
+
+
+def _level(share: float) -> str:
+    """Return a block as high as a share.
+
+    >>> "".join(map(_level, (0, 0.5, 1)))
+    '▁▅█'
+    """
+    return _LEVELS[min(len(_LEVELS) - 1, int(share * len(_LEVELS)))]
 
 
 def _clock(seconds: float) -> str:

@@ -132,7 +132,7 @@ def train(
     trainer = make_trainer(loaded, recipe, space, examples, prepared.held_out_examples, output, [_Shows(view)])
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     measured_at = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
-    if measured_at and (recipe.early_stop or measured_at[-1] != trainer.state.global_step):
+    if measured_at and (trainer.args.load_best_model_at_end or measured_at[-1] != trainer.state.global_step):
         trainer.evaluate()
     trainer.finish(space, output)
     loaded.model.eval()
@@ -141,6 +141,7 @@ def train(
         view.note(f"acceptance is not measured where weights are spread: `space bench --model {output}`")
     else:
         after = _acceptance(loaded, prepared, mask_ids, recipe.candidates, stop, view)
+    # an adapter does not change it, and training it in two passes never computes it
     losses = [row["eval_ar_loss"] for row in trainer.state.log_history if "eval_ar_loss" in row]
     measured = {
         name: acceptance.model_copy(update={"answer_loss": losses[place] if losses else None}).model_dump()
@@ -286,10 +287,10 @@ def make_trainer(
         eval_steps=recipe.arguments["save_steps"],
         eval_on_start=bool(held_out),
         per_device_eval_batch_size=recipe.arguments["per_device_train_batch_size"],
-        load_best_model_at_end=bool(recipe.early_stop),
+        load_best_model_at_end=bool(recipe.early_stop or (recipe.hours and held_out)),
         # a batch whose examples are too short for a group leaves an adapter without a gradient
         ddp_find_unused_parameters=recipe.method == "adapter",
-        metric_for_best_model="loss",
+        metric_for_best_model="loss" if recipe.early_stop else "expected_tokens_per_step",
         **recipe.arguments,
     )
     stops = [EarlyStoppingCallback(recipe.early_stop)] if recipe.early_stop else []

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 _WARMUP_STEPS = 30
 _DECAY_SHARE = 0.25
@@ -54,6 +55,8 @@ class HoursSchedule(TrainerCallback):
         self._began, self._first_step = time.monotonic(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop where the time is over."""
+        """Stop where the time is over; what the last part of the time brought is measured and kept first."""
         if self.so_far >= self._hours:
             control.should_training_stop = True
+            control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
+            control.should_save = args.save_strategy != SaveStrategy.NO

@@ -100,7 +100,8 @@ class TwoPassTrainer(SARTrainer):
         slots = torch.unique(positions[learns])
         cache, teacher = self._read_text(model, inputs["text_ids"], slots)
         visible = inputs["attention_mask"]
-        mask = torch.zeros(visible.shape, dtype=self.model.dtype, device=visible.device)
+        # the model's dtype may be that of the adapter's weights
+        mask = torch.zeros(visible.shape, dtype=teacher.dtype, device=visible.device)
         with training_attention_of(self.model):
             outputs = model(
                 input_ids=inputs["input_ids"],

@@ -87,7 +87,8 @@ def test_a_family_trains_saves_loads_and_is_lossless(make_base, data, tmp_path, 
 def test_training_lowers_the_loss_of_masks(make_base, data, tmp_path, method):
     output = tmp_path / "out"
 
-    options = ("--max-steps", "60", "--learning-rate", "1e-2", "--distill", "off", "--epochs", "9")
+    # what a random base would say here cannot be foreseen, what the data say can
+    options = ("--max-steps", "60", "--learning-rate", "1e-2", "--distill", "off", "--epochs", "9", "--loss", "ce")
     code = train(make_base(), data, output, "--method", method, *options)
 
     shown = log(output)
@@ -241,9 +242,9 @@ def test_answers_of_the_base_are_kept_and_not_asked_for_twice(make_base, data, t
     # cut off in the middle of a line, as by a crash
     (output / "distilled.jsonl").write_text(answers[: len(answers) // 2])
     asked = []
-    answer = distill._answer
+    answer = distill.answer_in_batches
     monkeypatch.setattr(
-        distill, "_answer", lambda model, batch, *rest: asked.extend(batch) or answer(model, batch, *rest)
+        distill, "answer_in_batches", lambda model, some, **rest: asked.extend(some) or answer(model, some, **rest)
     )
 
     assert train(base, data, output, *options, "--overwrite") == 0
@@ -282,3 +283,40 @@ def test_nothing_is_resumed_with_other_settings(make_base, data, tmp_path, capsy
 
     assert code == 2
     assert "was trained with other settings: groups 8 instead of 3" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_asks_itself_for_some_hours(make_base, tmp_path):
+    base, output = make_base(), tmp_path / "out"
+    options = ("--method", "adapter", "--distill", "24", "--max-length", "200", "--save-steps", "4", "--template")
+
+    code = train(base, "self", output, *options, "{}\n", "--hours", "0.004")
+    first = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
+    resumed = train(base, "self", output, *options, "{}\n", "--hours", "0.006", "--resume")
+
+    rows = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
+    asked = [json.loads(line)["question"] for line in (output / "self.jsonl").read_text().split("\n") if line]
+    assert code == resumed == 0
+    assert len(asked) == len(set(asked)) > 0
+    assert rows[: len(first) - 1] == first[:-1]
+    assert max(row["step"] for row in rows) > max(row["step"] for row in first)
+    assert json.loads((output / "space_config.json").read_text())["training"]["hours"] == 0.006
+
+
+def test_an_adapter_is_trained_further(make_base, data, tmp_path, capsys):
+    base, first, second = make_base(), tmp_path / "first", tmp_path / "second"
+    options = ("--max-steps", "4", "--distill", "off")
+    assert train(base, data, first, "--method", "adapter", "--rank", "4", *options) == 0
+
+    code = train(first, data, second, *options)
+    refused = train(first, data, tmp_path / "third", "--rank", "8", *options)
+
+    before, after = (json.loads((folder / "space_config.json").read_text()) for folder in (first, second))
+    assert (code, refused) == (0, 2)
+    assert "carries an adapter of 3 masks and rank 4" in capsys.readouterr().err
+    assert after["method"] == "adapter"
+    assert after["mask_token_ids"] == before["mask_token_ids"]
+    assert after["base_model"] == before["base_model"]
+    assert (
+        load_file(second / "space_adapter.safetensors").keys() == load_file(first / "space_adapter.safetensors").keys()
+    )
