@@ -45,9 +45,15 @@ _Form = Annotated[
     typer.Option("--form", help="groups: several mask groups ride along in each example. paper: one, with --p-sar."),
 ]
 _Groups = Annotated[int, typer.Option("--groups", min=1, help="Mask groups of an example.")]
-_PSar = Annotated[float, typer.Option("--p-sar", min=0.0, max=1.0, help="Share of examples with masks (paper form).")]
+_PSar = Annotated[
+    float,
+    typer.Option(
+        "--p-sar", callback=options.finite, min=0.0, max=1.0, help="Share of examples with masks (paper form)."
+    ),
+]
 _MaskLossWeight = Annotated[
-    float, typer.Option("--mask-loss-weight", min=0.0, help="Of a mask's loss, beside a token's.")
+    float,
+    typer.Option("--mask-loss-weight", callback=options.finite, min=0.0, help="Of a mask's loss, beside a token's."),
 ]
 _Rank = Annotated[int, typer.Option("--rank", min=1, help="Of an adapter's low-rank weights.")]
 _Distill = Annotated[
@@ -65,9 +71,13 @@ _MaxSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop 
 _BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Examples of a batch, per device.")]
 _Accumulation = Annotated[int, typer.Option("--gradient-accumulation", min=1, help="Batches of a step.")]
 _LearningRate = Annotated[
-    float | None, typer.Option("--learning-rate", min=0.0, help="Default: 5e-5 (full), 2e-4 (adapter).")
+    float | None,
+    typer.Option("--learning-rate", callback=options.finite, min=0.0, help="Default: 5e-5 (full), 2e-4 (adapter)."),
 ]
-_Warmup = Annotated[float, typer.Option("--warmup", min=0.0, max=1.0, help="Share of steps the rate rises over.")]
+_Warmup = Annotated[
+    float,
+    typer.Option("--warmup", callback=options.finite, min=0.0, max=1.0, help="Share of steps the rate rises over."),
+]
 _SaveSteps = Annotated[int, typer.Option("--save-steps", min=1, help="A checkpoint after so many steps.")]
 _HeldOut = Annotated[int, typer.Option("--held-out", min=0, help="Prompts kept back to measure on; at most a tenth.")]
 _Checkpointing = Annotated[
