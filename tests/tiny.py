@@ -1,7 +1,29 @@
-"""Tiny random models of real architectures."""
+"""Tiny random models of real architectures: the one place that makes them."""
+
+import pytest
 
 VOCABULARY = 300
 MASK_IDS = (296, 297, 298)
+FOUR = ("llama", "gpt2", "qwen3", "mixtral")
+"""Rotated and learned positions, fused and separate projections, norms of heads, experts."""
+
+
+def in_all(families):
+    """Return families as parameters of a test: four in every run, the others in the slow lane."""
+    return [pytest.param(each, marks=() if each in FOUR else pytest.mark.slow, id=each) for each in families]
+
+
+def tiny_model(family="llama", *, dtype=None, **changes):
+    """Make the random model of a family, float32 unless another dtype is given; its text is varied."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    plain, further = tiny_configs(), more_tiny_configs()
+    config = (plain | further)[family]
+    if changes:
+        config = type(config)(**config.to_dict() | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return lively(model, 0.2 if family in plain else 0.8).to(dtype or torch.float32)
 
 
 def lively(model, scale=0.2):

@@ -1,7 +1,7 @@
-"""llama.cpp as a peer: the model written as a GGUF file, and decoded greedily from it.
+"""llama.cpp as a peer: decodes the GGUF file that a model came from, or one that it is written as.
 
-Tokens are known by their ids alone, so the file has no vocabulary. `llama_cpp` and `gguf` are no dependencies of ours:
-they are imported by name, late, so that mypy finds the same with and without them.
+Tokens are known by their ids alone, so what is written has no vocabulary. `llama_cpp` is no dependency of
+ours: it is imported by name, late, so that mypy finds the same with and without it.
 
 Source: llama.cpp's `convert_hf_to_gguf.py` (`LlamaModel`).
 """
@@ -21,8 +21,9 @@ from platformdirs import user_cache_path
 from transformers import PreTrainedModel
 
 from space_cli.core.choose import Sampling
-from space_cli.core.compiled import fingerprint, why_not
-from space_cli.errors import UsageProblem, unwritten
+from space_cli.core.compiled import fingerprint, weights_digest, why_not
+from space_cli.errors import RunFailed, UsageProblem, unwritten
+from space_cli.models.gguf_file import read_gguf
 from space_cli.models.loading import LoadedModel
 
 _FILE_FORM = 1
@@ -49,15 +50,15 @@ def check(loaded: LoadedModel, sampling: Sampling) -> None:
     """Refuse what llama.cpp cannot be compared on.
 
     Raises:
-        UsageProblem: its packages are not installed, another architecture than Llama's, or not greedy.
+        UsageProblem: its package is not installed, another architecture than Llama's, or not greedy.
     """
-    if find_spec("llama_cpp") is None or find_spec("gguf") is None:
-        raise UsageProblem("method 'llama-cpp' needs two more packages", hint="pip install llama-cpp-python gguf")
+    if find_spec("llama_cpp") is None:
+        raise UsageProblem("method 'llama-cpp' needs another package", hint="pip install llama-cpp-python")
     if sampling.temperature or sampling.repetition_penalty != 1:
         raise UsageProblem(
             "method 'llama-cpp' is greedy, without penalties", hint="leave out --temperature and --repetition-penalty"
         )
-    reason = _why_not(loaded.model)
+    reason = None if loaded.gguf is not None else _why_not(loaded.model)
     if reason is not None:
         raise UsageProblem(f"method 'llama-cpp' cannot run {loaded.name}: {reason}", hint="leave it out of --methods")
 
@@ -73,39 +74,44 @@ def _why_not(model: PreTrainedModel) -> str | None:
     return why_not(model)
 
 
-def greedy(model: PreTrainedModel, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Iterator[int]:
+def greedy(loaded: LoadedModel, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Iterator[int]:
     """Return the tokens that llama.cpp generates, without end; loading and converting the model is done on return.
 
     Raises:
-        RunFailed: the file cannot be written.
+        RunFailed: the file cannot be written, or llama.cpp does not run it.
     """
-    llama = _runner(model, len(prompt_ids) + max_new_tokens)
+    llama = _runner(loaded, len(prompt_ids) + max_new_tokens)
     # else it would keep what the prompt has in common with the one before
     llama.reset()
     tokens: Iterator[int] = llama.generate(list(prompt_ids), temp=0.0)
     return tokens
 
 
-def _runner(model: PreTrainedModel, length: int) -> Any:
+def _runner(loaded: LoadedModel, length: int) -> Any:
     """Return llama.cpp with a model in it and room for `length` tokens, kept until the model goes or needs more."""
+    model = loaded.model
     room, llama = _running.get(model, (0, None))
     if room < length:
         room = max(_LEAST_CONTEXT, 1 << (length - 1).bit_length())
         package = import_module("llama_cpp")
         # its defaults, a float16 cache and flash attention, are fastest, but round to half precision: logits of float32
-        # weights are off by 2 % of their spread with them, by 0.001 % without
-        half = model.dtype != torch.float32
+        # weights are off by 2 % of their spread with them, by 0.001 % without; to blocks of 4 bits it makes no odds
+        half = model.dtype != torch.float32 or (loaded.gguf is not None and read_gguf(loaded.gguf).is_quantized)
         cache_type = None if half else package.GGML_TYPE_F32
-        llama = package.Llama(
-            str(_file(model)),
-            n_ctx=room,
-            n_threads=torch.get_num_threads(),
-            n_threads_batch=torch.get_num_threads(),
-            flash_attn=half,
-            type_k=cache_type,
-            type_v=cache_type,
-            verbose=False,
-        )
+        file = loaded.gguf if loaded.gguf is not None else _file(model)
+        try:
+            llama = package.Llama(
+                str(file),
+                n_ctx=room,
+                n_threads=torch.get_num_threads(),
+                n_threads_batch=torch.get_num_threads(),
+                flash_attn=half,
+                type_k=cache_type,
+                type_v=cache_type,
+                verbose=False,
+            )
+        except ValueError as error:
+            raise RunFailed(f"llama.cpp cannot run {file}: {error}", hint="leave llama-cpp out of --methods") from error
         # when Python tears its modules down, it would be too late
         weakref.finalize(model, llama.close)
         next(llama.generate([0], temp=0.0))
@@ -114,8 +120,8 @@ def _runner(model: PreTrainedModel, length: int) -> Any:
 
 
 def _file(model: PreTrainedModel) -> Path:
-    """Return the GGUF file of a model, written where it is not there yet."""
-    file = user_cache_path("space") / "gguf" / f"{fingerprint(model)}-{_FILE_FORM}.gguf"
+    """Return the GGUF file of a model's very weights, written where it is not there yet."""
+    file = user_cache_path("space") / "gguf" / f"{fingerprint(model)[:8]}-{weights_digest(model)}-{_FILE_FORM}.gguf"
     if file.exists():
         return file
     try:

@@ -107,6 +107,11 @@ class Plan:
         return sum(len(each.prompt.turns) for each in self.prompts)
 
 
+def suites_for(loaded: LoadedModel, suites: Sequence[Suite]) -> list[Suite]:
+    """Return the suites in the form in which this model is to be asked."""
+    return [suite.for_chat_model() if loaded.is_chat_model else suite for suite in suites]
+
+
 def most_tokens(suites: Sequence[Suite], settings: Settings, *, limit: int | None) -> int:
     """Return how many tokens one method may have to generate, whatever fits the context."""
     turns = sum(len(prompt.turns) for suite in suites for prompt in suite.prompts[:limit])

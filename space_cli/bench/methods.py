@@ -103,7 +103,7 @@ def _hf_mtp(task: Task, on_step: OnStep) -> Generation:
 
 def _llama_cpp(task: Task, on_step: OnStep) -> Generation:
     generation, state = Generation(), task.stop.begin(task.prompt_ids)
-    tokens = llama_cpp.greedy(task.loaded.model, task.prompt_ids, max_new_tokens=task.stop.max_new_tokens)
+    tokens = llama_cpp.greedy(task.loaded, task.prompt_ids, max_new_tokens=task.stop.max_new_tokens)
     while generation.finish_reason is None:
         started = time.perf_counter()
         token = next(tokens)
@@ -313,7 +313,7 @@ METHODS = {
         ),
         Method(
             "llama-cpp",
-            "llama.cpp, greedy, from the same weights (pip install llama-cpp-python gguf)",
+            "llama.cpp, greedy, on the same weights: the GGUF file itself (pip install llama-cpp-python)",
             _llama_cpp,
             exact_under_seed=False,
             check=_check_llama_cpp,

@@ -64,6 +64,7 @@ class Suite:
         stop_strings: an answer ends where one of them appears.
         chat: its turns are what a person asks: they go through the model's chat template where it has one.
         metric: by which its answers are judged, or None.
+        instruction: with one {}, asks a chat model for what other models complete; None where all get the same.
     """
 
     name: str
@@ -71,6 +72,15 @@ class Suite:
     stop_strings: tuple[str, ...] = ()
     chat: bool = False
     metric: Metric | None = None
+    instruction: str | None = None
+
+    def for_chat_model(self) -> Suite:
+        """Return the suite as a chat model is asked: it answers in its own form, which no stop string may cut."""
+        if self.instruction is None:
+            return self
+        head, tail = self.instruction.split("{}")
+        prompts = tuple(replace(each, turns=tuple(head + turn + tail for turn in each.turns)) for each in self.prompts)
+        return replace(self, prompts=prompts, stop_strings=(), chat=True, instruction=None)
 
 
 Read: TypeAlias = Callable[[Iterator[SourceRow]], Iterator[tuple[SourceRow, Prompt]]]
@@ -99,6 +109,7 @@ class Form:
     stop_strings: tuple[str, ...] = ()
     chat: bool = False
     metric: Metric | None = None
+    instruction: str | None = None
 
     @property
     def needs(self) -> str:
@@ -133,7 +144,7 @@ def load_suite(name: str, *, field: str | None = None) -> Suite:
     prompts = tuple(_distinct(form.read(_complete(rows, form.fields))))
     if not prompts:
         raise UsageProblem(f"{name}: no prompts in it", hint='each line is an object like {"prompt": "..."}')
-    return Suite(name, prompts, form.stop_strings, form.chat, form.metric)
+    return Suite(name, prompts, form.stop_strings, form.chat, form.metric, form.instruction)
 
 
 # Sources
@@ -205,6 +216,11 @@ def _distinct(prompts: Iterator[tuple[SourceRow, Prompt]]) -> Iterator[Prompt]:
 
 _CODEX_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a function body ends: the five stop sequences of the Codex paper (arXiv 2107.03374)."""
+
+# lm-evaluation-harness, tasks/humaneval/humaneval_instruct.yaml, without the beginning of an answer that it gives
+_CODE_INSTRUCTION = (
+    "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{}\n```"
+)
 
 # MultiPL-E's "\n    }\n" would cut the braces that an answer to HumanEval-X has to close: what comes after them ends it
 _JAVA_STOPS = ("\n    public ", "\n    private ", "\n    /", "\npublic ", "\nclass ", "\nimport ", "\n/")
@@ -334,17 +350,19 @@ def _human_eval_x_form(name: str, language: str, stop_strings: tuple[str, ...], 
         is_of=lambda rows: str(rows[0]["task_id"]).startswith(f"{language}/"),
         stop_strings=stop_strings,
         metric=metric,
+        instruction=_CODE_INSTRUCTION if language == "Python" else None,
     )
 
 
 SUITES = {
     "humaneval": Form(
-        "164 Python functions to complete",
+        "164 Python functions to complete, or to write where the model is a chat model",
         ("task_id", "prompt", "entry_point", "test"),
         _each(_human_eval_code, "humaneval"),
         package="human-eval",
         stop_strings=_CODEX_STOPS,
         metric="pass@1",
+        instruction=_CODE_INSTRUCTION,
     ),
     "humaneval-x-python": _human_eval_x_form("python", "Python", _CODEX_STOPS, "pass@1"),
     "humaneval-x-java": _human_eval_x_form("java", "Java", _JAVA_STOPS),

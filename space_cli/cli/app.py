@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -48,13 +49,16 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show a traceback with an error (also SPACE_DEBUG=1).")
+        bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings (also SPACE_DEBUG=1).")
     ] = False,
 ) -> None:
     """Several tokens per model call from local language models, without changing a single token."""
     del version
     if debug:
         os.environ["SPACE_DEBUG"] = "1"
+    if not os.environ.get("SPACE_DEBUG"):
+        # a library's warning is for who writes programs; behind whatever is asked by -W or PYTHONWARNINGS
+        warnings.simplefilter("ignore", append=True)
 
 
 def _register() -> None:
@@ -62,12 +66,15 @@ def _register() -> None:
     from space_cli.cli.chat import EPILOG as CHAT_EPILOG
     from space_cli.cli.chat import chat
     from space_cli.cli.models import models
+    from space_cli.cli.serve import EPILOG as SERVE_EPILOG
+    from space_cli.cli.serve import serve
     from space_cli.cli.train import EPILOG as TRAIN_EPILOG
     from space_cli.cli.train import train
     from space_cli.cli.verify import EPILOG as VERIFY_EPILOG
     from space_cli.cli.verify import verify_lossless
 
     app.command(epilog=CHAT_EPILOG)(chat)
+    app.command(epilog=SERVE_EPILOG)(serve)
     app.add_typer(bench)
     app.command(epilog=VERIFY_EPILOG)(verify_lossless)
     app.command(epilog=TRAIN_EPILOG)(train)

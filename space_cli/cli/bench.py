@@ -125,7 +125,7 @@ def run(
 
     suites = [load_suite(name, field=field) for name in dict.fromkeys(suite or ["humaneval"])]
 
-    from space_cli.bench.measure import Settings, check_candidates, most_tokens, plan
+    from space_cli.bench.measure import Settings, check_candidates, most_tokens, plan, suites_for
     from space_cli.bench.methods import choose_methods
     from space_cli.bench.quality import check
     from space_cli.cli.live import run_view
@@ -139,13 +139,13 @@ def run(
     load = partial(load_model, models_file=models_file, device=device)
     loaded = load(model, dtype=dtype, quantization=quantization, revision=revision)
     draft = load(draft_model, dtype=loaded.dtype) if draft_model is not None else None
+    suites = suites_for(loaded, suites)
     settings = Settings(
         max_new_tokens, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), candidates
     )
     chosen, left_out = choose_methods(wanted, loaded, sampling=settings.sampling, draft=draft)
     check_candidates(loaded, candidates, chosen)
-    tokens = seeds * most_tokens(suites, settings, limit=limit)
-    loaded = _with_engine(loaded, engine, chosen, tokens, view)
+    loaded = _with_engine(loaded, engine, chosen, seeds * most_tokens(suites, settings, limit=limit), view)
     planned = plan(loaded, suites, settings, limit=limit, draft=draft)
     report = _report(loaded, draft, settings)
     report.settings |= {

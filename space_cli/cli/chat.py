@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import sys
 from contextlib import contextmanager, nullcontext
+from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -48,6 +49,13 @@ _Continue = Annotated[bool, typer.Option("--continue", "-c", help="Go on with th
 _Load = Annotated[
     Path | None, typer.Option("--load", callback=options.at_home, help="Go on with a saved conversation.")
 ]
+_Schema = Annotated[
+    Path | None,
+    typer.Option(
+        "--schema", callback=options.at_home, help="Answers are JSON that the JSON schema in this file holds for."
+    ),
+]
+_JsonMode = Annotated[bool, typer.Option("--json-mode", help="Answers are JSON objects.")]
 _Stats = Annotated[bool, typer.Option("--stats", help="Say on standard error what one answer cost.")]
 
 
@@ -67,6 +75,8 @@ def chat(
     min_p: options.MinP = 0.0,
     repetition_penalty: options.RepetitionPenalty = 1.0,
     seed: options.Seed = 0,
+    schema: _Schema = None,
+    json_mode: _JsonMode = False,
     context: _Context = "stop",
     live: _Live = "text",
     go_on: _Continue = False,
@@ -88,6 +98,7 @@ def chat(
     if raw and template is not None:
         raise UsageProblem("--raw and --template exclude each other")
     system = _system(system, system_file)
+    form = _schema(schema, json_mode=json_mode)
     state = _state_folder()
     turns, partner = _saved(state / "newest.json" if go_on else load)
     if partner and model is not None and not quiet and _differ(partner, model):
@@ -137,7 +148,7 @@ def chat(
             context=context,
             live=live,
         )
-        session = Session(loaded, settings, template="{}" if raw else template, turns=turns)
+        session = Session(loaded, settings, template="{}" if raw else template, turns=turns, schema=form)
         if system:
             session.chat.system = system
     if text is not None:
@@ -201,6 +212,23 @@ def _say(text: str) -> None:
     from space_cli.cli.console import err, plain
 
     err().print(plain(text, style="dim"), soft_wrap=True)
+
+
+def _schema(file: Path | None, *, json_mode: bool) -> dict[str, Any] | None:
+    """Return the schema that answers follow, or None."""
+    if file is not None and json_mode:
+        raise UsageProblem("--schema and --json-mode exclude each other")
+    if file is None:
+        return {"type": "object"} if json_mode else None
+    try:
+        schema = loads(file.read_bytes())
+    except OSError as error:
+        raise UsageProblem(f"--schema {file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageProblem(f"--schema {file}: no JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise UsageProblem(f"--schema {file}: a schema is a JSON object")
+    return schema
 
 
 def _state_folder() -> Path:

@@ -119,16 +119,26 @@ def err() -> Console:
 
 
 def quiet_libraries() -> None:
-    """Keep the model libraries' notes and bars from breaking ours; a download keeps its bar in a terminal."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Keep the model libraries' notes, warnings and bars from breaking ours; a download keeps its bar in a terminal.
 
-    # bitsandbytes tells which of its kernels are absent, whether they are wanted or not
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    With --debug what they note and warn of is shown.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    debug = bool(os.environ.get("SPACE_DEBUG"))
+    quiet = not debug and "TRANSFORMERS_VERBOSITY" not in os.environ
+    if quiet:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    if not debug:
+        if logging.lastResort is not None:  # where loggers without a handler of their own write
+            logging.lastResort.setLevel(logging.ERROR)
+        # bitsandbytes tells which of its kernels are absent, whether they are wanted or not
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    if quiet:
+        transformers_logging.set_verbosity_error()  # where it was imported before
     transformers_logging.disable_progress_bar()
     if sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         enable_progress_bars()

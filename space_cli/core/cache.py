@@ -128,6 +128,20 @@ class KVCache:
         """L, tokens in the cache."""
         return max((layer.length for layer in self.layers), default=0)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the buffers."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
+
+    def fork(self, length: int) -> KVCache:
+        """Return a cache of its own with the first `length` tokens."""
+        copy = KVCache()
+        copy.token_ids = self.token_ids[:length]
+        copy.reserve(length)
+        for index, layer in enumerate(self.layers):
+            copy.layer(index).update(layer.keys[:, :, :length], layer.values[:, :, :length])
+        return copy
+
     def rollback(self, length: int) -> None:
         """Forget everything behind the first `length` tokens."""
         del self.token_ids[length:]

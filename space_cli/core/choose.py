@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -50,7 +51,11 @@ class Likely(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen, in transformers' words; temperature 0 is greedy and ignores top_k, top_p and min_p."""
+    """How tokens are chosen, in transformers' words; temperature 0 is greedy and ignores top_k, top_p and min_p.
+
+    Presence and frequency penalties are OpenAI's: off the logit of a token that the answer has already, once, and once
+    for each time that it came.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -58,16 +63,29 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
 
-    def processors(self) -> LogitsProcessorList:
-        """Return transformers' processors in the order `generate` applies them."""
+    @property
+    def reads_history(self) -> bool:
+        """Whether the tokens so far change what is chosen."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
+    def processors(self, prompt_length: int = 0) -> LogitsProcessorList:
+        """Return the processors, transformers' ones in the order `generate` applies them.
+
+        Args:
+            prompt_length: tokens in front of the answer, which presence and frequency penalties do not count.
+        """
         processors = LogitsProcessorList()
         if self.repetition_penalty != 1.0:
             processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.presence_penalty or self.frequency_penalty:
+            processors.append(_CountPenalty(prompt_length, self.presence_penalty, self.frequency_penalty))
         if self.temperature == 0:
             return processors
         if self.temperature != 1.0:
@@ -79,6 +97,19 @@ class Sampling:
         if self.min_p:
             processors.append(MinPLogitsWarper(self.min_p))
         return processors
+
+
+class _CountPenalty(LogitsProcessor):
+    """OpenAI's presence and frequency penalties, which transformers does not have."""
+
+    def __init__(self, prompt_length: int, presence: float, frequency: float) -> None:
+        self._prompt_length, self._presence, self._frequency = prompt_length, presence, frequency
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        answers = input_ids[:, self._prompt_length :]
+        counts = torch.zeros_like(scores).scatter_add_(1, answers, torch.ones_like(answers, dtype=scores.dtype))
+        taken = counts * self._frequency + (counts > 0) * self._presence
+        return cast(torch.FloatTensor, scores - taken)
 
 
 class Chooser:
@@ -101,10 +132,19 @@ class Chooser:
         self._noise = None if seed is None else _Noise(seed)
 
     @classmethod
-    def from_sampling(cls, sampling: Sampling) -> Chooser:
-        """Return the chooser that `sampling` describes."""
+    def from_sampling(
+        cls, sampling: Sampling, *, prompt_length: int = 0, first: Sequence[LogitsProcessor] = ()
+    ) -> Chooser:
+        """Return the chooser that `sampling` describes.
+
+        Args:
+            sampling: how.
+            prompt_length: tokens in front of the answer.
+            first: processors in front of its own; they get the history.
+        """
         seed = sampling.seed if sampling.temperature else None
-        return cls(sampling.processors(), seed=seed, reads_history=sampling.repetition_penalty != 1.0)
+        processors = LogitsProcessorList([*first, *sampling.processors(prompt_length)])
+        return cls(processors, seed=seed, reads_history=bool(first) or sampling.reads_history)
 
     def rows(self, logits: torch.Tensor, likely: Likely | None = None) -> Rows:
         """Return the rows of one model call, to choose from one by one.
@@ -172,6 +212,23 @@ class Rows:
         if self._noise is not None:
             scores = scores + self._noise.at(len(history), scores.shape[-1], scores.device)
         return scores[0]
+
+    def logprobs(self, rows: Sequence[int], tokens: Sequence[int], count: int) -> list[tuple[tuple[int, float], ...]]:
+        """Return for each row its token and the `count` likeliest, with their log-probabilities before any processor.
+
+        Args:
+            rows: that the tokens were chosen from.
+            tokens: one for each row.
+            count: beside the token itself.
+        """
+        scores = self._logits[list(rows)]
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(dim=-1)
+        values, likeliest = (each.tolist() for each in scores.topk(min(count, scores.shape[-1]), dim=-1))
+        own = scores[torch.arange(len(tokens)), list(tokens)].tolist()
+        return [
+            ((token, value), *zip(likeliest[row], values[row], strict=True))
+            for row, (token, value) in enumerate(zip(tokens, own, strict=True))
+        ]
 
     def likely(self, rows: range, history: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
         """Return for consecutive rows the `count` likeliest tokens with their shares, largest first.

@@ -47,6 +47,7 @@ def decode(
     program: Program | None = None,
     numerics: Numerics | None = None,
     cache: KVCache | None = None,
+    logprobs: int | None = None,
 ) -> Iterator[Step]:
     """Generate behind `prompt_ids`, one `Step` per model call; stop by not asking for more.
 
@@ -62,6 +63,7 @@ def decode(
         numerics: how calls are shaped; None is the model's default.
         cache: of earlier generations with this model; only what is new of the prompt is computed, and what is settled
             when the generation ends, or is left, stays in it.
+        logprobs: so many likeliest tokens are told of each place; None tells no log-probabilities.
 
     Raises:
         UsageProblem: prompt and new tokens do not fit the model's context.
@@ -110,6 +112,7 @@ def decode(
                 prefilled=computed,
                 parts=Parts(ran - began, chose - ran, settled - chose, drafted - pushed),
                 depth=max(block.offsets[: block.num_tokens]),
+                logprobs=() if logprobs is None else tuple(rows.logprobs(path[:count], emitted[:count], logprobs)),
             )
             if reason is not None:
                 return

@@ -127,6 +127,42 @@ class StopState:
         return len(tokens), None
 
 
+class HeldBack:
+    """Text on its way out, cut in front of the first stop string; what may become one waits.
+
+    Args:
+        stop_strings: none of them empty.
+    """
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stop = stop_strings
+        self._held = ""
+        self._ended = False
+
+    def push(self, text: str) -> str:
+        """Return what is final with `text`; nothing once a stop string has come."""
+        if self._ended:
+            return ""
+        self._held += text
+        cut = cut_at_stop(self._held, self._stop)
+        self._ended = len(cut) < len(self._held)
+        safe = len(cut) if self._ended else len(cut) - _begun(cut, self._stop)
+        self._held, final = "" if self._ended else self._held[safe:], cut[:safe]
+        return final
+
+    def flush(self) -> str:
+        """Return what is still held back: no stop string came of it."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _begun(text: str, stop_strings: Sequence[str]) -> int:
+    """Return the length of the longest end of `text` with which a stop string begins."""
+    longest = max(map(len, stop_strings), default=1) - 1
+    ends = range(min(longest, len(text)), 0, -1)
+    return next((size for size in ends if any(stop.startswith(text[-size:]) for stop in stop_strings)), 0)
+
+
 def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
     """Return `text` up to the first stop string in it."""
     return text[: min((found for stop in stop_strings if (found := text.find(stop)) >= 0), default=len(text))]

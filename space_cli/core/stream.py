@@ -47,6 +47,7 @@ class Step:
         prefilled: tokens of the prompt that our decoder computed before this step; a cache may have held the others.
         parts: of the seconds; None where it was not our decoder's step.
         depth: how many tokens ahead the candidates reached.
+        logprobs: where asked for, of each token: itself and then the likeliest ones, each with its log-probability.
     """
 
     tokens: tuple[int, ...]
@@ -59,6 +60,7 @@ class Step:
     prefilled: int = 0
     parts: Parts | None = None
     depth: int = 0
+    logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(slots=True)

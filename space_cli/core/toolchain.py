@@ -16,6 +16,8 @@ from space_cli.core.quantized import use_kernels
 from space_cli.errors import RunFailed
 
 KERNELS = Path(__file__).parent / "kernels"
+# what those that `SPACE_CPU` may name have beyond others of their kind, as Linux lists it
+_LEVELS = {"x86-64-v3": ("avx2", "fma", "bmi2"), "x86-64-v4": ("avx512f", "avx512bw", "avx512dq", "avx512vl")}
 _loaded: dict[str, ctypes.CDLL] = {}
 
 
@@ -29,6 +31,16 @@ def machine() -> tuple[str, ...]:
 def instructions() -> str:
     """Return for which processor kernels are compiled, as `-march` names it: `native`, or `SPACE_CPU`."""
     return os.environ.get("SPACE_CPU") or "native"
+
+
+def _check_processor() -> None:
+    """Refuse what would end the process at its first instruction that the processor does not have."""
+    missing = set(_LEVELS.get(instructions(), ())).difference(_processor_flags().split())
+    if missing:
+        raise RunFailed(
+            f"SPACE_CPU={instructions()}: this processor does not have {', '.join(sorted(missing))}",
+            hint="unset SPACE_CPU, or choose another",
+        )
 
 
 def compiler_command(processor: str) -> list[str]:
@@ -45,8 +57,9 @@ def build_kernels(folder: Path) -> Path:
     """Return the library of our kernels, compiled into a folder where it is not there yet.
 
     Raises:
-        RunFailed: there is no C++ compiler, or it fails.
+        RunFailed: there is no C++ compiler, or it fails; or the processor is none that `SPACE_CPU` names.
     """
+    _check_processor()
     library = folder / f"kernels-{toolchain_digest()[:16]}.so"
     seal = library.with_suffix(".sha256")
     if (digest := _digest(library)) is not None and digest == _content(seal):

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -134,7 +134,7 @@ def _is_worth_compiling(loaded: LoadedModel, tokens: int) -> bool:
 
 
 def _size(loaded: LoadedModel) -> int:
-    return sum(tensor.nbytes for tensor in loaded.model.parameters())
+    return sum(tensor.nbytes for tensor in chain(loaded.model.parameters(), loaded.model.buffers()))
 
 
 def _is_faster(loaded: LoadedModel, program: Program, timed: Path) -> bool:

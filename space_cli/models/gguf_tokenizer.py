@@ -19,10 +19,12 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# not the tokenizer.json's classes of letters: what is no letter from a to z counts as a capital, and a mark as neither
+_CAPITAL, _SMALL = r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"
+_HEADED = r"[^\r\n\p{L}\p{N}]?"
 _CASED = (
-    r"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+{end}"
-    r"|[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*{end}"
-    r"|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    f"{_HEADED}{_CAPITAL}*{_SMALL}+%(end)s|{_HEADED}{_CAPITAL}+{_SMALL}*%(end)s"
+    r"|%(digits)s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",)
 _DIGITS = (r"\p{N}", *_GPT2)
@@ -31,7 +33,7 @@ _QWEN2 = (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _MARKS,)
 _QWEN35 = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-_GPT4O = (_CASED.format(end=_CONTRACTIONS + "?", digits=r"\p{N}{1,3}"),)
+_GPT4O = (_CASED % {"end": _CONTRACTIONS + "?", "digits": r"\p{N}{1,3}"},)
 _DEEPSEEK3 = (
     r"\p{N}{1,3}",
     "[一-龥\u3040-\u309f\u30a0-\u30ff]+",
@@ -51,10 +53,10 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan"), _QWEN2),
     **dict.fromkeys(("solar-open", "grok-2"), _QWEN2),
     "qwen35": _QWEN35,
-    "tekken": (_CASED.format(end="", digits=r"\p{N}"),),
+    "tekken": (_CASED % {"end": "", "digits": r"\p{N}"},),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), _GPT4O),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), _DEEPSEEK3),
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "(?:(?!\\s)[一-龥ࠀ-一가-\ud7ff])+", r"\p{N}"),
     "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", *_GPT2, "[0-9][0-9][0-9]"),
 }
 """Patterns by `tokenizer.ggml.pre`; what one leaves, the next one splits."""
@@ -102,13 +104,14 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> PreTrainedTokeniz
     tokenizer.add_tokens(
         [AddedToken(tokens[n], normalized=False) for n, type_ in enumerate(types) if type_ == _USER_DEFINED]
     )
-    named = _named(metadata, tokens, kind)
-    tokenizer.post_processor = _surroundings(metadata, named, ids)
+    roles = _roles(metadata, kind)
+    tokenizer.post_processor = _surroundings(metadata, roles, tokens)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
-        **named,
+        # what has a role is taken for special wherever it stands, which a comma is not
+        **{name: tokens[number] for name, number in roles.items() if number in special},
     )
     fast.chat_template = metadata.get("tokenizer.chat_template")
     return fast
@@ -192,27 +195,23 @@ def _added(token: str, *, strips: bool) -> AddedToken:
     return AddedToken(token, normalized=False, special=True, rstrip=strips)
 
 
-def _named(metadata: Mapping[str, Any], tokens: Sequence[str], kind: str) -> dict[str, str]:
-    """Return the special tokens with a role, by transformers' names."""
-    default = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {"bos": 11, "eos": 11}
+def _roles(metadata: Mapping[str, Any], kind: str) -> dict[str, int]:
+    """Return the ids of tokens with a role, by transformers' names."""
+    default = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    found = {}
-    for role, name in names.items():
-        number = metadata.get(f"tokenizer.ggml.{role}_token_id", default.get(role))
-        if isinstance(number, int) and 0 <= number < len(tokens):
-            found[name] = tokens[number]
-    return found
+    count = len(metadata["tokenizer.ggml.tokens"])
+    told = {names[role]: metadata.get(f"tokenizer.ggml.{role}_token_id", default.get(role)) for role in names}
+    return {name: number for name, number in told.items() if isinstance(number, int) and 0 <= number < count}
 
 
-def _surroundings(metadata: Mapping[str, Any], named: Mapping[str, str], ids: Mapping[str, int]) -> Any:
+def _surroundings(metadata: Mapping[str, Any], roles: Mapping[str, int], tokens: Sequence[str]) -> Any:
     """Return what puts BOS in front of a text and EOS behind it, as the metadata tell."""
     is_sentencepiece = metadata["tokenizer.ggml.model"] == "llama"
     by_default = is_sentencepiece or metadata.get("tokenizer.ggml.pre") in _WHOLE_WORDS_FIRST
-    front = named.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", by_default) else None
-    behind = named.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    front = roles.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", by_default) else None
+    behind = roles.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
     if front is None and behind is None:
         return processors.ByteLevel(trim_offsets=False)
-    around = [token for token in (front, "$A", behind) if token is not None]
-    return processors.TemplateProcessing(
-        single=" ".join(around), special_tokens=[(token, ids[token]) for token in around if token != "$A"]
-    )
+    pieces = [*([] if front is None else [tokens[front]]), "$A", *([] if behind is None else [tokens[behind]])]
+    special = [(tokens[number], number) for number in (front, behind) if number is not None]
+    return processors.TemplateProcessing(single=pieces, special_tokens=special)

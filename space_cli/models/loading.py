@@ -31,7 +31,7 @@ from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceC
 from space_cli.models.gguf_names import gguf_path, is_gguf
 from space_cli.models.kernels import kernels_problem
 from space_cli.models.prompting import encode
-from space_cli.models.registry import ModelEntry, resolve
+from space_cli.models.registry import ModelEntry, read_models, resolve
 from space_cli.models.stops import stop_ids
 
 Weights = Literal["as stored", "dense"]
@@ -51,6 +51,7 @@ class LoadedModel:
         masks_per_group: m of the training, the largest k that makes sense.
         program: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
         experience: of its drafts, from answer to answer; None begins anew with each.
+        completes: it is a base model, which goes on with a text, whatever its chat template.
         gguf: the file its weights came from, the first of several shards; None for a folder of safetensors.
     """
 
@@ -70,7 +71,13 @@ class LoadedModel:
     program: Program | None = None
     costs: StepCosts = ASSUMED_COSTS
     experience: Experience | None = None
+    completes: bool = False
     gguf: Path | None = None
+
+    @property
+    def is_chat_model(self) -> bool:
+        """Whether it answers requests rather than going on with a text."""
+        return bool(self.tokenizer.chat_template) and not self.completes
 
     def drafts(self, candidates: int | None = None) -> Drafts:
         """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best.
@@ -152,6 +159,7 @@ def load_model(
         context_length=context_length(model.config),
         eos_token_ids=stop_ids(tokenizer, model.generation_config),
         prompt_template=entry.prompt_template,
+        completes=entry.completes or _base_completes(space, models_file),
         gguf=file,
         **_mask_fields(name, model, space, entry),
     )
@@ -265,6 +273,12 @@ def _base(
         raise UsageProblem(f"{entry.source}: {SPACE_CONFIG_NAME}: an adapter must name its base_model")
     base = resolve(space.base_model, models_file)
     return base.source, space.base_revision or base.revision
+
+
+def _base_completes(space: SpaceConfig | None, models_file: Path | None) -> bool:
+    """Return whether what was tuned is a base model; models.toml says so of those it names."""
+    known = read_models(models_file)
+    return space is not None and space.base_model in known and known[space.base_model].completes
 
 
 def _put_adapter_on(model: PreTrainedModel, entry: ModelEntry, revision: str | None, space: SpaceConfig) -> None:

@@ -7,9 +7,9 @@ over which no token reaches, so that it is tokenised as ordinary text.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
@@ -21,16 +21,21 @@ if TYPE_CHECKING:
 DEFAULT_TEMPLATE = "Human:{}\nAssistant:"
 """The form where a tokenizer has no chat template of its own: that of the SPACE paper's models."""
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 _TAIL = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side of a conversation says."""
+    """What one side of a conversation says.
+
+    Attributes:
+        fields: what else the chat template is given of it, as the calls of an assistant.
+    """
 
     role: Role
     content: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,12 @@ class Known:
 
 
 def request(
-    turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, template: str | None, known: Iterable[Known] = ()
+    turns: Sequence[Turn],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str | None,
+    known: Iterable[Known] = (),
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> Known:
     """Return what a model is given to answer the last turn.
 
@@ -52,17 +62,25 @@ def request(
         template: a form like `DEFAULT_TEMPLATE` in place of the tokenizer's chat template.
         known: beginnings whose tokens stay as they were: a model does not always split its own words the way a
             tokenizer would.
+        tools: functions that the model may call, as OpenAI's interface describes them.
 
     Raises:
         UsageProblem: `template` has not exactly one {}, or the chat template refuses the conversation.
     """
-    seam = seam_for(turn.content for turn in turns)
+    seam = seam_for(_texts_in([[turn.content, turn.fields] for turn in turns] + [list(tools)]))
     special = special_tokens(tokenizer)
     if template is not None and template.startswith("{}"):
         turns = [Turn(turns[0].role, without_lead(turns[0].content, tokenizer)), *turns[1:]]
-    turns = [Turn(turn.role, taken_apart(turn.content, special, seam)) for turn in turns]
+
+    def apart(text: str) -> str:
+        return taken_apart(text, special, seam)
+
+    turns = [Turn(turn.role, apart(turn.content), _mapped(turn.fields, apart)) for turn in turns]
     if template is None and tokenizer.chat_template:
-        seamed, lead = render(turns, tokenizer, "the conversation", asks=True), list[int]()
+        tools = _mapped(list(tools), apart)
+        seamed, lead = render(turns, tokenizer, "the conversation", asks=True, tools=tools), list[int]()
+    elif tools or any(turn.role == "tool" for turn in turns):
+        raise UsageProblem("only a chat template can tell a model of tools", hint="choose a model that has one")
     else:
         seamed = _filled(turns, DEFAULT_TEMPLATE if template is None else template, str(tokenizer.eos_token or ""))
         lead = lead_ids(seamed.split(seam)[0], tokenizer)
@@ -108,11 +126,24 @@ def split_template(template: str) -> tuple[str, str]:
     return head, tail
 
 
-def render(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, where: str, *, asks: bool = False) -> str:
+def render(
+    turns: Sequence[Turn],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    *,
+    asks: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """Return what the chat template makes of the turns; with `asks`, up to where the next answer begins."""
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    messages = [{"role": turn.role, "content": turn.content, **turn.fields} for turn in turns]
+    given: dict[str, Any] = {}
+    functions = [dict(tool) for tool in tools]
+    if functions and "tools" not in str(tokenizer.get_chat_template(None, functions)):
+        raise UsageProblem("the chat template of this model takes no tools", hint="choose a model whose does")
+    if functions:
+        given["tools"] = functions
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **given))
     except (TemplateError, TypeError, ValueError) as error:
         told = " ".join(str(error).split())
         raise UsageProblem(f"{where}: the chat template refuses the conversation: {told}") from error
@@ -122,6 +153,30 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Return every text that the tokenizer makes a special token of."""
     added = tokenizer.added_tokens_decoder.values()
     return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _texts_in(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _texts_in(inner)
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a JSON value with every text in it changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(str(key)): _mapped(inner, change) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [_mapped(inner, change) for inner in value]
+    return value
 
 
 def seam_for(texts: Iterable[str]) -> str:

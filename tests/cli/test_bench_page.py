@@ -249,6 +249,7 @@ def wide_page(tmp_path_factory):
     return file
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_shows_a_page_without_complaint_request_or_sideways_scrolling(browser, wide_page, scheme, width):
@@ -261,6 +262,7 @@ def test_a_browser_shows_a_page_without_complaint_request_or_sideways_scrolling(
     assert browser.value("document.querySelectorAll('svg').length") == 4
 
 
+@pytest.mark.browser
 def test_a_page_is_light_or_dark_as_its_reader_likes_it(browser, wide_page):
     colours = "(({color, backgroundColor}) => [color, backgroundColor])(getComputedStyle(document.body))"
     line = "getComputedStyle(document.querySelector('svg path[style*=series-1]')).stroke"

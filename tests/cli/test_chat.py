@@ -1,8 +1,6 @@
 """`space chat` with one prompt: standard output, JSON, pipes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -12,26 +10,8 @@ PROMPT = ("--prompt", "def add(a, b):\n")
 FAST = ("--dtype", "float32", "--max-new-tokens", "24")
 
 
-@pytest.fixture
-def piped(clean_env, tmp_path):
-    """Run `space chat` with something piped in."""
-
-    def run(*arguments, text):
-        return subprocess.run(
-            [sys.executable, "-m", "space_cli", "chat", *map(str, arguments)],
-            input=text,
-            capture_output=True,
-            env=clean_env,
-            cwd=tmp_path,
-            timeout=120,
-            check=False,
-        )
-
-    return run
-
-
-def test_the_answer_alone_stands_on_standard_output(run_space, tiny_model_dir):
-    done = run_space("chat", "--model", tiny_model_dir, *PROMPT, *FAST)
+def test_the_answer_alone_stands_on_standard_output(run_space, run_space_apart, tiny_model_dir):
+    done = run_space_apart("chat", "--model", tiny_model_dir, *PROMPT, *FAST)
     record = json.loads(run_space("chat", "--model", tiny_model_dir, *PROMPT, *FAST, "--json", "-").stdout)
 
     assert done.returncode == 0, done.stderr
@@ -73,13 +53,13 @@ def test_a_system_text_a_template_and_raw_change_what_the_model_reads(run_space,
     assert counts[1] == counts[2] > counts[0] > counts[3] > counts[4]
 
 
-def test_piped_text_is_a_prompt_or_follows_one(piped, tiny_model_dir):
-    common = ("--model", tiny_model_dir, *FAST, "--raw", "--json", "-")
+def test_piped_text_is_a_prompt_or_follows_one(run_space, tiny_model_dir):
+    common = ("chat", "--model", tiny_model_dir, *FAST, "--raw", "--json", "-")
 
-    alone = json.loads(piped(*common, text=b"for x in").stdout)
-    dashed = json.loads(piped(*common, "--prompt", "-", text=b"for x in").stdout)
-    behind = json.loads(piped(*common, "--prompt", "Go on:", text=b"for x in").stdout)
-    broken = piped(*common, text=b"for \xff\xed\xa0\x80")
+    alone = json.loads(run_space(*common, stdin=b"for x in").stdout)
+    dashed = json.loads(run_space(*common, "--prompt", "-", stdin=b"for x in").stdout)
+    behind = json.loads(run_space(*common, "--prompt", "Go on:", stdin=b"for x in").stdout)
+    broken = run_space(*common, stdin=b"for \xff\xed\xa0\x80")
 
     assert alone["token_ids"] == dashed["token_ids"]
     assert behind["prompt_tokens"] > alone["prompt_tokens"]

@@ -129,6 +129,28 @@ def test_debug_shows_the_traceback(run_space):
         assert "Traceback" in done.stderr
 
 
+@pytest.mark.parametrize(("options", "is_shown"), [([], False), (["--debug"], True)], ids=["by default", "debug"])
+def test_what_libraries_warn_of_is_for_debug_alone(clean_env, options, is_shown):
+    script = (
+        "import logging, sys, warnings; from space_cli.cli import app, console\n"
+        "@app.app.command('warn')\ndef warn():\n"
+        "    console.quiet_libraries()\n"
+        "    from transformers.utils import logging as theirs\n"
+        "    warnings.warn('old keyword', FutureWarning)\n"
+        "    theirs.get_logger('transformers.generation').warning_once('old setting')\n"
+        "    logging.getLogger('accelerate.utils').warning('old flag')\n"
+        "sys.exit(app.run([*sys.argv[1:], 'warn']))"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, *options], capture_output=True, text=True, env=clean_env, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert [text in done.stderr for text in ("old keyword", "old setting", "old flag")] == [is_shown] * 3
+    assert is_shown or done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("raised", "line", "code"),
     [
@@ -170,5 +192,5 @@ def test_known_attacks_become_visible():
     assert visible("\x1b]8;;http://x\x07a\x9b31m\r\x00\u202e\ud800") == ("␛]8;;http://x␇a\\x9b31m␍␀\\u202e\\ud800")
 
 
-def test_package_runs_as_a_module(run_space):
-    assert run_space("--version").stdout.startswith("space ")
+def test_package_runs_as_a_module(run_space_apart):
+    assert run_space_apart("--version").stdout.startswith("space ")

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 
-def test_rows_have_tabs_between_where_there_is_no_terminal(run_space):
-    done = run_space("models", "list")
+def test_rows_have_tabs_between_where_there_is_no_terminal(run_space_apart):
+    done = run_space_apart("models", "list")
 
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert (done.returncode, done.stderr) == (0, "")
@@ -127,6 +127,7 @@ def test_torch_stays_unloaded(clean_env):
     assert done.returncode == 0
 
 
+@pytest.mark.pty
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_terminal_shows_a_table(clean_env):
     import pty

@@ -12,6 +12,8 @@ pytest.importorskip("pty", reason="needs a POSIX terminal")
 
 from terminal import Terminal
 
+pytestmark = pytest.mark.pty
+
 ACTING = ["\x1b[2J", "\x1b]8;;http://evil\x07", "\x1b]0;mine\x07", "\x00", "\x9b31m", "\u202e"]
 HOSTILE = [*ACTING, "[red]", "\r", "\x08"]
 

@@ -1,4 +1,4 @@
-"""What a chat says of its speed, and what it measures for its drafts."""
+"""What a chat says of its speed."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,6 @@ import pytest
 
 from space_cli.cli import session as module
 from space_cli.cli.session import ChatSettings, Session
-from space_cli.core.costs import ASSUMED_COSTS, StepCosts
 from space_cli.core.stream import Generation, Step
 from space_cli.models.prompting import Known
 
@@ -26,8 +25,8 @@ def told(monkeypatch):
             model=None, mask_token_ids=(1,), program=None, context_length=None, prompt_template=None
         )
         monkeypatch.setattr(module, "Chat", lambda *_, **__: None)
-        monkeypatch.setattr(module, "decode", lambda *_, **__: iter([step(1, seconds) for seconds in ar]))
         chat = Session(loaded, ChatSettings(), template=None)
+        monkeypatch.setattr(chat.model, "steps", lambda *_, **__: iter([step(1, seconds) for seconds in ar]))
         chat.last = (Known("", [1, 2]), Generation([step(tokens, seconds) for seconds in own]))
         return chat.speedup()
 
@@ -51,22 +50,3 @@ def test_the_speedup_is_against_ar_steps_timed_right_behind_the_answer(told):
 )
 def test_nothing_is_told_where_other_work_makes_speeds_incomparable(told, own, ar):
     assert told(own, ar) is None
-
-
-def test_step_costs_are_measured_when_an_answer_first_drafts_by_them(monkeypatch):
-    found, asked = StepCosts({1: 1.0}), []
-    loaded = SimpleNamespace(mask_token_ids=(1,), masks_per_group=3, prompt_template=None, costs=ASSUMED_COSTS)
-    loaded.drafts = lambda candidates: asked.append(candidates)
-    measured = SimpleNamespace(**vars(loaded) | {"costs": found})
-    monkeypatch.setattr(module, "Chat", lambda *_, **__: None)
-    monkeypatch.setattr(module, "measured", lambda _: measured)
-    chat = Session(loaded, ChatSettings(mode="ar", candidates=2), template=None)
-
-    chat.drafts("ar")
-    chat.drafts("space")
-    assert chat.loaded is loaded
-    chat.change("candidates", "auto")
-    chat.drafts("space")
-
-    assert chat.loaded.costs is found
-    assert asked == [2, None]

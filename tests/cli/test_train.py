@@ -15,8 +15,8 @@ def data(tmp_path):
     return tmp_path / "data.jsonl"
 
 
-def test_a_training_without_a_terminal_is_plain_text(run_space, tiny_model_dir, data, tmp_path):
-    done = run_space("train", "--model", tiny_model_dir, "--data", data, "--output", tmp_path / "out", *FAST)
+def test_a_training_without_a_terminal_is_plain_text(run_space_apart, tiny_model_dir, data, tmp_path):
+    done = run_space_apart("train", "--model", tiny_model_dir, "--data", data, "--output", tmp_path / "out", *FAST)
 
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr
@@ -114,6 +114,7 @@ def test_a_checkpoint_can_be_read_about(run_space, tiny_model_dir, data, tmp_pat
     assert "| after | 3 |" in card
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(clean_env, tiny_model_dir, data, tmp_path):
     options = ("--data", data, "--output", tmp_path / "out", *FAST, "--method", "adapter", "--distill", "4")
     launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
@@ -134,7 +135,7 @@ def test_two_processes_train_one_model(clean_env, tiny_model_dir, data, tmp_path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX limits")
-@pytest.mark.parametrize("method", ["full", "adapter"])
+@pytest.mark.parametrize("method", ["full", pytest.param("adapter", marks=pytest.mark.slow)])
 def test_a_full_disk_costs_no_checkpoint(clean_env, stop_space, run_space, tiny_model_dir, data, tmp_path, method):
     import resource
 
@@ -187,6 +188,7 @@ def test_data_that_vanished_or_changed_are_told_and_nothing_is_lost(run_space, t
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 @pytest.mark.parametrize("stopped_by", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
 def test_a_training_that_was_stopped_is_taken_up_again(

@@ -1,4 +1,5 @@
 import copy
+import platform
 
 import pytest
 import torch
@@ -12,9 +13,14 @@ from space_cli.core.engine import EagerEngine, default_numerics
 
 HALF = [torch.bfloat16, torch.float16]
 # bits are a matter of the kernels at hand; `space verify-lossless` measures them on each machine
-bit_for_bit = pytest.mark.xfail(
-    torch.cpu._is_amx_tile_supported(), reason="measured on CPUs without AMX alone", strict=False
+measured_kernels = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="measured on x86-64 alone, with AMX and without"
 )
+# of AVX2's, a block and a row alone differ in the last bit of float16 and float32
+wide_kernels = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="equal with AVX-512 alone"
+)
+WIDE = [pytest.param(dtype, marks=wide_kernels) for dtype in (torch.float16, torch.float32)]
 
 
 @st.composite
@@ -39,8 +45,8 @@ def tensors(call, dtype):
     return query, key, value, mask
 
 
-@bit_for_bit
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@measured_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *WIDE])
 @settings(max_examples=60)
 @given(call=calls())
 def test_a_row_has_the_same_bits_alone_and_in_any_block(dtype, call):
@@ -60,7 +66,7 @@ def test_a_row_has_the_same_bits_alone_and_in_any_block(dtype, call):
     assert torch.equal(together, alone)
 
 
-@bit_for_bit
+@measured_kernels
 @settings(max_examples=30)
 @given(call=calls())
 def test_a_call_of_generate_has_the_bits_of_ours(call):
@@ -73,7 +79,7 @@ def test_a_call_of_generate_has_the_bits_of_ours(call):
     assert torch.equal(ours, growing_cache)
 
 
-@bit_for_bit
+@measured_kernels
 @pytest.mark.parametrize("dtype", HALF)
 @settings(max_examples=30)
 @given(call=calls(), row=st.integers(0, 1199))

@@ -37,7 +37,14 @@ def kernels(library):
     return compiled.load_kernels(library)
 
 
-@pytest.fixture(scope="module", params=DTYPES, ids=["float32", "bfloat16"])
+# half a minute of compiling for each
+PROGRAMS = [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=PROGRAMS)
 def pair(request, library):
     """A model and its program."""
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import hf_greedy
 from strategies import blocks
-from tiny import MASK_IDS, VOCABULARY, tiny_configs
+from tiny import MASK_IDS, VOCABULARY, in_all, tiny_configs
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
@@ -68,7 +68,7 @@ def test_ar_equals_transformers_generate(tiny_models, family):
     assert len(set(tokens)) > 8, "the text loops and proves nothing"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", in_all(FAMILIES))
 @settings(max_examples=12)
 @given(block=blocks(), rights=st.lists(st.booleans(), min_size=1, max_size=12), sampling=st.sampled_from(SAMPLINGS))
 def test_any_drafts_in_any_block_give_the_output_of_ar(tiny_models, family, block, rights, sampling):

@@ -3,8 +3,7 @@ import json
 
 import pytest
 import torch
-from tiny import lively, more_tiny_configs, tiny_configs
-from transformers import AutoModelForCausalLM
+from tiny import in_all, tiny_configs, tiny_model
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser
@@ -15,7 +14,7 @@ from space_cli.errors import UsageProblem
 from space_cli.models.adapter import adapter_of, attach_adapter, load_adapter, low_rank, save_adapter
 from space_cli.models.checkpoint import ADAPTER_FILE
 
-CONFIGS = tiny_configs() | {name: more_tiny_configs()[name] for name in ("Falcon", "Gemma2", "GptOss", "Cohere2")}
+FAMILIES = (*tiny_configs(), "Falcon", "Gemma2", "GptOss", "Cohere2")
 PROMPT = [17, 3, 250, 44, 91, 8]
 
 
@@ -35,9 +34,9 @@ def answer(model, block, masks=()):
     return [token for step in steps for token in step.tokens]
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=in_all(FAMILIES))
 def base(request):
-    return lively(AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.float32))
+    return tiny_model(request.param)
 
 
 @torch.inference_mode()

@@ -1,5 +1,7 @@
+import ctypes
 import json
 import shutil
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,17 +11,22 @@ import torch
 import transformers as tf
 from tiny import MASK_IDS, lively
 
+from space_cli.core import toolchain
 from space_cli.core.block import Block
 from space_cli.core.choose import Chooser
 from space_cli.core.costs import ASSUMED_COSTS, SIZES
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafts
+from space_cli.core.engine import CompiledEngine, EagerEngine, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
+from space_cli.core.toolchain import build_kernels
 from space_cli.errors import RunFailed, UsageProblem
-from space_cli.models import engines
+from space_cli.models import engines, refusals
 from space_cli.models.engines import measured, prepare
 from space_cli.models.loading import LoadedModel
+from space_cli.models.memory import available_memory
+from space_cli.models.speeds import Speed, measure_speed
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler, which the compiled engine needs")
 ENOUGH = 1_000_000
@@ -168,34 +175,162 @@ def test_damaged_costs_are_measured_again(filled, content):
     assert json.loads(file.read_bytes())["seconds"]["1"] > 0
 
 
-def test_a_damaged_program_is_removed_and_told(filled):
-    package = filled("program")
+def test_a_damaged_program_is_made_again(filled):
+    package, said = filled("program"), []
     package.write_bytes(package.read_bytes()[:5000])
 
-    with pytest.raises(RunFailed, match="cannot be run"):
-        prepare(loaded_model(), engine="compiled", on_compile=never)
+    assert prepare(loaded_model(), on_compile=never).program is None  # a short run goes on without
+    loaded = prepare(loaded_model(), engine="compiled", on_compile=lambda: said.append(1))
 
-    assert not package.exists()
+    assert said == [1]
+    assert tokens_of(loaded) == tokens_of(loaded_model())
+    assert prepare(loaded_model(), engine="compiled", on_compile=never).program is not None
 
 
 def test_a_program_that_computes_something_else_is_never_used(filled):
     other = loaded_model(hidden_act="relu")
-    file = filled("program")
-    shutil.copy(file, file.with_name(f"program-{engines.fingerprint(other.model)}.pt2"))
+    wrong = filled("program").with_name(f"program-{engines.fingerprint(other.model)}.pt2")
+    shutil.copy(filled("program"), wrong)
 
-    with pytest.raises(RunFailed, match="computes something else"):
-        prepare(other, engine="compiled", on_compile=never)
     assert prepare(other, on_compile=never).program is None
+    assert not wrong.exists()
+
+
+def test_half_a_library_of_kernels_is_never_loaded(filled):
+    library = next(filled("program").parent.glob("kernels-*.so"))
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
+
+    built = build_kernels(library.parent)
+
+    assert built == library
+    assert ctypes.CDLL(str(built)).space_linear_float32
+
+
+def test_a_library_that_cannot_be_loaded_is_told_and_costs_auto_nothing(filled, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("failed to map segment from shared object")  # as on a file system mounted noexec
+
+    monkeypatch.setattr(toolchain, "_loaded", {})
+    monkeypatch.setattr(toolchain.ctypes, "CDLL", refuse)
+
+    assert prepare(loaded_model(), on_compile=never).program is None
+    with pytest.raises(RunFailed, match="kernels cannot be loaded: failed to map segment"):
+        prepare(loaded_model(), engine="compiled", on_compile=never)
+    assert filled("program").exists()
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_processor_that_this_one_is_not_is_told_before_anything_is_compiled(monkeypatch):
+    monkeypatch.setenv("SPACE_CPU", "x86-64-v4")
+    monkeypatch.setattr(toolchain, "_processor_flags", lambda: "flags: sse2 fma avx2 bmi2 avx512f")
+
+    assert prepare(loaded_model(), tokens=ENOUGH).program is None
+    with pytest.raises(RunFailed, match="x86-64-v4: this processor does not have avx512bw, avx512dq, avx512vl"):
+        prepare(loaded_model(), engine="compiled")
+
+
+def timed(monkeypatch, *, eager, program):
+    """Pretend that engines take so long; return of which kinds were timed."""
+    kinds = []
+
+    def measure(engine, _):
+        kinds.append(type(engine))
+        return Speed(*(program if isinstance(engine, CompiledEngine) else eager))
+
+    monkeypatch.setattr(engines, "measure_speed", measure)
+    return kinds
+
+
+@pytest.mark.parametrize(
+    ("eager", "program", "is_compiled"),
+    [
+        ((0.010, 0.1), (0.002, 0.1), True),
+        ((0.002, 0.1), (0.010, 0.1), False),
+        # a step that is a little faster does not make up for a prompt that takes ten times as long
+        ((0.003, 0.1), (0.002, 1.0), False),
+    ],
+)
+def test_auto_takes_the_engine_whose_answers_take_less_time_as_timed_once(
+    filled, monkeypatch, eager, program, is_compiled
+):
+    for file in filled("program").parent.glob("speeds-*"):
+        file.unlink()
+    kinds = timed(monkeypatch, eager=eager, program=program)
+
+    first, second = prepare(loaded_model()), prepare(loaded_model())
+
+    assert (first.program is not None, second.program is not None) == (is_compiled, is_compiled)
+    assert kinds == [EagerEngine, CompiledEngine]
+    assert prepare(loaded_model(), engine="compiled").program is not None
+
+
+@pytest.mark.usefixtures("filled")
+def test_engines_are_timed_on_a_step_and_a_prompt():
+    loaded = prepare(loaded_model(), engine="compiled")
+    for program in (None, loaded.program):
+        speed = measure_speed(engine_for(loaded.model, program, max_length=64, max_slots=1))
+        assert 0 < speed.step < speed.answer
+        assert 0 < speed.prompt < speed.answer
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"eager": {"step": 1}}', '{"eager": 1, "compiled": 2}'])
+def test_damaged_speeds_are_measured_again(filled, content, monkeypatch):
+    kinds = timed(monkeypatch, eager=(2, 2), program=(1, 1))
+    prepare(loaded_model())
+    folder = filled("program").parent
+    for file in folder.glob("speeds-*"):
+        file.write_text(content)
+    kinds.clear()
+
+    prepare(loaded_model())
+
+    assert kinds == [EagerEngine, CompiledEngine]
+
+
+def failing_compiler(monkeypatch):
+    """Make compilations fail; return a list of those tried."""
+    tried = []
+
+    def fail(*_):
+        tried.append(1)
+        raise RunFailed("no C++ compiler")
+
+    monkeypatch.setattr(engines, "build_kernels", fail)
+    return tried
 
 
 @pytest.mark.usefixtures("empty")
 def test_without_a_compiler_auto_goes_on_eager_and_does_not_try_again(monkeypatch):
-    monkeypatch.setattr(engines, "compile_program", lambda *_: (_ for _ in ()).throw(RunFailed("no C++ compiler")))
+    tried = failing_compiler(monkeypatch)
 
     with pytest.raises(RunFailed, match="no C"):
         prepare(loaded_model(), engine="compiled")
-    assert prepare(loaded_model(), tokens=ENOUGH).program is None
     assert prepare(loaded_model(), tokens=ENOUGH, on_compile=never).program is None
+    assert tried == [1]
+
+
+@pytest.mark.usefixtures("empty")
+@pytest.mark.parametrize("change", ["compiler", "memory", "time", "damage"])
+def test_what_was_refused_is_tried_again_once_something_has_changed(monkeypatch, tmp_path, change):
+    tried = failing_compiler(monkeypatch)
+    monkeypatch.setattr(refusals, "available_memory", lambda: 2**30)
+    prepare(loaded_model(), tokens=ENOUGH)
+    prepare(loaded_model(), tokens=ENOUGH)
+    assert tried == [1]
+
+    if change == "compiler":
+        monkeypatch.setenv("CXX", "another-c++")
+    elif change == "memory":
+        monkeypatch.setattr(refusals, "available_memory", lambda: 2**32)
+    elif change == "time":
+        now = time.time()
+        monkeypatch.setattr(refusals.time, "time", lambda: now + 30 * 24 * 3600)
+    else:  # a mark of an earlier version
+        next(tmp_path.rglob("*.refused")).write_text("no C++ compiler that works")
+    prepare(loaded_model(), tokens=ENOUGH)
+
+    assert tried == [1, 1]
 
 
 @pytest.mark.usefixtures("empty")
@@ -223,3 +358,45 @@ def test_a_cache_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path, 
     assert prepare(loaded_model(), tokens=ENOUGH).program is None
     with pytest.raises(RunFailed):
         prepare(loaded_model(), engine="compiled")
+
+
+def control_group(root, version, path, limit, used, cached):
+    """Lay out a control group as Linux does."""
+    top, names = (
+        ("sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file"))
+        if version == 2
+        else ("sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
+    )
+    folder = root / top / path
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cached}\n")
+    (root / "proc/self").mkdir(parents=True, exist_ok=True)
+    (root / "proc/self/cgroup").write_text("0::/a/b\n" if version == 2 else "9:cpu:/x\n4:memory:/a/b\n")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_has_no_more_memory_than_its_limits_leave(tmp_path, monkeypatch, version):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    assert available_memory(tmp_path) == 10_000
+
+    control_group(tmp_path, version, "a/b", "max", 500, 0)
+    assert available_memory(tmp_path) == 10_000
+    control_group(tmp_path, version, "a/b", 6000, 1500, 500)
+    assert available_memory(tmp_path) == 5000
+    control_group(tmp_path, version, "a", 4000, 3000, 0)  # of the group around it
+    assert available_memory(tmp_path) == 1000
+    control_group(tmp_path, version, "a/b", 1000, 2000, 0)
+    assert available_memory(tmp_path) == 0
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_large_model_is_compiled_for_a_shorter_run(monkeypatch):
+    tried = failing_compiler(monkeypatch)
+    monkeypatch.setattr(engines, "_BYTES_THAT_SAVE_AS_MUCH", engines._size(loaded_model()) / 10)
+
+    prepare(loaded_model(), tokens=390)
+    assert tried == []
+    prepare(loaded_model(), tokens=410)
+    assert tried == [1]

@@ -17,12 +17,9 @@ prompt_template = "Human:{}\\nAssistant:"
 @pytest.fixture
 def published(tmp_path, tiny_tokenizer):
     """A tiny model of that shape, and the file that names it."""
-    from tiny import lively
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny import tiny_model
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=32003, max_position_embeddings=256, eos_token_id=0, pad_token_id=0, **sizes)
-    lively(LlamaForCausalLM(config).float()).save_pretrained(tmp_path / "published")
+    tiny_model("llama", vocab_size=32003).save_pretrained(tmp_path / "published")
     tiny_tokenizer.save_pretrained(tmp_path / "published")
     (tmp_path / "mine.toml").write_text(MODELS_FILE)
     return "--models-file", tmp_path / "mine.toml", "--model", "published", "--dtype", "float32"

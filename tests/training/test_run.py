@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import lively, more_tiny_configs, tiny_configs
+from tiny import in_all, tiny_configs, tiny_model
 
 from space_cli.cli.app import run
 from space_cli.models.checkpoint import SpaceConfig
 from space_cli.training import trainer
 
-CONFIGS = tiny_configs() | {name: more_tiny_configs()[name] for name in ("Falcon", "Gemma2", "Cohere2", "Olmoe")}
+FAMILIES = (*tiny_configs(), "Falcon", "Gemma2", "Cohere2", "Olmoe")
 FAST = ("--dtype", "float32", "--candidates", "3", "--answer-tokens", "16", "--max-length", "60", "--batch-size", "2")
 
 
@@ -30,10 +30,7 @@ def make_base(tiny_tokenizer, tmp_path):
     """Save a tiny random model of a family."""
 
     def make(family="llama"):
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32)
-        lively(model, 0.2 if family in tiny_configs() else 0.8).save_pretrained(tmp_path / "base")
+        tiny_model(family).save_pretrained(tmp_path / "base")
         tiny_tokenizer.save_pretrained(tmp_path / "base")
         return tmp_path / "base"
 
@@ -51,7 +48,7 @@ def log(output):
 
 
 @pytest.mark.parametrize("method", ["full", "adapter"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", in_all(FAMILIES))
 def test_a_family_trains_saves_loads_and_is_lossless(make_base, data, tmp_path, capsys, family, method):
     base, output = make_base(family), tmp_path / "out"
 
@@ -192,11 +189,7 @@ def test_an_adapter_leaves_its_base_alone(make_base, data, tmp_path):
 
 
 def test_an_adapter_over_a_four_bit_base(tiny_tokenizer, data, tmp_path, capsys):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=300, max_position_embeddings=256, eos_token_id=0, pad_token_id=0, **sizes)
-    lively(LlamaForCausalLM(config).float()).save_pretrained(tmp_path / "base")
+    tiny_model("llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
     four_bit = ("--quantization", "nf4")
 

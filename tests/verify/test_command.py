@@ -142,22 +142,9 @@ def test_a_model_without_masks_is_checked_with_copies_and_with_mixed_drafts(
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_quantised_models_are_checked(verify, tiny_tokenizer, tmp_path, quantization):
-    import torch
-    from tiny import VOCABULARY, lively
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny import tiny_model
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    lively(LlamaForCausalLM(config).to(torch.float32)).save_pretrained(tmp_path / "plain")
+    tiny_model("llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "plain")
     tiny_tokenizer.save_pretrained(tmp_path / "plain")
 
     done = verify("--quantization", quantization, "--json", "-", model=tmp_path / "plain")

@@ -71,6 +71,44 @@ Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
+template <typename V>
+V rotated(V values, int by) {
+    Ints order;
+    for (int lane = 0; lane < kLanes; ++lane) order[lane] = (lane + by) % kLanes;
+    return __builtin_shuffle(values, order);
+}
+
+float largest_of(Floats values) {
+#pragma GCC unroll 4
+    for (int by = kLanes / 2; by; by /= 2) {
+        const Floats other = rotated(values, by);
+        values = other > values ? other : values;
+    }
+    return values[0];
+}
+
+int32_t sum_of(Ints values) {
+#pragma GCC unroll 4
+    for (int by = kLanes / 2; by; by /= 2) values += rotated(values, by);
+    return values[0];
+}
+
+// numbers of 8 bits; compilers take them apart one by one
+void store_small(int8_t* to, Ints values) {
+#if defined(__AVX512BW__)
+    const __m128i small = _mm512_cvtepi32_epi8((__m512i)values);
+    std::memcpy(to, &small, sizeof small);
+#elif defined(__AVX2__)
+    const __m256i own = (__m256i)values;
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(own), _mm256_extracti128_si256(own, 1));
+    const int64_t small = _mm_cvtsi128_si64(_mm_packs_epi16(halves, halves));
+    std::memcpy(to, &small, sizeof small);
+#else
+    const SmallInts small = __builtin_convertvector(values, SmallInts);
+    std::memcpy(to, &small, sizeof small);
+#endif
+}
+
 float half_to_float(uint16_t half) {
     const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 0x3ff;
     if (exponent == 0) {
@@ -192,20 +230,27 @@ struct Activations {
     }
 
     void quantize_row(const float* input, int64_t row, int64_t width) {
+        constexpr int kRegisters = kChunk / kLanes;
         for (int64_t chunk = 0; chunk < width / kChunk; ++chunk) {
-            const float* from = input + row * width + chunk * kChunk;
             const int64_t at = row * (width / kChunk) + chunk;
-            float largest = 0;
-            for (int index = 0; index < kChunk; ++index) largest = std::max(largest, std::fabs(from[index]));
+            Floats values[kRegisters], most{};
+            for (int part = 0; part < kRegisters; ++part) {
+                values[part] = load<Floats>(input + row * width + chunk * kChunk + part * kLanes);
+                const Floats size = values[part] < 0.0f ? -values[part] : values[part];
+                most = size > most ? size : most;
+            }
+            const float largest = largest_of(most);
             const float factor = largest > 0 ? 127.0f / largest : 0.0f;
-            int32_t sum[2] = {0, 0};
-            int8_t* to = codes.data() + row * width + chunk * kChunk;
-            for (int half = 0; half < 2; ++half)
-                for (int index = half * 16; index < half * 16 + 16; ++index) {
-                    const int32_t code = int32_t(std::nearbyintf(from[index] * factor));
-                    to[index] = int8_t(code);
-                    sum[half] += code;
-                }
+            Ints sums_of_half[2] = {};
+            for (int part = 0; part < kRegisters; ++part) {
+                // added and taken away, it leaves whole numbers, rounded to nearest
+                constexpr float kWhole = 12582912.0f;
+                const Floats whole = (values[part] * factor + kWhole) - kWhole;
+                const Ints code = __builtin_convertvector(whole, Ints);
+                store_small(codes.data() + row * width + chunk * kChunk + part * kLanes, code);
+                sums_of_half[part * kLanes / 16] += code;
+            }
+            const int32_t sum[2] = {sum_of(sums_of_half[0]), sum_of(sums_of_half[1])};
             scales[at] = largest / 127.0f;
             sums[at] = scales[at] * float(sum[0] + sum[1]);
             halves[2 * at] = sum[0];
@@ -529,21 +574,13 @@ struct Quantized {
         activations.reserve(rows, width);
         const int64_t tiles = (outputs + kTile - 1) / kTile, bytes = tile_bytes<Format>(width);
         const bool many = rows * width > 16384;
+#pragma omp parallel for schedule(static) if (many)
+        for (int64_t row = 0; row < rows; ++row) activations.quantize_row(input, row, width);
         // waking a second thread costs some microseconds
         const bool pays = width * outputs * (rows + 3) > 400000;
-#pragma omp parallel if (pays)
-        {
-            if (many) {
-#pragma omp for schedule(static)
-                for (int64_t row = 0; row < rows; ++row) activations.quantize_row(input, row, width);
-            } else {
-#pragma omp single
-                for (int64_t row = 0; row < rows; ++row) activations.quantize_row(input, row, width);
-            }
-#pragma omp for schedule(static)
-            for (int64_t tile = 0; tile < tiles; ++tile)
-                multiply_tile<Format>(activations, rows, packed + tile * bytes, width, output, outputs, tile * kTile);
-        }
+#pragma omp parallel for schedule(static) if (pays)
+        for (int64_t tile = 0; tile < tiles; ++tile)
+            multiply_tile<Format>(activations, rows, packed + tile * bytes, width, output, outputs, tile * kTile);
     }
 
     static void row(const uint8_t* packed, int64_t output, int64_t width, float* to) {

@@ -52,7 +52,7 @@ struct TileCall {
 };
 
 // bytes ahead of their use at which weights are asked for: a fourth to a half faster than what processors foresee
-constexpr int kAhead = 4096;
+constexpr int kAhead = 16384;
 
 // Add to the sums of `kTiles` tiles and `kRows` rows; `before` are earlier ones (kRows, kTiles * kTile), or null.
 template <typename Tiles, int kTiles, int kRows, typename Finish>
@@ -68,7 +68,7 @@ inline void multiply(const TileCall<Tiles>& call, const float* before, const Fin
         const auto* entry = call.packed + at * kTile * Tiles::kDepth;
 #pragma GCC unroll 4
         for (int tile = 0; tile < kTiles; ++tile)
-            __builtin_prefetch(reinterpret_cast<const char*>(entry + tile * call.tile_stride) + kAhead);
+            __builtin_prefetch(reinterpret_cast<const char*>(entry + tile * call.tile_stride) + kAhead, 0, 2);
         Tiles::add(sums, entry, call.tile_stride, call.input + at * Tiles::kDepth, call.row_stride);
     }
 #pragma GCC unroll 6

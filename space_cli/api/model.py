@@ -1,0 +1,362 @@
+"""A model that answers: the one way in for the commands, the server and Python."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, cast, get_args
+
+from space_cli.api.answers import Answer, AnswerText, Message, Piece
+from space_cli.api.caches import MOST_BYTES, CachePool
+from space_cli.api.grammar import Grammar, grammar_for
+from space_cli.api.settings import GenerationSettings, Mode, Options, SamplingSettings
+from space_cli.api.tools import CallReader, Tool, call_form, check_tools
+from space_cli.core.cache import KVCache
+from space_cli.core.choose import Chooser
+from space_cli.core.costs import ASSUMED_COSTS
+from space_cli.core.decoder import decode
+from space_cli.core.stopping import StopRule
+from space_cli.errors import UsageProblem
+from space_cli.models.engines import EngineName, measured, prepare
+from space_cli.models.loading import LoadedModel, load_model
+from space_cli.models.prompting import Role, Turn, request
+from space_cli.models.registry import default_model
+
+if TYPE_CHECKING:
+    from space_cli.core.drafting import Drafts
+    from space_cli.core.stream import Step
+
+_T = TypeVar("_T")
+Prompt = str | Sequence[Message]
+# tokens that there must be room for: an answer of nothing helps nobody
+_LEAST_ROOM = 16
+
+
+def load(
+    model: str | None = None,
+    *,
+    models_file: Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str = "none",
+    engine: EngineName = "auto",
+    revision: str | None = None,
+    template: str | None = None,
+    cache_bytes: int = MOST_BYTES,
+    on_compile: Callable[[], None] = lambda: None,
+) -> Model:
+    """Load a model that answers.
+
+    Args:
+        model: an alias of models.toml, a folder, a GGUF file, or a Hub id; None is smollm2 where it is installed, else
+            nano.
+        models_file: a user's own models.toml.
+        dtype: auto, float32, bfloat16 or float16.
+        device: auto, cpu, cuda, cuda:N or mps.
+        quantization: none, int8, nf4 or fp4 (bitsandbytes).
+        engine: auto, eager or compiled.
+        revision: branch, tag or commit of a Hub id.
+        template: a form with one {} in place of the tokenizer's chat template.
+        cache_bytes: of keys and values kept from answer to answer.
+        on_compile: called before a compilation, which takes from ten seconds up.
+
+    Raises:
+        UsageProblem: no such model, or one that cannot work.
+        RunFailed: engine is compiled and it cannot be.
+    """
+    loaded = load_model(
+        model or default_model(),
+        models_file=models_file,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        revision=revision,
+    )
+    return Model(prepare(loaded, engine=engine, on_compile=on_compile), template=template, cache_bytes=cache_bytes)
+
+
+class Model:
+    """Answers prompts and conversations; any number of answers may be under way, a step of one at a time.
+
+    Args:
+        loaded: with its engine.
+        template: a form with one {} in place of the tokenizer's chat template, or None.
+        cache_bytes: of keys and values kept from answer to answer.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, template: str | None = None, cache_bytes: int = MOST_BYTES) -> None:
+        self.loaded = loaded
+        self._template = template or loaded.prompt_template
+        self._caches = CachePool(most_bytes=cache_bytes)
+        self._lock = threading.RLock()
+
+    @property
+    def name(self) -> str:
+        """As it was asked for."""
+        return self.loaded.name
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of prompt and answer together, or None where nothing limits them."""
+        return self.loaded.context_length
+
+    @property
+    def cache_bytes(self) -> int:
+        """Size of the keys and values kept at rest."""
+        return self._caches.nbytes
+
+    def prompt_ids(self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = ()) -> list[int]:
+        """Return the tokens that a prompt or a conversation is to the model.
+
+        Args:
+            prompt: a text, or the turns of a conversation, the last of which asks.
+            raw: no chat template: the model goes on behind the text.
+            tools: functions that the model may call, as OpenAI's interface describes them.
+
+        Raises:
+            UsageProblem: the chat template refuses the conversation, or it is none.
+        """
+        turns = [Turn("user", prompt)] if isinstance(prompt, str) else [_turn(message) for message in prompt]
+        if not turns:
+            raise UsageProblem("the conversation has no turns", hint="give a message of the user at least")
+        check_tools(tools)
+        template = "{}" if raw else self._template
+        return request(turns, self.loaded.tokenizer, template=template, tools=tools).token_ids
+
+    def room(self, token_ids: Sequence[int], max_new_tokens: int) -> int:
+        """Return how many tokens an answer may have.
+
+        Raises:
+            UsageProblem: the prompt leaves no room.
+        """
+        limit = self.loaded.context_length
+        if limit is not None and len(token_ids) + min(max_new_tokens, _LEAST_ROOM) > limit:
+            raise UsageProblem(
+                f"the prompt of {len(token_ids)} tokens leaves no room in the context of {limit}",
+                hint="shorten it",
+            )
+        return max_new_tokens if limit is None else min(max_new_tokens, limit - len(token_ids))
+
+    def drafts(self, mode: Mode, candidates: int | None = None) -> Drafts | None:
+        """Return how an answer drafts: None is one token at a time. Measures what steps cost where that is needed.
+
+        Raises:
+            UsageProblem: a fixed number of candidates is asked for, and the model has no masks.
+        """
+        if mode == "ar":
+            return None
+        if candidates is not None and not self.loaded.mask_token_ids:
+            raise UsageProblem(
+                f"candidates {candidates}: {self.name} has no masks, and copies as many tokens as pay",
+                hint="leave it out",
+            )
+        if candidates is None and self.loaded.costs is ASSUMED_COSTS:
+            self.loaded = measured(self.loaded)
+        return self.loaded.drafts(None if candidates is None else min(candidates, self.loaded.masks_per_group))
+
+    def steps(
+        self,
+        token_ids: Sequence[int],
+        stop: StopRule,
+        settings: SamplingSettings,
+        *,
+        cache: KVCache,
+        drafts: Drafts | None,
+        logprobs: int | None = None,
+        grammar: Grammar | None = None,
+    ) -> Iterator[Step]:
+        """Generate behind tokens, one step for each model call; what the cache holds is not computed again."""
+        first = [] if grammar is None else [grammar]
+        return decode(
+            self.loaded.model,
+            token_ids,
+            stop=stop,
+            chooser=Chooser.from_sampling(settings.sampling(), prompt_length=len(token_ids), first=first),
+            drafts=drafts,
+            mask_token_ids=self.loaded.mask_token_ids,
+            program=self.loaded.program,
+            cache=cache,
+            logprobs=logprobs,
+        )
+
+    def stream(
+        self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = (), **options: Unpack[Options]
+    ) -> Stream:
+        """Answer; iterate over the result for the pieces as they come, and leave or `close` it to stop.
+
+        Args:
+            prompt: a text, or the turns of a conversation.
+            raw: no chat template: the model goes on behind the text.
+            tools: functions that the model may call, as OpenAI's interface describes them.
+            options: fields of `GenerationSettings`.
+
+        Raises:
+            UsageProblem: an option is out of range, or the prompt does not fit.
+        """
+        return Stream(self, self.prompt_ids(prompt, raw=raw, tools=tools), GenerationSettings.of(**options), tools)
+
+    def generate(
+        self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = (), **options: Unpack[Options]
+    ) -> Answer:
+        """Return the whole answer; arguments and errors as of `stream`."""
+        with self.stream(prompt, raw=raw, tools=tools, **options) as stream:
+            for _ in stream:
+                pass
+            return stream.answer
+
+    async def agenerate(
+        self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = (), **options: Unpack[Options]
+    ) -> Answer:
+        """Return the whole answer, computed in a thread of the model's own; a cancelled task stops within a step."""
+        stream = await self._in_thread(lambda: self.stream(prompt, raw=raw, tools=tools, **options))
+        async for _ in self._pieces(stream):
+            pass
+        return stream.answer
+
+    async def astream(
+        self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = (), **options: Unpack[Options]
+    ) -> AsyncIterator[Piece]:
+        """Yield the pieces of an answer as `stream` does, computed in a thread of the model's own."""
+        stream = await self._in_thread(lambda: self.stream(prompt, raw=raw, tools=tools, **options))
+        async for piece in self._pieces(stream):
+            yield piece
+
+    async def _pieces(self, stream: Stream) -> AsyncIterator[Piece]:
+        try:
+            while (piece := await self._in_thread(lambda: next(stream, None))) is not None:
+                yield piece
+        finally:
+            # behind the step that may still be running
+            self._executor.submit(stream.close)
+
+    async def _in_thread(self, function: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+
+    @cached_property
+    def _executor(self) -> ThreadPoolExecutor:
+        # one thread: torch keeps a pool of workers for each that calls it
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="space")
+
+
+class Stream:
+    """An answer under way: an iterator over its pieces.
+
+    Args:
+        model: that answers.
+        token_ids: of the prompt.
+        settings: how.
+        tools: that the model was told of.
+
+    Raises:
+        UsageProblem: the prompt does not fit, or the model cannot answer so.
+    """
+
+    def __init__(
+        self, model: Model, token_ids: Sequence[int], settings: GenerationSettings, tools: Sequence[Tool] = ()
+    ) -> None:
+        self._model, self.prompt_ids, self.settings = model, tuple(token_ids), settings
+        loaded = model.loaded
+        stop = StopRule(
+            model.room(token_ids, settings.max_new_tokens), loaded.eos_token_ids, settings.stop, loaded.decode
+        )
+        schema = settings.schema_to_follow
+        grammar = None if schema is None else grammar_for(loaded, schema, len(token_ids))
+        form = call_form(loaded) if tools else None
+        reader = None if form is None else CallReader(loaded, form, token_ids, tools)
+        self._text = AnswerText(loaded, settings.stop, reader)
+        self._pieces: list[Piece] = []
+        with model._lock:
+            drafts = model.drafts(settings.mode, settings.candidates)
+            self._cache: KVCache | None = model._caches.take(token_ids)
+            self._steps = model.steps(
+                token_ids,
+                stop,
+                settings,
+                cache=self._cache,
+                drafts=drafts,
+                logprobs=settings.logprobs,
+                grammar=grammar,
+            )
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Piece:
+        """Run the model once and return what came of it."""
+        with self._model._lock:
+            try:
+                step = next(self._steps)
+            except StopIteration:
+                self.close()
+                raise
+            except BaseException:
+                # a cache that was left in the middle of something is not used again
+                self._cache = None
+                raise
+            piece = self._text.piece(step)
+            self._pieces.append(piece)
+            if step.finish_reason is not None:
+                self.close()
+        return piece
+
+    @property
+    def answer(self) -> Answer:
+        """The answer as far as it has come."""
+        steps = tuple(piece.step for piece in self._pieces)
+        computed = steps[0].prefilled + 1 if steps else 0
+        return Answer(
+            text="".join(piece.text for piece in self._pieces),
+            token_ids=tuple(token for step in steps for token in step.tokens),
+            prompt_tokens=len(self.prompt_ids),
+            cached_tokens=max(0, len(self.prompt_ids) - computed) if steps else 0,
+            finish_reason=steps[-1].finish_reason if steps else None,
+            steps=steps,
+            logprobs=tuple(token for piece in self._pieces for token in piece.logprobs),
+            tool_calls=tuple(call for piece in self._pieces for call in piece.tool_calls),
+        )
+
+    def close(self) -> None:
+        """Stop; what was computed of the conversation is kept for the next request that begins alike."""
+        with self._model._lock:
+            self._steps.close()  # type: ignore[attr-defined]  # a generator
+            if self._cache is not None:
+                self._model._caches.give(self._cache)
+                self._cache = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self.close()
+
+
+def _turn(message: Mapping[str, Any]) -> Turn:
+    role, content = message.get("role"), message.get("content")
+    if role not in get_args(Role):
+        raise UsageProblem(f"a message has the role {role!r}", hint=f"use {', '.join(get_args(Role))}")
+    calls = [_call(call) for call in message.get("tool_calls") or ()]
+    if not isinstance(content, str) and not (content is None and calls):
+        raise UsageProblem(f"the content of a message of the {role} is no text")
+    fields = {name: message[name] for name in ("name", "tool_call_id") if message.get(name)}
+    return Turn(cast(Role, role), content or "", fields | ({"tool_calls": calls} if calls else {}))
+
+
+def _call(call: Any) -> dict[str, Any]:
+    """Return a call as templates take it: its arguments are an object, which OpenAI's clients have as JSON."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UsageProblem("a call of a tool names no function")
+    arguments = function.get("arguments")
+    with suppress(ValueError, RecursionError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return {**call, "function": {**function, "arguments": arguments}}

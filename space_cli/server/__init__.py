@@ -1,0 +1,1 @@
+"""`space serve`: OpenAI's HTTP interface over `space_cli.api`."""

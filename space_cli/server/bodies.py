@@ -1,0 +1,233 @@
+"""Requests as OpenAI's interface has them; what cannot be honoured is refused, what changes nothing is passed over."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from space_cli.api import Message
+from space_cli.server.errors import ApiError
+
+MOST_CHOICES, MOST_STOPS, MOST_PROMPTS, MOST_TOKENS = 8, 16, 16, 2**20
+_Text = Annotated[str, Field(min_length=1)]
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(BaseModel):
+    """A function with its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class Call(BaseModel):
+    """A call that an assistant made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(BaseModel):
+    """A turn."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+
+    def message(self) -> Message:
+        """Return it as the model's template takes it."""
+        message = Message(role="system" if self.role == "developer" else self.role, content=text_of(self.content))
+        if self.name:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        if self.tool_call_id:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+class Function(BaseModel):
+    """What a model is told of a function."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] = {}
+
+
+class ToolBody(BaseModel):
+    """A tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Prediction(BaseModel):
+    """What the answer is expected to be much like."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+
+class JsonSchema(BaseModel):
+    """A schema with its name."""
+
+    name: str = ""
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")] = {}
+
+
+class ResponseFormat(BaseModel):
+    """What form an answer has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("a json_schema is missing")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """Return the settings of an answer in this form."""
+        schema = self.json_schema.json_schema if self.type == "json_schema" and self.json_schema else None
+        return {"json_schema": schema, "json_mode": self.type == "json_object"}
+
+
+class StreamOptions(BaseModel):
+    """What a stream has beside the answer."""
+
+    include_usage: bool = False
+
+
+class _Request(BaseModel):
+    """What both kinds of request have."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    model: str | None = None
+    temperature: Annotated[float | None, Field(ge=0)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    top_k: Annotated[int | None, Field(ge=0)] = None
+    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    stop: _Text | Annotated[list[_Text], Field(max_length=MOST_STOPS)] | None = None
+    max_tokens: Annotated[int | None, Field(ge=1, le=MOST_TOKENS)] = None
+    n: Annotated[int | None, Field(ge=1, le=MOST_CHOICES)] = None
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    repetition_penalty: Annotated[float | None, Field(gt=0)] = None
+    response_format: ResponseFormat | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _refuse(self) -> Self:
+        """Refuse what would change the answer and is not there."""
+        for name, harmless in _NOT_HERE.items():
+            value = (self.model_extra or {}).get(name)
+            if value is not None and value not in harmless:
+                raise ApiError(400, f"{name} is not supported", code="unsupported_parameter", param=name)
+        return self
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens that an answer may have; None where nothing was said of it."""
+        return self.max_tokens
+
+    def options(self, default_tokens: int) -> dict[str, Any]:
+        """Return the settings of an answer that were asked for."""
+        told = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
+        }
+        seed = secrets.randbelow(2**63) if self.seed is None else self.seed % 2**63
+        told |= self.response_format.options() if self.response_format else {}
+        given = {name: value for name, value in told.items() if value is not None}
+        return given | {"seed": seed, "max_new_tokens": self.most_tokens or default_tokens}
+
+
+# fields of OpenAI's that would change an answer, with the values that change nothing
+_NOT_HERE: dict[str, tuple[object, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"], []),
+    "suffix": ("",),
+    "web_search_options": (),
+}
+
+
+class ChatRequest(_Request):
+    """The body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int | None, Field(ge=1, le=MOST_TOKENS)] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    prediction: Prediction | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def told_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model is told of."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Tokens that an answer may have; None where nothing was said of it."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def options(self, default_tokens: int) -> dict[str, Any]:
+        """Return the settings of an answer that were asked for."""
+        return super().options(default_tokens) | {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+
+
+class CompletionRequest(_Request):
+    """The body of `/v1/completions`."""
+
+    prompt: str | list[int] | Annotated[list[str], Field(max_length=MOST_PROMPTS)] | list[list[int]]
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    echo: bool | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each a text or tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if all(isinstance(each, int) for each in self.prompt):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    def options(self, default_tokens: int) -> dict[str, Any]:
+        """Return the settings of an answer that were asked for."""
+        return super().options(default_tokens) | {"logprobs": self.logprobs}
+
+
+def text_of(content: str | list[TextPart] | None) -> str:
+    """Return the text of a content."""
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())

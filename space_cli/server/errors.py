@@ -1,0 +1,83 @@
+"""Errors in OpenAI's form; nothing of the machine is in them."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+from starlette.responses import JSONResponse
+
+from space_cli.errors import UsageProblem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+log = logging.getLogger("space.serve")
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: of HTTP.
+        message: for a person.
+        code: for a program.
+        param: the field it is about.
+        headers: to send along.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
+
+    @property
+    def body(self) -> dict[str, object]:
+        """What OpenAI's clients read."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """Return it as a response."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def api_error(error: BaseException) -> ApiError:
+    """Return what a client is told of an error; what it is not told is logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        # the parts of a union are named by their types: nothing that a client sent
+        param = ".".join(str(part) for part in first["loc"]) or None
+        return ApiError(400, f"{param or 'the body'}: {first['msg']}", param=param, code="invalid_value")
+    if isinstance(error, UsageProblem):
+        too_long = "leaves no room in the context" in error.message
+        code = "context_length_exceeded" if too_long else "invalid_value"
+        return ApiError(400, str(error), code=code)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return ApiError(503, "the machine is out of memory for this request", code="out_of_memory")
+    log.error("a request failed: %s", type(error).__name__, exc_info=error)
+    return ApiError(500, "the server failed; its log says more", code="internal_error")
+
+
+def overloaded(status: int, message: str, code: str) -> ApiError:
+    """Return an error after which a client may try again."""
+    return ApiError(status, message, code=code, headers={"Retry-After": "1"})

@@ -1,0 +1,200 @@
+"""One thread that runs the models: requests in order of arrival, a few under way at once, a step of each in turn.
+
+A step is one model call for one request: requests are not batched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from space_cli.server.errors import api_error, overloaded
+
+if TYPE_CHECKING:
+    from space_cli.api import Model
+    from space_cli.server.shelf import Shelf
+
+E = TypeVar("E")
+
+
+class Job(Generic[E]):
+    """A request's work, as the coroutine that waits for it sees it.
+
+    Args:
+        model: by its name.
+        body: what is to be done with the model, an event at a time; each takes a step of a model at most.
+    """
+
+    def __init__(self, model: str, body: Callable[[Model], Iterator[E]]) -> None:
+        self.model = model
+        self.is_cancelled = False
+        self.running: Iterator[E] | None = None
+        self._body = body
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._events: deque[E | BaseException | None] = deque()
+
+    def begin(self, model: Model) -> None:
+        """Start; called by the worker."""
+        self.running = self._body(model)
+
+    def put(self, event: E | BaseException | None) -> None:
+        """Hand out an event, an error, or None for the end; called by the worker."""
+        self._events.append(event)
+        # the loop may be gone where the process ends in the middle of an answer
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    def cancel(self) -> None:
+        """Say that nobody waits any more; the step under way is the last."""
+        self.is_cancelled = True
+        self._wake.set()
+
+    async def events(self) -> AsyncIterator[list[E]]:
+        """Yield what has come, all that is there at once; ends early where the job is cancelled.
+
+        Raises:
+            ApiError: what the job failed with.
+        """
+        while not self.is_cancelled:
+            await self._wake.wait()
+            self._wake.clear()
+            come: list[E] = []
+            while self._events and not self.is_cancelled:
+                event = self._events.popleft()
+                if event is None or isinstance(event, BaseException):
+                    if come:
+                        yield come
+                    if event is not None:
+                        raise api_error(event)
+                    return
+                come.append(event)
+            if come:
+                yield come
+
+
+class Worker:
+    """The thread and its queue.
+
+    Args:
+        shelf: of models.
+        parallel: requests under way at once.
+        waiting: requests that may wait; one more is refused.
+    """
+
+    def __init__(self, shelf: Shelf, *, parallel: int, waiting: int) -> None:
+        self._shelf, self._parallel, self._most_waiting = shelf, parallel, waiting
+        self._waiting: deque[Job[object]] = deque()
+        self._active: deque[Job[object]] = deque()
+        self._is_draining = self._is_stopped = False
+        self._condition = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="space-worker", daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Requests under way."""
+        return len(self._active)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether no more are taken."""
+        return self._is_draining
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, job: Job[E]) -> None:
+        """Put a job in the queue.
+
+        Raises:
+            ApiError: the queue is full, or the server is about to end.
+        """
+        with self._condition:
+            if self._is_draining:
+                raise overloaded(503, "the server is shutting down", "shutting_down")
+            if len(self._waiting) >= self._most_waiting:
+                raise overloaded(429, f"{len(self._waiting)} requests are waiting already", "queue_full")
+            self._waiting.append(job)  # type: ignore[arg-type]
+            self._condition.notify()
+
+    def drain(self) -> None:
+        """Take no more jobs and refuse those that wait; those under way go on. Safe in a signal handler's thread."""
+        self._is_draining = True
+        with suppress(IndexError):
+            while True:
+                self._waiting.popleft().put(overloaded(503, "the server is shutting down", "shutting_down"))
+
+    def stop(self) -> None:
+        """End the thread behind the step under way."""
+        self.drain()
+        with self._condition:
+            self._is_stopped = True
+            self._condition.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not (self._waiting or self._active or self._is_stopped):
+                    self._condition.wait()
+                if self._is_stopped:
+                    break
+            self._admit()
+            for _ in range(len(self._active)):
+                job = self._active.popleft()
+                if self._advance(job):
+                    self._active.append(job)
+        for job in self._active:
+            self._end(job)
+
+    def _admit(self) -> None:
+        """Start jobs in their order; one that needs a model for which there is no room yet holds up those behind it."""
+        while self._waiting and len(self._active) < self._parallel:
+            in_use = {job.model for job in self._active}
+            try:
+                job = self._waiting[0]
+                if not job.is_cancelled and not self._shelf.has_room(job.model, in_use):
+                    return
+                job = self._waiting.popleft()
+            except IndexError:  # drained meanwhile
+                return
+            if job.is_cancelled:
+                continue
+            try:
+                job.begin(self._shelf.get(job.model, in_use))
+            except Exception as error:  # noqa: BLE001  # whatever it is, the request is told and the others go on
+                job.put(error)
+                continue
+            self._active.append(job)
+
+    def _advance(self, job: Job[object]) -> bool:
+        """Take one event of a job; return whether there may be more."""
+        assert job.running is not None
+        if job.is_cancelled:
+            self._end(job)
+            return False
+        try:
+            job.put(next(job.running))
+        except StopIteration:
+            job.put(None)
+            return False
+        except Exception as error:  # noqa: BLE001  # whatever it is, the request is told and the others go on
+            job.put(error)
+            return False
+        return True
+
+    def _end(self, job: Job[object]) -> None:
+        close = getattr(job.running, "close", None)
+        if close is not None:
+            close()
+        job.put(None)
