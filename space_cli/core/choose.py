@@ -272,7 +272,8 @@ def largest(logits: torch.Tensor) -> list[int]:
 
 def _first(likely: Likely) -> list[int]:
     """Return the likeliest token of each row, -1 where the shares are no numbers."""
-    return np.where(np.isfinite(likely.shares[:, 0].numpy()), likely.tokens[:, 0].numpy(), _NONE).tolist()
+    tokens = np.where(np.isfinite(likely.shares[:, 0].numpy()), likely.tokens[:, 0].numpy(), _NONE)
+    return cast(list[int], tokens.tolist())
 
 
 class _Noise:
