@@ -29,7 +29,7 @@ from space_cli.models.prompting import Role, Turn, request
 from space_cli.models.registry import default_model
 
 if TYPE_CHECKING:
-    from space_cli.core.drafting import Drafts
+    from space_cli.core.drafting import Drafter
     from space_cli.core.stream import Step
 
 _T = TypeVar("_T")
@@ -143,7 +143,7 @@ class Model:
             )
         return max_new_tokens if limit is None else min(max_new_tokens, limit - len(token_ids))
 
-    def drafts(self, mode: Mode, candidates: int | None = None) -> Drafts | None:
+    def drafts(self, mode: Mode, candidates: int | None = None) -> Drafter | None:
         """Return how an answer drafts: None is one token at a time. Measures what steps cost where that is needed.
 
         Raises:
@@ -167,7 +167,7 @@ class Model:
         settings: SamplingSettings,
         *,
         cache: KVCache,
-        drafts: Drafts | None,
+        drafts: Drafter | None,
         logprobs: int | None = None,
         grammar: Grammar | None = None,
     ) -> Iterator[Step]:

@@ -131,7 +131,9 @@ ModelsFile = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:all (layers over all GPUs) or mps.")
+]
 Quantization = Annotated[str, typer.Option("--quantization", help="none, int8, nf4 or fp4 (bitsandbytes).")]
 Template = Annotated[
     str | None,
@@ -145,7 +147,8 @@ Engine = Annotated[
     Literal["auto", "eager", "compiled"],
     typer.Option(
         "--engine",
-        help="eager: transformers runs the model. compiled: a program of its own, built once for this machine (CPU)."
+        help="eager: transformers runs the model. compiled: a program of its own, built once for this machine; on CUDA"
+        " its steps as graphs with fused kernels."
         " auto: compiled where it is built already, or where the run is long enough to build it.",
     ),
 ]
@@ -166,6 +169,16 @@ MinP = Annotated[
     typer.Option("--min-p", callback=finite, min=0.0, max=1.0, help="Least probability relative to the likeliest."),
 ]
 RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", callback=finite, min=0.01, help="1 is off.")]
+Corpus = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--corpus", help="File or folder with text that answers may repeat, as a code base; repeatable. Kept sorted."
+    ),
+]
+Memory = Annotated[
+    bool,
+    typer.Option("--memory/--no-memory", help="Also draft from past answers of this model, kept for you alone."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of sampling.")]
 Limit = Annotated[
     int | None,

@@ -171,6 +171,7 @@ class Session:
         self.chat.answered(asked, generation.tokens)
         self.last = (asked, generation)
         self.done.append(generation)
+        self.loaded.remember(generation.tokens)
 
     def speedup(self) -> float | None:
         """Return how many times as fast as AR the last answer came, by a few AR steps timed here and now.

@@ -12,29 +12,38 @@ from space_cli.cli import options
 from space_cli.errors import Interrupted, UsageProblem
 
 if TYPE_CHECKING:
+    from space_cli.cli.train_view import TrainingView
     from space_cli.models.loading import LoadedModel
+    from space_cli.training.data import Example
     from space_cli.training.prepare import Method
 
 EPILOG = (
     "Example: space train --data answers.jsonl --output mine    "
     "Example: space train --model org/model --quantization nf4 --method adapter --data org/dataset --output mine"
 )
+_ENDLESS = 10_000_000  # steps: the hours end it
+_OWN_QUESTIONS = 2000
 _ADAPTER_ABOVE = 1_000_000_000
-_LEARNING_RATES = {"full": 5e-5, "adapter": 2e-4}
+_GROUPS = {"full": 8, "adapter": 48}
+_LEARNING_RATES = {"full": 5e-5, "adapter": 1e-3}
 
 _Limit = Annotated[int | None, typer.Option("--limit", "-L", min=1, help="Only the first N examples of each source.")]
 _Data = Annotated[
     list[str],
     typer.Option(
         "--data",
-        help="A .jsonl, .json, .parquet, .csv or .txt file (.gz too), or a Hub dataset id; repeatable.",
+        help="A .jsonl, .json, .parquet, .csv or .txt file (.gz too), a Hub dataset id, or self: the model asks itself;"
+        " repeatable.",
         metavar="DATA",
     ),
 ]
 _Output = Annotated[Path, typer.Option("--output", "-o", callback=options.at_home, help="Folder of the checkpoint.")]
 _Method = Annotated[
     Literal["auto", "full", "adapter"],
-    typer.Option("--method", help="full: all weights. adapter: the base stays as it is. auto: adapter from 1B on."),
+    typer.Option(
+        "--method",
+        help="full: all weights. adapter: the base stays as it is. auto: adapter from 1B on or over quantised weights.",
+    ),
 ]
 _Candidates = Annotated[int, typer.Option("--candidates", min=1, max=31, help="k, and masks of a group.")]
 _Masks = Annotated[
@@ -44,7 +53,9 @@ _Form = Annotated[
     Literal["groups", "paper"],
     typer.Option("--form", help="groups: several mask groups ride along in each example. paper: one, with --p-sar."),
 ]
-_Groups = Annotated[int, typer.Option("--groups", min=1, help="Mask groups of an example.")]
+_Groups = Annotated[
+    int | None, typer.Option("--groups", min=1, help="Mask groups of an example. Default: 8 (full), 48 (adapter).")
+]
 _PSar = Annotated[
     float,
     typer.Option(
@@ -55,7 +66,13 @@ _MaskLossWeight = Annotated[
     float,
     typer.Option("--mask-loss-weight", callback=options.finite, min=0.0, help="Of a mask's loss, beside a token's."),
 ]
-_Rank = Annotated[int, typer.Option("--rank", min=1, help="Of an adapter's low-rank weights.")]
+_Loss = Annotated[
+    Literal["kl", "ce"],
+    typer.Option("--loss", help="Of an adapter. kl: the base's distribution at each position. ce: the token there."),
+]
+_Rank = Annotated[
+    int | None, typer.Option("--rank", min=1, help="Of an adapter's low-rank weights; 32, or that of the one it has.")
+]
 _Distill = Annotated[
     str,
     typer.Option(
@@ -67,12 +84,16 @@ _AnswerTokens = Annotated[int, typer.Option("--answer-tokens", min=2, help="Most
 _AnswerBatch = Annotated[int, typer.Option("--answer-batch-size", min=1, help="Prompts the base answers at once.")]
 _MaxLength = Annotated[int, typer.Option("--max-length", min=8, help="Tokens of an example; longer ones are cut.")]
 _Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Times each example is seen.")]
+_Hours = Annotated[
+    float | None,
+    typer.Option("--hours", min=0.001, help="End after so many hours, sittings taken up with --resume included."),
+]
 _MaxSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop after so many steps.")]
 _BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Examples of a batch, per device.")]
 _Accumulation = Annotated[int, typer.Option("--gradient-accumulation", min=1, help="Batches of a step.")]
 _LearningRate = Annotated[
     float | None,
-    typer.Option("--learning-rate", callback=options.finite, min=0.0, help="Default: 5e-5 (full), 2e-4 (adapter)."),
+    typer.Option("--learning-rate", callback=options.finite, min=0.0, help="Default: 5e-5 (full), 1e-3 (adapter)."),
 ]
 _Warmup = Annotated[
     float,
@@ -104,17 +125,19 @@ def train(
     candidates: _Candidates = 5,
     masks: _Masks = "distinct",
     form: _Form = "groups",
-    groups: _Groups = 8,
+    groups: _Groups = None,
     p_sar: _PSar = 0.5,
     mask_loss_weight: _MaskLossWeight = 1.0,
-    rank: _Rank = 32,
+    loss: _Loss = "kl",
+    rank: _Rank = None,
     distill: _Distill = "2000",
     temperatures: _Temperatures = "0,0,0.8",
     answer_tokens: _AnswerTokens = 256,
-    answer_batch_size: _AnswerBatch = 8,
+    answer_batch_size: _AnswerBatch = 64,
     template: options.Template = None,
     max_length: _MaxLength = 2048,
     epochs: _Epochs = 2,
+    hours: _Hours = None,
     max_steps: _MaxSteps = None,
     batch_size: _BatchSize = 4,
     gradient_accumulation: _Accumulation = 1,
@@ -145,9 +168,9 @@ def train(
     answered = _distill_count(distill)
     warm = _temperatures(temperatures)
 
-    from space_cli.training.data import read_examples
+    from space_cli.training.data import OWN_DATA, read_examples
 
-    sources = [read_examples(source, limit=limit) for source in dict.fromkeys(data)]
+    sources = [read_examples(source, limit=limit) for source in dict.fromkeys(data) if source != OWN_DATA]
     _check_names(optim, report_to)
 
     from space_cli.cli.train_view import training_view
@@ -171,9 +194,12 @@ def train(
         revision=revision,
     )
     chosen = _method(loaded, method, quantization)
-    examples = [example for source in sources for example in source.examples]
     template = template or loaded.prompt_template
     length = min(max_length, loaded.context_length or max_length)
+    examples = [example for source in sources for example in source.examples]
+    if OWN_DATA in data:
+        size = {"answer_tokens": min(answer_tokens, length), "batch_size": answer_batch_size, "seed": seed}
+        examples += _own(loaded, output, view, hours, template=template, count=answered or _OWN_QUESTIONS, **size)
     prepared = prepare_examples(
         examples, loaded.tokenizer, template=template, max_length=length, held_out=held_out, seed=seed
     )
@@ -182,9 +208,10 @@ def train(
         candidates=candidates,
         distinct_masks=masks == "distinct",
         form=form,
-        groups=groups,
+        groups=groups or _GROUPS[chosen],
         p_sar=p_sar,
         mask_loss_weight=mask_loss_weight,
+        loss=loss,
         rank=rank,
         distill=answered,
         temperatures=warm,
@@ -192,6 +219,7 @@ def train(
         answer_batch_size=answer_batch_size,
         epochs=epochs,
         early_stop=early_stop,
+        hours=hours,
         seed=seed,
         arguments={
             "per_device_train_batch_size": batch_size,
@@ -199,7 +227,7 @@ def train(
             "learning_rate": _LEARNING_RATES[chosen] if learning_rate is None else learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": warmup,
-            "max_steps": max_steps or -1,
+            "max_steps": max_steps or (-1 if hours is None else _ENDLESS),
             "save_steps": save_steps,
             "save_total_limit": 2,
             "logging_steps": 10,
@@ -290,11 +318,28 @@ def _temperatures(told: str) -> tuple[float, ...]:
     return found
 
 
+def _own(
+    loaded: LoadedModel, output: Path, view: TrainingView, hours: float | None, *, template: str | None, **settings: int
+) -> list[Example]:
+    """Return questions that the model asks itself, with its answers."""
+    from space_cli.training.own_data import OwnData, own_examples
+    from space_cli.training.run import ANSWER_SHARE, OWN_FILE
+
+    return own_examples(
+        loaded,
+        OwnData(**settings, seconds=None if hours is None else hours * 3600 * ANSWER_SHARE),
+        template=template,
+        file=output / OWN_FILE,
+        on_progress=lambda done, total, rate: view.phase("questions of its own", done, total, rate),
+    )
+
+
 def _method(loaded: LoadedModel, method: str, quantization: str) -> Method:
     if method == "full" or method == "adapter":
         return "full" if method == "full" else "adapter"
     large = loaded.num_parameters > _ADAPTER_ABOVE
-    return "adapter" if large or quantization != "none" else "full"
+    has_adapter = loaded.space is not None and loaded.space.method == "adapter"
+    return "adapter" if large or has_adapter or quantization != "none" or loaded.gguf else "full"
 
 
 def _base_name(model: str) -> str:

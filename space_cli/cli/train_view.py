@@ -32,6 +32,7 @@ class TrainView:
     def __init__(self, console: Console, *, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
         self._last_line = 0.0
+        self._phase = ("", 0, 0.0)
         self._begun = time.monotonic()
         self._first_step: int | None = None
         self._rows: list[tuple[str, ...]] = []
@@ -69,11 +70,21 @@ class TrainView:
     ) -> None:
         """Stop showing."""
 
-    def phase(self, name: str, done: int, total: int) -> None:
-        """A part of the work beside the steps has come so far."""
+    def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
+        """A part of the work beside the steps has come so far, at so many tokens per second."""
         if done == total or time.monotonic() - self._last_line >= _SECONDS_PER_LINE:
             self._last_line = time.monotonic()
-            self.note(f"{name}: {done}/{total}")
+            self.note(f"{name}: {done}/{total}{self._pace(name, done, total, rate)}")
+
+    def _pace(self, name: str, done: int, total: int, rate: float | None) -> str:
+        """Say tokens per second and the time left, of a phase that tells its rate."""
+        if self._phase[0] != name:
+            self._phase = (name, done, time.monotonic())
+        _, first, began = self._phase
+        if not rate or done <= first:
+            return ""
+        left = (time.monotonic() - began) / (done - first) * (total - done)
+        return f", {rate:.0f} tok/s, {_clock(left)} left"
 
     def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
         """Show figures of the last steps, or of the held-out examples."""
@@ -168,9 +179,10 @@ class LiveTrainView(TrainView):
         """Leave the last state on the screen."""
         self._live.stop()
 
-    def phase(self, name: str, done: int, total: int) -> None:
-        """A part of the work beside the steps has come so far."""
-        self._bar.update(self._task, description=name, completed=done, total=total, visible=done < total)
+    def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
+        """A part of the work beside the steps has come so far, at so many tokens per second."""
+        told = name + self._pace(name, done, total, rate)
+        self._bar.update(self._task, description=told, completed=done, total=total, visible=done < total)
         self._live.refresh()
 
     def _show_row(self, cells: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from space_cli.cli import options
+from space_cli.cli.texts import with_corpora, with_past_answers
 from space_cli.errors import RunFailed, UsageProblem
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def verify_lossless(
     drafts: _Drafts = None,
     numerics: _Numerics = "auto",
     candidates: options.Candidates = None,
+    corpus: options.Corpus = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -131,6 +133,7 @@ def verify_lossless(
         tokens=2 * seeds * most_tokens(suites, settings, limit=limit),
         on_compile=view.compiling,
     )
+    loaded = with_corpora(with_past_answers(loaded, kept=False), corpus, quiet=quiet)
     planned = plan(loaded, suites, settings, limit=limit)
     view.left_out(planned.left_out)
     comparison = Comparison(block, drafts, names, base, same_shape, seeds)
@@ -217,11 +220,12 @@ def _block(loaded: LoadedModel, drafts: str, candidates: int | None) -> Block:
     return Block.chain(k, 0)
 
 
-def _shaped(loaded: LoadedModel, numerics: str) -> Numerics:
+def _shaped(loaded: LoadedModel, numerics: str) -> Numerics | None:
     from space_cli.core.engine import default_numerics
 
     if numerics == "auto":
-        return default_numerics(loaded.model)
+        # on a GPU it depends on the engine, which pads its rows where it can
+        return None if loaded.device.startswith("cuda") else default_numerics(loaded.model)
     # blocks of one shape also need one length of the cache
     return "plain" if numerics == "plain" else "invariant"
 

@@ -61,12 +61,7 @@ class SARCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the batch of `features`."""
-        rows = [
-            self._row(
-                list(feature["input_ids"]), list(feature.get("labels", feature["input_ids"])), feature.get("draw")
-            )
-            for feature in features
-        ]
+        rows = [self.row(feature) for feature in features]
         multiple = self.pad_to_multiple_of
         length = -(-(max(block.num_slots for block, _, _ in rows) + 1) // multiple) * multiple
         batch = {
@@ -83,8 +78,10 @@ class SARCollator:
             batch["labels"][row, 1 : size + 1] = torch.tensor(targets)
         return batch
 
-    def _row(self, tokens: list[int], labels: list[int], draw: int | None) -> tuple[Block, list[int], list[int]]:
+    def row(self, feature: Mapping[str, Any]) -> tuple[Block, list[int], list[int]]:
         """Return the block of one example, the ids in its slots and what each slot learns."""
+        tokens, labels = list(feature["input_ids"]), list(feature.get("labels", feature["input_ids"]))
+        draw = feature.get("draw")
         if draw is not None:
             self._generator.manual_seed(mix(self.seed, draw))
         if not tokens or len(tokens) != len(labels):

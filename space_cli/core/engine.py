@@ -16,6 +16,7 @@ from space_cli.core.block import Block
 from space_cli.core.cache import KVCache, cache_arguments
 from space_cli.core.choose import Likely
 from space_cli.core.compiled import MOST_SLOTS, Program
+from space_cli.core.cuda import GraphProgram
 from space_cli.core.stream import in_common
 
 Numerics = Literal["plain", "invariant"]
@@ -215,6 +216,10 @@ class _Inputs:
         self.tensors = torch.from_numpy(self.ids)[None], torch.from_numpy(self.positions)[None]
 
 
-def engine_for(model: PreTrainedModel, program: Program | None, **arguments: Any) -> EagerEngine:
+def engine_for(model: PreTrainedModel, program: Program | GraphProgram | None, **arguments: Any) -> EagerEngine:
     """Return the engine that runs a model, compiled or as it is; arguments as of `EagerEngine`."""
+    if isinstance(program, GraphProgram):
+        from space_cli.core.cuda_engine import GraphEngine  # which is one of the engines here
+
+        return GraphEngine(model, program, **arguments)
     return EagerEngine(model, **arguments) if program is None else CompiledEngine(model, program, **arguments)

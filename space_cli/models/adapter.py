@@ -57,7 +57,7 @@ class SlotGate:
         """Return the update (..., D) of mask slots, zero for all others."""
         assert self.is_mask is not None
         # experts and routers see the slots of a batch in one row
-        gate = self.is_mask.reshape(output.shape[:-1])
+        gate = self.is_mask.reshape(output.shape[:-1]).to(output.device)
         return output * gate[..., None].to(output.dtype)
 
 
@@ -69,11 +69,16 @@ class MaskEmbedding(nn.Module):
         masks: number of mask ids.
         layers: the low-rank layers, switched off in calls without masks: plain decoding pays nothing for them.
         gate: shared with the layers' hooks.
+
+    Attributes:
+        masks_known: whether the running call has masks, where the caller tells; None is read off the ids, which on a
+            GPU waits for them and cannot be part of a graph.
     """
 
     def __init__(self, base: nn.Embedding, masks: int, layers: Sequence[LoraLayer], gate: SlotGate) -> None:
         super().__init__()
         self.base, self.layers, self.gate = base, layers, gate
+        self.masks_known: bool | None = None
         rows = torch.arange(0, base.num_embeddings, max(1, base.num_embeddings // _ROWS_FOR_MEAN))
         with torch.no_grad():
             # through the base's forward: some models scale what they look up
@@ -87,6 +92,11 @@ class MaskEmbedding(nn.Module):
         return self.base.num_embeddings + len(self.masks)
 
     @property
+    def num_text_embeddings(self) -> int:
+        """Ids of text, which come before those of masks."""
+        return self.base.num_embeddings
+
+    @property
     def weight(self) -> torch.Tensor:
         """The base's rows, of which output embeddings may be a view."""
         return self.base.weight
@@ -96,7 +106,7 @@ class MaskEmbedding(nn.Module):
         size = self.base.num_embeddings
         is_mask = input_ids >= size
         self.gate.is_mask = is_mask
-        active = bool(is_mask.any())
+        active = bool(is_mask.any()) if self.masks_known is None else self.masks_known
         if self.layers and self.layers[0].disable_adapters is active:
             for layer in self.layers:
                 layer._disable_adapters = not active

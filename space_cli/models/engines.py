@@ -18,8 +18,9 @@ from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser
 from space_cli.core.compiled import Program, compile_program, fingerprint, why_not
 from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
+from space_cli.core.cuda import GraphProgram
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import AdaptiveDrafts, Drafts, Experience
+from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, Drafter
 from space_cli.core.engine import EagerEngine, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
@@ -27,6 +28,7 @@ from space_cli.core.toolchain import build_kernels, load_kernels, machine
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.files import write_whole
 from space_cli.models.adapter import adapter_updates
+from space_cli.models.graphs import graph_program
 from space_cli.models.kernels import engine_folder
 from space_cli.models.loading import LoadedModel
 from space_cli.models.memory import available_memory
@@ -63,9 +65,7 @@ def prepare(
         UsageProblem: engine is compiled and the model cannot be.
         RunFailed: engine is compiled and there is no compiler, no room for the program, or it computes something else.
     """
-    program = _program(loaded, engine, tokens, on_compile)
-    accepted = () if loaded.space is None else loaded.space.accepted_by_depth
-    return replace(loaded, program=program, experience=Experience(loaded.masks_per_group, accepted))
+    return replace(loaded, program=_program(loaded, engine, tokens, on_compile), stats={})
 
 
 def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
@@ -77,14 +77,16 @@ def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
         limit = loaded.context_length or _PREFIX_LENGTH + MOST_SLOTS
         length = max(1, min(_PREFIX_LENGTH, limit - MOST_SLOTS))
         costs = measure_costs(engine_for(loaded.model, loaded.program, max_length=length, max_slots=MOST_SLOTS), length)
-        drafting = _steps(loaded, AdaptiveDrafts(costs, loaded.masks_per_group))
+        drafting = _steps(
+            loaded, AdaptiveDrafter(AcceptanceStats(costs, loaded.masks_per_group), loaded.masks_per_group)
+        )
         beside = statistics.median(step.seconds - costs.seconds[step.slots] for step in drafting)
         costs = replace(costs, overhead=max(0.0, beside))
         _write_costs(costs, file)
-    return replace(loaded, costs=costs)
+    return replace(loaded, costs=costs, stats={})
 
 
-def _steps(loaded: LoadedModel, drafts: Drafts) -> list[Step]:
+def _steps(loaded: LoadedModel, drafts: Drafter) -> list[Step]:
     """Return the steps of a short generation, without the first, which has the prompt in it.
 
     It ends sooner where steps take long: a start must not wait for a large model, nor for a busy machine.
@@ -103,9 +105,15 @@ def _steps(loaded: LoadedModel, drafts: Drafts) -> list[Step]:
     return [next(steps), *takewhile(lambda _: time.perf_counter() - began < _PROBE_SECONDS, steps)]
 
 
-def _program(loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: Callable[[], None]) -> Program | None:
+def _program(
+    loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: Callable[[], None]
+) -> Program | GraphProgram | None:
     if engine == "eager":
         return None
+    if loaded.device.startswith("cuda"):
+        required = engine == "compiled"
+        fused = required or _is_worth_compiling(loaded, tokens)
+        return graph_program(loaded, fused=fused, required=required, on_compile=on_compile)
     reason = why_not(loaded.model)
     if reason is not None:
         if engine == "compiled":

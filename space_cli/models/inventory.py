@@ -83,7 +83,7 @@ def _kind(entry: ModelEntry, *, is_local: bool) -> Literal["bundled", "folder", 
 
 
 def _gguf_found(entry: ModelEntry) -> dict[str, object]:
-    """Return what is known of a GGUF file, which holds no masks but those of models.toml."""
+    """Return what is known of a GGUF file, whose masks are those of models.toml or of an adapter."""
     if entry.source.startswith(PACKAGE):
         file = package_file(entry.source)
     elif is_on_hub(entry.source):
@@ -91,6 +91,9 @@ def _gguf_found(entry: ModelEntry) -> dict[str, object]:
     else:
         file = Path(entry.source)
     trained: dict[str, object] = {} if entry.mask_token_ids else {"trained": False}
+    if entry.checkpoint != entry.source:
+        config = SpaceConfig.load(Path(entry.checkpoint))
+        trained = {"trained": True, "candidates": config.candidates, "masks_per_group": config.masks_per_group}
     if file is None or not file.is_file():
         return trained
     return trained | {"present": True, "size_bytes": sum(shard.stat().st_size for shard in shards_of(file))}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,9 @@ from transformers.utils.hub import cached_file
 from space_cli.core.block import Block
 from space_cli.core.compiled import Program
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
-from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafts, Experience
+from space_cli.core.cuda import GraphProgram
+from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Strategy
+from space_cli.core.drafting.ngrams import Source
 from space_cli.core.engine import context_length, embedding_rows
 from space_cli.core.quantized import num_parameters
 from space_cli.errors import UsageProblem
@@ -33,8 +36,12 @@ from space_cli.models.kernels import kernels_problem
 from space_cli.models.prompting import encode
 from space_cli.models.registry import ModelEntry, read_models, resolve
 from space_cli.models.stops import stop_ids
+from space_cli.models.texts import PastAnswers
 
 Weights = Literal["as stored", "dense"]
+SPREAD = "cuda:all"
+"""The device of a model whose layers are laid over all GPUs, as one GPU has no room for it."""
+_OVER_ALL: str | dict[str, str] = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,9 +57,11 @@ class LoadedModel:
         candidates: k to decode with by default; 0 for a model never trained for SPACE.
         masks_per_group: m of the training, the largest k that makes sense.
         program: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
-        experience: of its drafts, from answer to answer; None begins anew with each.
         completes: it is a base model, which goes on with a text, whatever its chat template.
         gguf: the file its weights came from, the first of several shards; None for a folder of safetensors.
+        corpora: texts to copy from.
+        past: answers of before to copy from, to which new ones are added; None where they are not wanted.
+        stats: of its drafts by their strategy, from answer to answer.
     """
 
     name: str
@@ -68,25 +77,52 @@ class LoadedModel:
     candidates: int
     masks_per_group: int
     prompt_template: str | None
-    program: Program | None = None
+    program: Program | GraphProgram | None = None
     costs: StepCosts = ASSUMED_COSTS
-    experience: Experience | None = None
     completes: bool = False
     gguf: Path | None = None
+    corpora: tuple[Source, ...] = ()
+    past: PastAnswers | None = None
+    stats: dict[Strategy, AcceptanceStats] = field(default_factory=dict)
 
     @property
     def is_chat_model(self) -> bool:
         """Whether it answers requests rather than going on with a text."""
         return bool(self.tokenizer.chat_template) and not self.completes
 
-    def drafts(self, candidates: int | None = None) -> Drafts:
+    def drafts(
+        self,
+        candidates: int | None = None,
+        *,
+        strategy: Strategy = EVERYTHING,
+        texts: Iterable[Sequence[int]] = (),
+    ) -> Drafter:
         """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best.
 
-        A model without masks drafts what it copies from the context.
+        A model without masks drafts what it copies.
+
+        Args:
+            candidates: k of the paper's chain.
+            strategy: what drafts are made of where `candidates` is None.
+            texts: token ids to copy from besides the context, as an answer that is expected.
         """
         if candidates is not None:
-            return ChainDrafts(Block.chain(candidates, candidates))
-        return AdaptiveDrafts(self.costs, self.masks_per_group, experience=self.experience)
+            return ChainDrafter(Block.chain(candidates, candidates))
+        if strategy not in self.stats:
+            accepted = () if self.space is None else self.space.accepted_by_depth
+            self.stats[strategy] = AcceptanceStats(self.costs, self.masks_per_group, accepted)
+        return AdaptiveDrafter(
+            self.stats[strategy], self.masks_per_group, strategy, texts=texts, sources=self.sources(strategy)
+        )
+
+    def sources(self, strategy: Strategy = EVERYTHING) -> list[Source]:
+        """Return the texts beyond its context that a generation copies from."""
+        return [self.past, *self.corpora] if strategy.memory and self.past is not None else list(self.corpora)
+
+    def remember(self, answer: Sequence[int]) -> None:
+        """Add the token ids of an answer to those that later ones copy from."""
+        if self.past is not None:
+            self.past.add(answer)
 
     @property
     def num_parameters(self) -> int:
@@ -118,7 +154,7 @@ def load_model(
         name: an alias of models.toml, a folder, a GGUF file, or a Hub id.
         models_file: a user's own models.toml.
         dtype: auto, float32, bfloat16 or float16; auto is the checkpoint's own where the device computes in it.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps, or cuda:all: layer by layer over all GPUs.
         quantization: none, int8, nf4 or fp4 (bitsandbytes).
         revision: branch, tag or commit of a Hub id.
         weights: those of a GGUF file stay in its few bits as stored, or become tensors that can be trained through.
@@ -142,7 +178,7 @@ def load_model(
         raise _not_loaded(name, entry, error) from error
     except ValueError as error:
         raise _unreadable(name, error) from error
-    if quantization == "none":
+    if quantization == "none" and chosen_device != SPREAD:
         model.to(torch.device(chosen_device))  # type: ignore[arg-type]  # wrapped in a way that hides its signature
     if space is not None and space.method == "adapter":
         _put_adapter_on(model, entry, revision, space)
@@ -181,7 +217,8 @@ def _from_folder(
         config=config,
         dtype=chosen,
         use_safetensors=True,
-        **_quantization(quantization, device, chosen),
+        **_placement(quantization, device),
+        **_quantization(quantization, chosen),
     )
     return model, tokenizer
 
@@ -213,7 +250,7 @@ def _device(device: str) -> str:
     kind = device.partition(":")[0]
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind not in present:
-        raise UsageProblem(f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N or mps")
+        raise UsageProblem(f"unknown device {device!r}", hint="use auto, cpu, cuda, cuda:N, cuda:all or mps")
     if not present[kind]:
         raise UsageProblem(f"no {kind} device on this machine", hint="use --device cpu")
     return device
@@ -231,7 +268,14 @@ def _dtype(dtype: str, device: str, config: PretrainedConfig) -> str:
     return own if own in DTYPES else "float32"
 
 
-def _quantization(quantization: str, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def _placement(quantization: str, device: str) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that put weights where they belong as they are read."""
+    if device == SPREAD:
+        return {"device_map": _OVER_ALL}
+    return {} if quantization == "none" else {"device_map": {"": device}}
+
+
+def _quantization(quantization: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for bitsandbytes weights."""
     if quantization == "none":
         return {}
@@ -246,15 +290,15 @@ def _quantization(quantization: str, device: str, dtype: torch.dtype) -> dict[st
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": config}
 
 
 def _space_config(entry: ModelEntry, revision: str | None) -> SpaceConfig | None:
     """Return space_config.json of the folder or Hub id, or None where it has none."""
-    if is_gguf(entry.source):
+    if is_gguf(entry.checkpoint):
         return None
     found = cached_file(
-        entry.source,
+        entry.checkpoint,
         SPACE_CONFIG_NAME,
         revision=revision,
         _raise_exceptions_for_missing_entries=False,
@@ -271,6 +315,8 @@ def _base(
         return entry.source, revision
     if space.base_model is None:
         raise UsageProblem(f"{entry.source}: {SPACE_CONFIG_NAME}: an adapter must name its base_model")
+    if entry.checkpoint != entry.source:
+        return entry.source, revision
     base = resolve(space.base_model, models_file)
     return base.source, space.base_revision or base.revision
 
@@ -285,7 +331,7 @@ def _put_adapter_on(model: PreTrainedModel, entry: ModelEntry, revision: str | N
     """Load an adapter's files, from the Hub where they are not here, onto its base."""
     from space_cli.models.adapter import load_adapter  # peft takes half a second to import
 
-    files = [cached_file(entry.source, name, revision=revision) for name in ADAPTER_FILES]
+    files = [cached_file(entry.checkpoint, name, revision=revision) for name in ADAPTER_FILES]
     load_adapter(model, Path(str(files[-1])).parent, masks=len(space.mask_token_ids))
 
 

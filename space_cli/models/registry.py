@@ -14,6 +14,7 @@ from tomlkit.exceptions import TOMLKitError
 
 from space_cli.errors import UsageProblem
 from space_cli.files import expanded, write_whole
+from space_cli.models.checkpoint import SPACE_CONFIG_NAME
 from space_cli.models.gguf_names import PACKAGE, has_package_file, is_gguf, is_on_hub
 from space_cli.text import read_text, well_formed
 
@@ -29,12 +30,14 @@ class ModelEntry(BaseModel):
     Attributes:
         otherwise: where it is if `source` names a package that is not installed.
         completes: it is a base model: suites that have two forms give it texts to go on with.
+        adapter: folder of an adapter that belongs on it, "bundled:NAME" inside this package; unused while it is empty.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     source: str = Field(min_length=1)
     otherwise: str | None = None
+    adapter: str | None = None
     description: str = ""
     revision: str | None = None
     mask_token_ids: list[int] | None = None
@@ -49,6 +52,12 @@ class ModelEntry(BaseModel):
         if template is not None and template.count("{}") != 1:
             raise ValueError("must hold {} once, where the user's text goes")
         return template
+
+    @property
+    def checkpoint(self) -> str:
+        """Where its space_config.json would be: the folder of its adapter if there is one, else the model itself."""
+        has_adapter = self.adapter is not None and Path(self.adapter, SPACE_CONFIG_NAME).is_file()
+        return str(self.adapter) if has_adapter else self.source
 
     @property
     def is_bundled(self) -> bool:
@@ -172,6 +181,10 @@ def _located(entry: ModelEntry, file: Path) -> ModelEntry:
 
     A relative path counts from the file it stands in.
     """
+    if entry.adapter is not None:
+        bundled = entry.adapter.startswith(_BUNDLED)
+        folder = _PACKAGE / entry.adapter.removeprefix(_BUNDLED) if bundled else file.parent / entry.adapter
+        entry = entry.model_copy(update={"adapter": str(folder.expanduser())})
     if entry.source.startswith(PACKAGE) and entry.otherwise and not has_package_file(entry.source):
         return entry.model_copy(update={"source": entry.otherwise})
     if entry.source.startswith(_BUNDLED):

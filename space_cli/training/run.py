@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,9 +24,16 @@ from space_cli.training.distill import Distillation, distil
 from space_cli.training.prepare import Method, Prepared, prepare_model
 from space_cli.training.start import empty, fitting, identity, mend_generation_config
 from space_cli.training.trainer import Epochs, SARTrainer, complete_checkpoints
+from space_cli.training.two_pass import Loss, TwoPassTrainer
 
 SETTINGS_FILE, LOG_FILE, ANSWERS_FILE = "training_settings.json", "training.jsonl", "distilled.jsonl"
+OWN_FILE = "self.jsonl"
 CARD_FILE, CURVES_FILE = "README.md", "training.png"
+ANSWER_SHARE = 0.25
+"""Of the hours of a training: the most that answers take, those to the data's prompts and to its own each."""
+_ENDLESS = 10_000  # epochs: the hours end it
+# what may change where hours shape a training: more of them, and more answers to learn from
+_ADDED_WITH_HOURS = {"hours", "data", "distill", "max_steps"}
 _FEW_SHAPES = 64  # batches of ever new shapes leave an allocator with ever new gaps
 
 
@@ -41,6 +49,8 @@ class Recipe:
         answer_tokens: most tokens of an answer, in distillation and in measuring.
         answer_batch_size: prompts the base answers at once.
         early_stop: stop when so many evaluations in a row lowered no held-out loss, and keep the best; 0 never stops.
+        loss: of an adapter's masks.
+        hours: end the training; None leaves it to epochs and steps.
         arguments: of transformers' TrainingArguments.
     """
 
@@ -51,13 +61,15 @@ class Recipe:
     groups: int
     p_sar: float
     mask_loss_weight: float
-    rank: int
+    loss: Loss
+    rank: int | None
     distill: int
     temperatures: tuple[float, ...]
     answer_tokens: int
     answer_batch_size: int
     epochs: int
     early_stop: int
+    hours: float | None
     seed: int
     arguments: dict[str, Any]
 
@@ -68,8 +80,8 @@ class TrainingView(Protocol):
     def note(self, text: str) -> None:
         """Something is worth a line."""
 
-    def phase(self, name: str, done: int, total: int) -> None:
-        """A part of the work beside the steps has come so far."""
+    def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
+        """A part of the work beside the steps has come so far, at so many tokens per second."""
 
     def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
         """Some steps have ended."""
@@ -171,7 +183,8 @@ def _resumed(output: Path, settings: dict[str, Any]) -> Path | None:
             f"{output}: was trained on other weights, in another form or of another revision",
             hint="give the same --model, --revision, --dtype and --quantization, or another --output",
         )
-    for name in now:
+    added = _ADDED_WITH_HOURS if now.get("hours") and then.get("hours") else set()
+    for name in now.keys() - added:
         if then.get(name) != now[name]:
             raise UsageProblem(
                 f"{output}: was trained with other settings: {name} {then.get(name)} instead of {now[name]}",
@@ -196,6 +209,7 @@ def _distilled(
         batch_size=recipe.answer_batch_size,
         seed=recipe.seed,
         fingerprint=json.dumps(base),
+        seconds=None if recipe.hours is None else recipe.hours * 3600 * ANSWER_SHARE,
     )
     pairs = distil(
         loaded.model,
@@ -203,7 +217,7 @@ def _distilled(
         settings,
         eos_token_ids=loaded.eos_token_ids,
         file=file,
-        on_progress=lambda done, total: view.phase("answers of the base", done, total),
+        on_progress=lambda done, total, rate: view.phase("answers of the base", done, total, rate),
     )
     return [{"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer} for prompt, answer in pairs]
 
@@ -279,13 +293,16 @@ def make_trainer(
         **recipe.arguments,
     )
     stops = [EarlyStoppingCallback(recipe.early_stop)] if recipe.early_stop else []
-    return SARTrainer(
+    two_pass = recipe.method == "adapter" and recipe.form == "groups"
+    kind = partial(TwoPassTrainer, loss=recipe.loss) if two_pass else SARTrainer
+    return kind(
         collator=collator,
         space=space,
         mask_loss_weight=recipe.mask_loss_weight,
+        hours=recipe.hours,
         model=loaded.model,
         args=arguments,
-        train_dataset=Epochs(examples, epochs=recipe.epochs, seed=recipe.seed),
+        train_dataset=Epochs(examples, epochs=recipe.epochs if recipe.hours is None else _ENDLESS, seed=recipe.seed),
         eval_dataset=Epochs(held_out, epochs=1, seed=recipe.seed) if held_out else None,
         processing_class=loaded.tokenizer,
         callbacks=[*callbacks, *stops],

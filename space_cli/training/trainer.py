@@ -26,6 +26,7 @@ from space_cli.core.collator import IGNORED, SARCollator, mask_index
 from space_cli.models.adapter import adapter_of, load_adapter_weights, save_adapter
 from space_cli.models.checkpoint import SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.loading import unpack
+from space_cli.training.schedule import SPENT, HoursSchedule
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -38,17 +39,18 @@ class Epochs(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, examples: Sequence[dict[str, list[int]]], *, epochs: int, seed: int) -> None:
-        self._examples = examples
-        self._order: list[int] = []
-        for epoch in range(epochs):
-            generator = torch.Generator().manual_seed(mix(seed, epoch))
-            self._order += torch.randperm(len(examples), generator=generator).tolist()
+        self._examples, self._epochs, self._seed = examples, epochs, seed
+        self._drawn: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._examples) * self._epochs
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self._examples[self._order[index]], "draw": index}
+        epoch, place = divmod(index, len(self._examples))
+        if self._drawn[0] != epoch:
+            generator = torch.Generator().manual_seed(mix(self._seed, epoch))
+            self._drawn = (epoch, torch.randperm(len(self._examples), generator=generator).tolist())
+        return {**self._examples[self._drawn[1][place]], "draw": index}
 
 
 class SARTrainer(Trainer):
@@ -58,14 +60,26 @@ class SARTrainer(Trainer):
         collator: makes the batches.
         space: what the checkpoint will say of itself.
         mask_loss_weight: of a mask's loss, beside that of a token; an adapter learns masks alone.
+        hours: shape the learning rate and end the training; None leaves that to the arguments.
         **given: as transformers' Trainer takes it.
     """
 
     model: PreTrainedModel
     processing_class: PreTrainedTokenizerBase
 
-    def __init__(self, *, collator: SARCollator, space: SpaceConfig, mask_loss_weight: float, **given: Any) -> None:
+    def __init__(
+        self,
+        *,
+        collator: SARCollator,
+        space: SpaceConfig,
+        mask_loss_weight: float,
+        hours: float | None = None,
+        **given: Any,
+    ) -> None:
         super().__init__(data_collator=collator, **given)
+        self._schedule = None if hours is None else HoursSchedule(hours)
+        if self._schedule is not None:
+            self.add_callback(self._schedule)
         self.remove_callback(PrinterCallback)
         # our loss is normalised over all batches of a step by itself
         self.model_accepts_loss_kwargs = True
@@ -115,6 +129,8 @@ class SARTrainer(Trainer):
             sums = self._over_processes()
             logs = logs | _shown(sums) | {"tokens_per_second": self._rate(sums), "memory_bytes": memory_in_use()}
             self._sums.zero_()
+            if self._schedule is not None:
+                logs |= {SPENT: self._schedule.so_far}
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -131,6 +147,8 @@ class SARTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Measure whole examples: the paper's form, which cuts them at their group, would measure others each time."""
+        if self._collator.form == "groups":
+            return super().get_eval_dataloader(eval_dataset)
         training, self.data_collator = self.data_collator, replace(self._collator, form="groups")
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -146,11 +164,19 @@ class SARTrainer(Trainer):
         return self._sums[2, 0].item()
 
     def _rate(self, sums: torch.Tensor) -> float:
-        """Return tokens that carried AR loss, or would have, per second since this was last asked."""
+        """Return tokens with AR loss, or masks of an adapter in two passes, per second since this was last asked."""
         now = time.perf_counter()
-        rate = sums[2, 0].item() / (now - self._since)
+        rate = (sums[2, 0] or sums[2].sum()).item() / (now - self._since)
         self._since = now
         return rate
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Let the hours shape the learning rate where they were given."""
+        if self._schedule is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = self._schedule.scheduler(optimizer or self.optimizer)
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Keep the order of `Epochs`."""

@@ -1,0 +1,79 @@
+"""The engine of models on a CUDA device: their steps as graphs, checked against the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from space_cli.core.block import AR_BLOCK, Block
+from space_cli.core.cuda import GraphProgram, why_not
+from space_cli.core.engine import engine_for
+from space_cli.errors import RunFailed, UsageProblem
+from space_cli.models.loading import LoadedModel
+
+_PREFIX, _TOKENS = (1, 2, 3), (2, 3, 1, 2)
+# the second of two branches, as `models.support` has it
+_TREE = Block.tree([0, 0, 2], 0)
+
+
+def graph_program(
+    loaded: LoadedModel, *, fused: bool, required: bool, on_compile: Callable[[], None] = lambda: None
+) -> GraphProgram | None:
+    """Return the model's steps as graphs, once they have computed what the model itself computes.
+
+    Args:
+        loaded: on one CUDA device; on a CPU it runs without graphs.
+        fused: whether the compiler may take its time to fuse kernels.
+        required: whether to say why there can be no graphs; else None is returned then.
+        on_compile: called before kernels are fused.
+
+    Raises:
+        UsageProblem: required, and the model cannot have graphs.
+        RunFailed: required, and they could not be made, or compute something else.
+    """
+    reason = why_not(loaded.model)
+    if reason is not None:
+        if required:
+            raise UsageProblem(f"--engine compiled: {loaded.name}: {reason}", hint="use --engine eager")
+        return None
+    try:
+        if fused:
+            on_compile()
+        return _checked(loaded, GraphProgram(loaded.model, fused=fused))
+    except RunFailed:
+        if required:
+            raise
+    except Exception as error:  # whatever in a foreign model defeats capture or compiler, the eager engine runs it
+        if required:
+            raise RunFailed(
+                f"{loaded.name} cannot be captured: {_first_line(error)}", hint="use --engine eager"
+            ) from error
+    return None
+
+
+@torch.inference_mode()
+def _checked(loaded: LoadedModel, program: GraphProgram) -> GraphProgram:
+    """Return the program.
+
+    Raises:
+        RunFailed: it computes something else than the model.
+    """
+    model, logits = loaded.model, []
+    for run_by in (None, program):
+        engine = engine_for(model, run_by, max_length=len(_PREFIX) + 8, max_slots=8)
+        engine.prefill(list(_PREFIX))
+        alone = engine.run(AR_BLOCK, _TOKENS[:1])
+        engine.abandon()
+        logits.append(torch.cat([alone, engine.run(_TREE, _TOKENS)]).float())
+    own, found = logits
+    # kernels round differently; a wrong program is off by whole spreads
+    allowed = own.std() * (1e-2 if model.dtype == torch.float32 else 0.5)
+    if not (own - found).abs().max() <= allowed:
+        raise RunFailed(f"{loaded.name}, as graphs, computes something else", hint="use --engine eager")
+    return program
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

@@ -1,0 +1,143 @@
+"""Low-rank layers in one piece for training: no table as large as the layer's output beside the output itself.
+
+peft's layer scales and adds the update as tables of their own, forwards and backwards, and casts its input; on a CPU
+that takes longer than the products. Here the update is added by the product that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from space_cli.core.attention import has_replaceable_attention
+
+TRAINING = "space_training"
+"""Name of `training_attention` in transformers' attention interface."""
+_TRANSPOSED = "_space_transposed"
+
+
+def fuse_low_rank_layers(model: nn.Module) -> None:
+    """Make calls in which all slots are masks use `LowRankLinear`, in place; other calls, and other layers, stay."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and type(module.base_layer) is nn.Linear:
+            module.forward = partial(_forward, module, module.forward)
+
+
+def _forward(layer: Any, plain: Any, inputs: torch.Tensor) -> torch.Tensor:
+    base = layer.base_layer
+    if layer.disable_adapters or not torch.is_grad_enabled() or inputs.dtype != base.weight.dtype:
+        result: torch.Tensor = plain(inputs)
+        return result
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    scaling = layer.scaling["default"]
+    output: torch.Tensor = LowRankLinear.apply(inputs, base.weight, _transposed(base), base.bias, down, up, scaling)
+    return output
+
+
+def _transposed(base: nn.Linear) -> torch.Tensor:
+    """Return W', laid out in memory as it is read on a CPU: twice as fast as reading W across."""
+    if base.weight.device.type != "cpu":
+        return base.weight.t()
+    held = getattr(base, _TRANSPOSED, None)
+    if held is None:
+        held = base.weight.detach().t().contiguous()
+        setattr(base, _TRANSPOSED, held)
+    return held
+
+
+class LowRankLinear(torch.autograd.Function):
+    """`x W' + b + s x A' B'` with a frozen W, whose gradient is asked for in x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: torch.Tensor,
+        weight: torch.Tensor,
+        transposed: torch.Tensor,
+        bias: torch.Tensor | None,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Return (..., out) of (..., in) inputs.
+
+        Args:
+            ctx: of autograd.
+            inputs: of the base's dtype, as are the products.
+            weight: (out, in).
+            transposed: the same, (in, out).
+            bias: (out).
+            down: A, (r, in), float32.
+            up: B, (out, r), float32.
+            scaling: s.
+        """
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        down, up = down.to(flat.dtype), (up * scaling).to(flat.dtype)
+        low = flat @ down.t()
+        output = (flat @ transposed if bias is None else torch.addmm(bias, flat, transposed)).addmm_(low, up.t())
+        ctx.save_for_backward(flat, low, weight, down, up)
+        ctx.scaling = scaling
+        return output.view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        """Return the gradients of inputs, A and B."""
+        flat, low, weight, down, up = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, weight.shape[0])
+        through = gradient @ up
+        inputs = (gradient @ weight).addmm_(through, down)
+        of_down = (through.t() @ flat).float()
+        of_up = (gradient.t() @ low).float() * ctx.scaling
+        return inputs.view(*gradients[0].shape[:-1], -1), None, None, None, of_down, of_up, None
+
+
+def training_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend in plain products where a CPU computes gradients: SDPA's backward pass takes twice the time there.
+
+    Shapes as in transformers' attention functions: query (B, H, Q, D), keys (B, H_kv, N, D), an additive mask.
+    """
+    if attention_mask is None or not torch.is_grad_enabled() or query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    batch, heads, queries, width = query.shape
+    groups = heads // key.shape[1]
+    grouped = (query * (width**-0.5 if scaling is None else scaling)).reshape(batch, -1, groups * queries, width)
+    scores = (grouped @ key.transpose(2, 3)).view(batch, -1, groups, queries, key.shape[2])
+    shares = functional.softmax(scores + attention_mask[:, :, None], dim=-1).view(
+        batch, -1, groups * queries, key.shape[2]
+    )
+    return (shares @ value).view(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def training_attention_of(model: PreTrainedModel) -> Iterator[None]:
+    """Lay `training_attention` over the model for the time of a call, where its attention can be replaced."""
+    if not has_replaceable_attention(model):
+        yield
+        return
+    model.config._attn_implementation = TRAINING
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = "sdpa"
+
+
+AttentionInterface.register(TRAINING, training_attention)
+AttentionMaskInterface.register(TRAINING, sdpa_mask)

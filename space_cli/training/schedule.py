@@ -1,0 +1,59 @@
+"""A learning rate shaped by hours instead of steps: up, level, and down to zero in the last part of the time.
+
+How many steps an hour holds need not be known, and the level part can be gone on with: a training that is taken up with
+more hours rises to its level again and comes down later.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+
+_WARMUP_STEPS = 30
+_DECAY_SHARE = 0.25
+SPENT = "hours"
+"""Its name in the log, from where a resumed training knows what was spent before."""
+
+
+class HoursSchedule(TrainerCallback):
+    """Ends a training after so many hours, those of earlier sittings included.
+
+    Args:
+        hours: in all.
+
+    Attributes:
+        spent: hours of earlier sittings.
+    """
+
+    def __init__(self, hours: float) -> None:
+        self._hours = hours
+        self.spent = 0.0
+        self._began = time.monotonic()
+        self._first_step = 0
+
+    @property
+    def so_far(self) -> float:
+        """Return the hours that have been spent."""
+        return self.spent + (time.monotonic() - self._began) / 3600
+
+    def scheduler(self, optimizer: Optimizer) -> LambdaLR:
+        """Return the scheduler of a training that begins now."""
+        return LambdaLR(optimizer, self._factor)
+
+    def _factor(self, step: int) -> float:
+        left = 1 - self.so_far / self._hours
+        return max(0.0, min(1.0, (step - self._first_step + 1) / _WARMUP_STEPS, left / _DECAY_SHARE))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look up what was spent before."""
+        self.spent = max((row[SPENT] for row in state.log_history if SPENT in row), default=0.0)
+        self._began, self._first_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop where the time is over."""
+        if self.so_far >= self._hours:
+            control.should_training_stop = True
