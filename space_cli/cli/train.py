@@ -163,8 +163,7 @@ def train(
 ) -> int:
     """Fine-tune a model so that masks behind its input guess the tokens to come (SAR-SFT)."""
     _check_output(output, resume=resume, overwrite=overwrite)
-    if method == "full" and quantization != "none":
-        raise UsageProblem("--method full cannot train quantised weights", hint="use --method adapter")
+    _check_form(method, quantization)
     answered = _distill_count(distill)
     warm = _temperatures(temperatures)
 
@@ -279,6 +278,11 @@ def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageProblem(f"--output {output}: no training to resume", hint="leave --resume out")
     if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
         raise UsageProblem(f"--output {output}: is not empty", hint="give --resume to go on with it, or --overwrite")
+
+
+def _check_form(method: str, quantization: str) -> None:
+    if method == "full" and quantization != "none":
+        raise UsageProblem("--method full cannot train quantised weights", hint="use --method adapter")
 
 
 def _check_names(optim: str, report_to: str) -> None:
