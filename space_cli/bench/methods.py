@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from space_cli.bench import llama_cpp
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import AdaptiveDrafts, Drafts
+from space_cli.core.drafting import Drafter, Strategy
 from space_cli.core.engine import Numerics, embedding_rows
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, Step
@@ -51,18 +51,14 @@ def _ar(task: Task, on_step: OnStep) -> Generation:
 
 
 def _space(task: Task, on_step: OnStep) -> Generation:
-    return run_decode(task, task.loaded.drafts(task.candidates), on_step)
+    return run_decode(task, task.loaded.drafts(task.candidates, strategy=Strategy(memory=False)), on_step)
 
 
 def _space_chain(task: Task, on_step: OnStep) -> Generation:
     return run_decode(task, task.loaded.drafts(task.candidates or task.loaded.candidates), on_step)
 
 
-def _space_lookup(task: Task, on_step: OnStep) -> Generation:
-    return run_decode(task, AdaptiveDrafts(task.loaded.costs, 0), on_step)
-
-
-def run_decode(task: Task, drafts: Drafts | None, on_step: OnStep) -> Generation:
+def run_decode(task: Task, drafts: Drafter | None, on_step: OnStep) -> Generation:
     """Answer a task with our decoder; without drafts, one token at a time."""
     generation = Generation()
     for step in decode(
@@ -271,6 +267,18 @@ def _check_mtp(loaded: LoadedModel, _sampling: Sampling, _draft: LoadedModel | N
         raise UsageProblem(f"{loaded.name} has no layers for multi-token prediction")
 
 
+def _part(name: str, description: str, strategy: Strategy) -> Method:
+    """Return SPACE with a part of its drafts, for the ablation."""
+
+    def run(task: Task, on_step: OnStep) -> Generation:
+        generation = run_decode(task, task.loaded.drafts(strategy=strategy), on_step)
+        if strategy.memory:
+            task.loaded.remember(generation.tokens)
+        return generation
+
+    return Method(name, description, run, exact_under_seed=True, needs_masks=not strategy.copies, adaptive=True)
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -291,13 +299,10 @@ METHODS = {
             needs_masks=True,
             takes_candidates=True,
         ),
-        Method(
-            "space-lookup",
-            "candidates copied from the context, no masks",
-            _space_lookup,
-            exact_under_seed=True,
-            adaptive=True,
-        ),
+        _part("space-masks", "blocks by cost, one token of each mask", Strategy(1, copies=False, memory=False)),
+        _part("space-tree", "blocks by cost, several tokens of each mask", Strategy(copies=False, memory=False)),
+        _part("space-lookup", "candidates copied from the context, no masks", Strategy(0, memory=False)),
+        _part("space-memory", "space, with the answers of this run to copy from", Strategy()),
         Method("hf", "transformers' generate", _hf, exact_under_seed=False),
         Method("hf-lookup", "generate with prompt lookup", _hf_lookup, exact_under_seed=False),
         Method(

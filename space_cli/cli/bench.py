@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from space_cli.cli import options
+from space_cli.cli.texts import with_corpora, with_past_answers
 from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def run(
     methods: _Methods = None,
     draft_model: _DraftModel = None,
     candidates: options.Candidates = None,
+    corpus: options.Corpus = None,
     sweep: _Sweep = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
@@ -144,7 +146,7 @@ def run(
     chosen, left_out = choose_methods(wanted, loaded, sampling=settings.sampling, draft=draft)
     check_candidates(loaded, candidates, chosen)
     tokens = seeds * most_tokens(suites, settings, limit=limit)
-    loaded = _with_engine(loaded, engine, chosen, tokens, view)
+    loaded = with_corpora(_with_engine(loaded, engine, chosen, tokens, view), corpus, quiet=quiet)
     planned = plan(loaded, suites, settings, limit=limit, draft=draft)
     report = _report(loaded, draft, settings)
     report.settings |= {
@@ -152,6 +154,7 @@ def run(
         "metrics": {each.name: each.metric for each in suites},
         "seeds": seeds,
         "sweep": sweep,
+        "corpus": [str(path) for path in corpus or ()],
         "left_out": left_out | planned.left_out | not_judged,
     }
     view.left_out(report.settings["left_out"])
@@ -246,7 +249,9 @@ def _with_engine(
     ours = sum(not method.name.startswith(("hf", "llama")) for method in methods)
     loaded = prepare(loaded, engine=engine, tokens=ours * tokens, on_compile=view.compiling)
     # measured anew: an hour in which the machine was busy must not decide
-    return measured(loaded, fresh=True) if any(method.adaptive for method in methods) else loaded
+    loaded = measured(loaded, fresh=True) if any(method.adaptive for method in methods) else loaded
+    # of this run alone: what was answered yesterday must not count
+    return with_past_answers(loaded, kept=False)
 
 
 def _journal(json: str | None, report: Report, planned: Plan, *, resume: bool) -> Journal | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from space_cli.cli import options
+from space_cli.cli.texts import with_corpora, with_past_answers
 from space_cli.errors import Interrupted, UsageProblem
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def chat(
     template: options.Template = None,
     mode: _Mode = "space",
     candidates: options.Candidates = None,
+    corpus: options.Corpus = None,
+    memory: options.Memory = True,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -120,7 +123,8 @@ def chat(
                 revision=revision if name == model else None,
             )
             # what steps cost is measured once an answer needs it: the prompt comes sooner
-            return prepare(loaded, engine=engine, on_compile=compiling)
+            loaded = prepare(loaded, engine=engine, on_compile=compiling)
+            return with_corpora(with_past_answers(loaded, kept=True) if memory else loaded, corpus, quiet=quiet)
 
         turns = load_turns(state / "newest.json") if go_on else load_turns(load) if load else []
         loaded = loaded_by(model)

@@ -135,6 +135,16 @@ TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k li
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample within this probability mass.")]
 MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="Least probability relative to the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", min=0.01, help="1 is off.")]
+Corpus = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--corpus", help="File or folder with text that answers may repeat, as a code base; repeatable. Kept sorted."
+    ),
+]
+Memory = Annotated[
+    bool,
+    typer.Option("--memory/--no-memory", help="Also draft from past answers of this model, kept for you alone."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of sampling.")]
 Limit = Annotated[
     int | None,

@@ -158,8 +158,8 @@ class Session:
     def _decode(
         self, token_ids: list[int], stop: StopRule, mode: Literal["space", "ar"], cache: KVCache
     ) -> Iterator[Step]:
-        drafts = self.model.drafts(mode, self.settings.candidates)
         grammar = None if self.schema is None else grammar_for(self.loaded, self.schema, len(token_ids))
+        drafts = self.model.drafts(mode, self.settings.candidates, grammar=grammar)
         return self.model.steps(token_ids, stop, self.settings, cache=cache, drafts=drafts, grammar=grammar)
 
     def conclude(self, asked: Known, generation: Generation) -> None:
@@ -170,6 +170,7 @@ class Session:
         self.chat.answered(asked, generation.tokens)
         self.last = (asked, generation)
         self.done.append(generation)
+        self.loaded.remember(generation.tokens)
 
     def speedup(self) -> float | None:
         """Return how many times as fast as AR the last answer came, by a few AR steps timed here and now.

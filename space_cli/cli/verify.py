@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from space_cli.cli import options
+from space_cli.cli.texts import with_corpora, with_past_answers
 from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def verify_lossless(
     drafts: _Drafts = None,
     numerics: _Numerics = "auto",
     candidates: options.Candidates = None,
+    corpus: options.Corpus = None,
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -129,6 +131,7 @@ def verify_lossless(
         tokens=2 * seeds * most_tokens(suites, settings, limit=limit),
         on_compile=view.compiling,
     )
+    loaded = with_corpora(with_past_answers(loaded, kept=False), corpus, quiet=quiet)
     planned = plan(loaded, suites, settings, limit=limit)
     view.left_out(planned.left_out)
     comparison = Comparison(block, drafts, names, base, same_shape, seeds)

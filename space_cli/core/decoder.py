@@ -18,7 +18,7 @@ from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser, Rows
 from space_cli.core.compiled import Program
-from space_cli.core.drafting import ChainDrafts, Drafts
+from space_cli.core.drafting import ChainDrafter, Drafter, Verified
 from space_cli.core.engine import Numerics, context_length, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Parts, Step
@@ -43,7 +43,7 @@ def decode(
     stop: StopRule,
     chooser: Chooser,
     mask_token_ids: Sequence[int] = (),
-    drafts: Drafts | None = None,
+    drafts: Drafter | None = None,
     program: Program | None = None,
     numerics: Numerics | None = None,
     cache: KVCache | None = None,
@@ -74,7 +74,7 @@ def decode(
         raise ValueError("the prompt is empty: there is no head to start from")
     check_context(model, len(prompt_ids), stop.max_new_tokens)
     tokens = list(prompt_ids)
-    drafts = ChainDrafts(AR_BLOCK) if drafts is None else drafts
+    drafts = ChainDrafter(AR_BLOCK) if drafts is None else drafts
     max_length = len(prompt_ids) + stop.max_new_tokens
     engine = engine_for(
         model, program, max_length=max_length, max_slots=drafts.max_slots, numerics=numerics, cache=cache
@@ -82,9 +82,12 @@ def decode(
     state = stop.begin()
     # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head comes with the first step
     computed = engine.prefill(tokens[:-1])
-    proposal = drafts.first(tokens)
+    rows: Rows | None = None
+    group = range(0)
     try:
         while True:
+            drafting = time.perf_counter()
+            proposal = drafts.draft(tokens, rows, group)
             block, candidates = proposal.block, proposal.candidates
             mask_ids = block.mask_token_ids(mask_token_ids) if block.anchors else []
             began = time.perf_counter()
@@ -97,10 +100,9 @@ def decode(
             settled = time.perf_counter()
             count, reason = state.push_all(emitted)
             tokens += emitted[:count]
-            pushed = time.perf_counter()
             if reason is None:
-                proposal = drafts.following(rows, proposal, path, tokens, settled - began)
-            drafted = time.perf_counter()
+                drafts.observe(Verified(proposal, path, emitted, settled - drafting))
+            group = block.group(path[-1])
             yield Step(
                 tokens=tuple(emitted[:count]),
                 accepted=min(len(path) - 1, count),
@@ -110,7 +112,7 @@ def decode(
                 seconds=time.perf_counter() - started,
                 finish_reason=reason,
                 prefilled=computed,
-                parts=Parts(ran - began, chose - ran, settled - chose, drafted - pushed),
+                parts=Parts(ran - began, chose - ran, settled - chose, began - drafting),
                 depth=max(block.offsets[: block.num_tokens]),
                 logprobs=() if logprobs is None else tuple(rows.logprobs(path[:count], emitted[:count], logprobs)),
             )

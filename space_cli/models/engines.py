@@ -19,7 +19,7 @@ from space_cli.core.choose import Chooser
 from space_cli.core.compiled import Program, compile_program, fingerprint, why_not
 from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import AdaptiveDrafts, Drafts, Experience
+from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, Drafter
 from space_cli.core.engine import EagerEngine, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
@@ -63,9 +63,7 @@ def prepare(
         UsageProblem: engine is compiled and the model cannot be.
         RunFailed: engine is compiled and there is no compiler, no room for the program, or it computes something else.
     """
-    program = _program(loaded, engine, tokens, on_compile)
-    accepted = () if loaded.space is None else loaded.space.accepted_by_depth
-    return replace(loaded, program=program, experience=Experience(loaded.masks_per_group, accepted))
+    return replace(loaded, program=_program(loaded, engine, tokens, on_compile), stats={})
 
 
 def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
@@ -77,14 +75,16 @@ def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
         limit = loaded.context_length or _PREFIX_LENGTH + MOST_SLOTS
         length = max(1, min(_PREFIX_LENGTH, limit - MOST_SLOTS))
         costs = measure_costs(engine_for(loaded.model, loaded.program, max_length=length, max_slots=MOST_SLOTS), length)
-        drafting = _steps(loaded, AdaptiveDrafts(costs, loaded.masks_per_group))
+        drafting = _steps(
+            loaded, AdaptiveDrafter(AcceptanceStats(costs, loaded.masks_per_group), loaded.masks_per_group)
+        )
         beside = statistics.median(step.seconds - costs.seconds[step.slots] for step in drafting)
         costs = replace(costs, overhead=max(0.0, beside))
         _write_costs(costs, file)
-    return replace(loaded, costs=costs)
+    return replace(loaded, costs=costs, stats={})
 
 
-def _steps(loaded: LoadedModel, drafts: Drafts) -> list[Step]:
+def _steps(loaded: LoadedModel, drafts: Drafter) -> list[Step]:
     """Return the steps of a short generation, without the first, which has the prompt in it.
 
     It ends sooner where steps take long: a start must not wait for a large model, nor for a busy machine.

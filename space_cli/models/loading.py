@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,8 @@ from transformers.utils.hub import cached_file
 from space_cli.core.block import Block
 from space_cli.core.compiled import Program
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
-from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafts, Experience
+from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Guide, Strategy
+from space_cli.core.drafting.ngrams import Source
 from space_cli.core.engine import context_length, embedding_rows
 from space_cli.core.quantized import num_parameters
 from space_cli.errors import UsageProblem
@@ -31,6 +33,7 @@ from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceC
 from space_cli.models.gguf_names import gguf_path, is_gguf
 from space_cli.models.kernels import kernels_problem
 from space_cli.models.registry import ModelEntry, resolve
+from space_cli.models.texts import PastAnswers
 
 Weights = Literal["as stored", "dense"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,8 +51,10 @@ class LoadedModel:
         candidates: k to decode with by default; 0 for a model never trained for SPACE.
         masks_per_group: m of the training, the largest k that makes sense.
         program: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
-        experience: of its drafts, from answer to answer; None begins anew with each.
         gguf: the file its weights came from, the first of several shards; None for a folder of safetensors.
+        corpora: texts to copy from.
+        past: answers of before to copy from, to which new ones are added; None where they are not wanted.
+        stats: of its drafts by their strategy, from answer to answer.
     """
 
     name: str
@@ -67,17 +72,51 @@ class LoadedModel:
     prompt_template: str | None
     program: Program | None = None
     costs: StepCosts = ASSUMED_COSTS
-    experience: Experience | None = None
     gguf: Path | None = None
+    corpora: tuple[Source, ...] = ()
+    past: PastAnswers | None = None
+    stats: dict[Strategy, AcceptanceStats] = field(default_factory=dict)
 
-    def drafts(self, candidates: int | None = None) -> Drafts:
+    def drafts(
+        self,
+        candidates: int | None = None,
+        *,
+        strategy: Strategy = EVERYTHING,
+        texts: Iterable[Sequence[int]] = (),
+        guide: Guide | None = None,
+    ) -> Drafter:
         """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best.
 
-        A model without masks drafts what it copies from the context.
+        A model without masks drafts what it copies.
+
+        Args:
+            candidates: k of the paper's chain.
+            strategy: what drafts are made of where `candidates` is None.
+            texts: token ids to copy from besides the context, as an answer that is expected.
+            guide: of a grammar that the answer follows.
         """
         if candidates is not None:
-            return ChainDrafts(Block.chain(candidates, candidates))
-        return AdaptiveDrafts(self.costs, self.masks_per_group, experience=self.experience)
+            return ChainDrafter(Block.chain(candidates, candidates))
+        if strategy not in self.stats:
+            accepted = () if self.space is None else self.space.accepted_by_depth
+            self.stats[strategy] = AcceptanceStats(self.costs, self.masks_per_group, accepted)
+        return AdaptiveDrafter(
+            self.stats[strategy],
+            self.masks_per_group,
+            strategy,
+            texts=texts,
+            sources=self.sources(strategy),
+            guide=guide,
+        )
+
+    def sources(self, strategy: Strategy = EVERYTHING) -> list[Source]:
+        """Return the texts beyond its context that a generation copies from."""
+        return [self.past, *self.corpora] if strategy.memory and self.past is not None else list(self.corpora)
+
+    def remember(self, answer: Sequence[int]) -> None:
+        """Add the token ids of an answer to those that later ones copy from."""
+        if self.past is not None:
+            self.past.add(answer)
 
     @property
     def num_parameters(self) -> int:

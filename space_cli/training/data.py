@@ -24,6 +24,9 @@ FORMATS = {
 }
 """What is understood, and the fields it is recognised by."""
 
+OWN_DATA = "self"
+"""Given as a source, and standing as the place of its examples: what a model asks itself and answers (`own_data`)."""
+
 _UNDERSTOOD = "understood are " + " | ".join(FORMATS.values())
 
 _MESSAGES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}

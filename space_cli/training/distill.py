@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from space_cli.core.choose import mix
 from space_cli.core.stream import is_repetitive
 from space_cli.errors import unwritten
+from space_cli.training.batch import Request, answer_in_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Distillation:
         temperatures: taken in turn, prompt by prompt; 0 is greedy.
         batch_size: prompts answered at once.
         seed: of the sampled ones.
+        seconds: no answer is awaited after them; None waits for all.
         fingerprint: of the model; answers of another one in the same file are not taken for its own.
     """
 
@@ -37,6 +38,7 @@ class Distillation:
     batch_size: int
     seed: int
     fingerprint: str
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def distil(
     *,
     eos_token_ids: frozenset[int],
     file: Path,
-    on_progress: Callable[[int, int], None],
+    on_progress: Callable[[int, int, float], None],
 ) -> list[tuple[list[int], list[int]]]:
     """Return pairs of prompt and answer, token ids each; empty and repetitive answers are left out.
 
@@ -62,8 +64,8 @@ def distil(
         prompts: token ids, each up to where an answer begins.
         settings: how answers are made.
         eos_token_ids: every id that ends an answer; answers keep it.
-        file: JSON lines of what has been answered so far; read first, and added to batch by batch.
-        on_progress: gets prompts answered and prompts in all.
+        file: JSON lines of what has been answered so far; read first, and added to as answers end.
+        on_progress: gets prompts answered, prompts in all, and tokens per second.
 
     Raises:
         RunFailed: the file cannot be written.
@@ -71,15 +73,18 @@ def distil(
     requests = [_request(ids, number, settings) for number, ids in enumerate(prompts)]
     answered = _read(file)
     waiting = [request for request in requests if request.key not in answered]
-    # prompts of like length share a batch; the longest first, so that what does not fit the memory fails at once
-    waiting.sort(key=lambda request: (request.temperature, -len(request.prompt_ids)))
-    on_progress(len(requests) - len(waiting), len(requests))
-    for batch in _batches(waiting, settings.batch_size):
-        found = _answer(model, batch, settings, eos_token_ids)
-        _append(file, dict(zip((request.key for request in batch), found, strict=True)))
-        answered |= dict(zip((request.key for request in batch), found, strict=True))
-        on_progress(sum(request.key in answered for request in requests), len(requests))
-    pairs = [(list(request.prompt_ids), answered[request.key]) for request in requests]
+    # the longest first, so that what does not fit the memory fails at once
+    waiting.sort(key=lambda request: -len(request.prompt_ids))
+    done, written, began = len(requests) - len(waiting), 0, time.monotonic()
+    on_progress(done, len(requests), 0.0)
+    for request, answer in _answer(model, waiting, settings, eos_token_ids):
+        _append(file, {request.key: answer})
+        answered[request.key] = answer
+        done, written = done + 1, written + len(answer)
+        on_progress(done, len(requests), written / (time.monotonic() - began))
+        if settings.seconds is not None and time.monotonic() - began > settings.seconds:
+            break
+    pairs = [(list(each.prompt_ids), answered[each.key]) for each in requests if each.key in answered]
     # looping text would teach the masks to loop
     return [(prompt, answer) for prompt, answer in pairs if len(answer) > 1 and not is_repetitive(answer)]
 
@@ -90,42 +95,17 @@ def _request(prompt_ids: Sequence[int], number: int, settings: Distillation) -> 
     return _Request(tuple(prompt_ids), temperature, hashlib.sha256(told.encode()).hexdigest()[:32])
 
 
-def _batches(requests: Sequence[_Request], size: int) -> list[Sequence[_Request]]:
-    batches: list[Sequence[_Request]] = []
-    for temperature in sorted({request.temperature for request in requests}):
-        alike = [request for request in requests if request.temperature == temperature]
-        batches += [alike[start : start + size] for start in range(0, len(alike), size)]
-    return batches
-
-
-@torch.inference_mode()
 def _answer(
-    model: PreTrainedModel, batch: Sequence[_Request], settings: Distillation, eos_token_ids: frozenset[int]
-) -> list[list[int]]:
-    """Answer prompts of one temperature at once with transformers' `generate`."""
-    temperature, padding = batch[0].temperature, min(eos_token_ids, default=0)
-    options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    config = GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=sorted(eos_token_ids) or None,
-        pad_token_id=padding,
-        **options,
-    )
-    width = max(len(request.prompt_ids) for request in batch)
-    rows = [[padding] * (width - len(request.prompt_ids)) + list(request.prompt_ids) for request in batch]
-    masks = [[0] * (width - len(request.prompt_ids)) + [1] * len(request.prompt_ids) for request in batch]
-    torch.manual_seed(mix(settings.seed, int(batch[0].key[:8], 16)))
-    output = model.generate(  # type: ignore[operator]  # mixed in by transformers where mypy does not see it
-        torch.tensor(rows, device=model.device),
-        attention_mask=torch.tensor(masks, device=model.device),
-        generation_config=config,
-    )
-    return [_until_end(row, eos_token_ids) for row in output[:, width:].tolist()]
-
-
-def _until_end(row: list[int], eos_token_ids: frozenset[int]) -> list[int]:
-    end = next((index for index, token in enumerate(row) if token in eos_token_ids), len(row) - 1)
-    return row[: end + 1]
+    model: PreTrainedModel, waiting: Sequence[_Request], settings: Distillation, eos_token_ids: frozenset[int]
+) -> Iterator[tuple[_Request, list[int]]]:
+    requests = [
+        Request(
+            each.prompt_ids, settings.max_new_tokens, each.temperature, mix(settings.seed, int(each.key[:8], 16))
+        )
+        for each in waiting
+    ]
+    for number, answer in answer_in_batches(model, requests, rows=settings.batch_size, eos_token_ids=eos_token_ids):
+        yield waiting[number], answer
 
 
 def _read(file: Path) -> dict[str, list[int]]:

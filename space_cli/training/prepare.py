@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -19,9 +19,10 @@ from space_cli.errors import UsageProblem
 from space_cli.models.adapter import adapter_of, attach_adapter, low_rank
 from space_cli.models.loading import LoadedModel, unpack
 from space_cli.training.chat_format import encode, prompt_ids
-from space_cli.training.data import Example
+from space_cli.training.data import OWN_DATA, Example
 
 Method = Literal["full", "adapter"]
+DEFAULT_RANK = 32
 _HELD_OUT_SHARE = 10
 
 
@@ -88,7 +89,9 @@ def prepare_examples(
     return Prepared(
         examples=[useful[number] for number in trained if number in useful],
         # in an order drawn by the seed: the first few stand for all of the data
-        prompts=prompts(number for number in order if number not in kept_back),
+        prompts=prompts(
+            number for number in order if number not in kept_back and examples[number].where != OWN_DATA
+        ),
         held_out=prompts(sorted(kept_back)),
         held_out_examples=[useful[number] for number in sorted(kept_back & useful.keys())],
         cut=sum(encoded[number].cut > 0 for number in trained),
@@ -97,7 +100,7 @@ def prepare_examples(
     )
 
 
-def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: bool, rank: int) -> list[int]:
+def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: bool, rank: int | None) -> list[int]:
     """Give a model its masks and make trainable what will be trained, in place; return the mask ids.
 
     Args:
@@ -105,11 +108,16 @@ def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: 
         method: full, all weights, in float32; adapter, low-rank weights and mask embeddings alone.
         masks: m.
         distinct: one id per mask of a group rather than one for all.
-        rank: of an adapter.
+        rank: of an adapter; None is that of the one the model carries, which is then trained further.
+
+    Raises:
+        UsageProblem: the adapter that the model carries is of another rank or number of masks.
     """
     wanted = masks if distinct else 1
-    if method == "adapter":
-        ids = attach_adapter(loaded.model, wanted, low_rank(loaded.model, rank))
+    if method == "adapter" and adapter_of(loaded.model) is not None:
+        ids = _carried(loaded, wanted, rank)
+    elif method == "adapter":
+        ids = attach_adapter(loaded.model, wanted, low_rank(loaded.model, rank or DEFAULT_RANK))
     else:
         if adapter_of(loaded.model) is not None:
             raise UsageProblem(f"{loaded.name} is an adapter", hint="train its base, or use --method adapter on that")
@@ -122,6 +130,17 @@ def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: 
         if parameter.requires_grad:
             # small updates vanish in half precision; the products run in it all the same
             parameter.data = parameter.data.float()
+    return ids
+
+
+def _carried(loaded: LoadedModel, wanted: int, rank: int | None) -> list[int]:
+    """Return the mask ids of the adapter that a model carries."""
+    own, ids = cast(Any, loaded.model).peft_config["default"].r, list(loaded.mask_token_ids)
+    if len(ids) != wanted or rank not in (None, own):
+        raise UsageProblem(
+            f"{loaded.name} carries an adapter of {len(ids)} masks and rank {own}",
+            hint=f"give --candidates {len(ids)} --rank {own} to train it further, or train its base",
+        )
     return ids
 
 

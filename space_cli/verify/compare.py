@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,8 @@ from space_cli.core.attention import invariant_attention_of
 from space_cli.core.block import Block
 from space_cli.core.choose import Chooser, Rows
 from space_cli.core.costs import ASSUMED_COSTS
-from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts, Drafter, Proposal
+from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, ChainDrafter, Proposal, Verified
+from space_cli.core.drafting.chain import Substitute
 from space_cli.core.engine import embedding_rows
 from space_cli.core.stream import Generation, Step, in_common
 from space_cli.models.loading import LoadedModel
@@ -61,6 +63,7 @@ def compare(planned: Sequence[Planned], comparison: Comparison, view: View) -> I
             each: Planned | None = first.under_seed(seed)
             while each is not None:
                 answer = _Case(each, comparison, anatomist, view).answer()
+                each.task.loaded.remember(answer.token_ids)
                 yield answer
                 each = each.following(answer.token_ids)
 
@@ -195,7 +198,7 @@ def run_ar(task: Task, comparison: Comparison, on_step: Callable[[Step], None]) 
         return run_decode(task, None, on_step)
     # no answer holds a mask token, so none of these is accepted; were one right, the output would be the same
     wrong = [next(iter(task.loaded.mask_token_ids), 0)] * comparison.block.num_candidates
-    return run_decode(task, ChainDrafts(comparison.block, lambda *_: wrong), on_step)
+    return run_decode(task, ChainDrafter(comparison.block, lambda *_: wrong), on_step)
 
 
 def run_space(
@@ -223,31 +226,28 @@ def run_space(
             guesses.append(candidates[: comparison.block.masks])
         return mixed(tokens, candidates) if comparison.drafts == "mixed" else candidates
 
-    return run_decode(task, ChainDrafts(comparison.block, drafter), on_step)
+    return run_decode(task, ChainDrafter(comparison.block, drafter), on_step)
 
 
-class _Watched(AdaptiveDrafts):
-    """Adaptive drafts, always planned, that note what the masks guessed for each step."""
+class _Watched(AdaptiveDrafter):
+    """Adaptive drafts that note what the masks predicted for each step.
 
-    way = "planned"
+    Steps count as if they took what is assumed, and none is too dear: where drafting does not pay on this machine, it
+    is still to be checked.
+    """
 
     def __init__(self, loaded: LoadedModel, guesses: list[Sequence[int]]) -> None:
-        super().__init__(ASSUMED_COSTS, loaded.masks_per_group)
+        stats = AcceptanceStats(ASSUMED_COSTS, loaded.masks_per_group, trials=math.inf)
+        super().__init__(stats, loaded.masks_per_group, sources=loaded.sources())
         self._noted = guesses
 
-    def first(self, tokens: Sequence[int]) -> Proposal:
-        return self._note(super().first(tokens))
-
-    def following(
-        self, rows: Rows, done: Proposal, path: Sequence[int], tokens: Sequence[int], seconds: float
-    ) -> Proposal:
-        # as if steps took what is assumed: where drafting does not pay on this machine, it is still to be checked
-        assumed = self.costs.by_slots[done.block.num_slots]
-        return self._note(super().following(rows, done, path, tokens, assumed))
-
-    def _note(self, proposal: Proposal) -> Proposal:
-        self._noted.append(self.guessed)
+    def draft(self, tokens: Sequence[int], rows: Rows | None = None, group: range = range(0)) -> Proposal:
+        proposal = super().draft(tokens, rows, group)
+        self._noted.append([row[0][0] for row in proposal.predictions])
         return proposal
+
+    def observe(self, step: Verified) -> None:
+        super().observe(replace(step, seconds=ASSUMED_COSTS.by_slots[step.proposal.block.num_slots]))
 
 
 def samplers(comparison: Comparison) -> dict[str, Callable[[Task], list[int]]]:
@@ -264,7 +264,7 @@ def samplers(comparison: Comparison) -> dict[str, Callable[[Task], list[int]]]:
     return {"ar": ar, "space": space}
 
 
-def mixed_drafter(expected: Sequence[int], vocabulary: int, turns: Iterator[int]) -> Drafter:
+def mixed_drafter(expected: Sequence[int], vocabulary: int, turns: Iterator[int]) -> Substitute:
     """Return drafts of which 0, 1, ..., k, 0, ... are right up to a wrong one, and right again behind it.
 
     Args:

@@ -15,7 +15,7 @@ from space_cli.core import compiled
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import ChainDrafts
+from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import CompiledEngine, EagerEngine
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
@@ -224,7 +224,7 @@ def test_a_program_computes_what_the_model_computes(pair, block, length):
 def test_space_equals_ar_under_a_program(pair, block, sampling):
     model, program = pair
 
-    drafted = generate(model, program, drafts=ChainDrafts(block), sampling=sampling)
+    drafted = generate(model, program, drafts=ChainDrafter(block), sampling=sampling)
 
     assert drafted == generate(model, program, sampling=sampling)
 
@@ -298,7 +298,7 @@ def test_a_program_serves_all_models_of_its_architecture(pair, library):
 
     of_other = compiled.Program(library.parent / f"{compiled.fingerprint(model)}.pt2", library, other)
 
-    drafts = ChainDrafts(Block.chain(3, 2))
+    drafts = ChainDrafter(Block.chain(3, 2))
     assert generate(other, of_other) == generate(other, of_other, drafts=drafts) != own
     assert generate(model, program) == own
     if model.dtype == torch.float32:

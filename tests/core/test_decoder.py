@@ -9,7 +9,7 @@ from tiny import MASK_IDS, VOCABULARY, tiny_configs
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import ChainDrafts
+from space_cli.core.drafting import ChainDrafter
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.errors import UsageProblem
@@ -30,7 +30,7 @@ def generate(model, block=AR_BLOCK, *, prompt=PROMPT, stop=None, sampling=SAMPLI
         stop=stop or StopRule(24),
         chooser=Chooser.from_sampling(sampling),
         mask_token_ids=masks if block.masks <= len(masks) else masks[:1],
-        drafts=ChainDrafts(block, drafter),
+        drafts=ChainDrafter(block, drafter),
     )
     return Generation(list(steps))
 

@@ -8,7 +8,7 @@ from tiny import MASK_IDS, VOCABULARY, lively, tiny_configs
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import ChainDrafts
+from space_cli.core.drafting import ChainDrafter
 from space_cli.core.stopping import StopRule
 from space_cli.errors import UsageProblem
 from space_cli.models import support
@@ -87,7 +87,7 @@ def test_quantised_weights_decode_as_their_own_ar(tiny_tokenizer, tmp_path, quan
             for step in decode(
                 loaded.model,
                 [5, 9, 33],
-                drafts=ChainDrafts(block),
+                drafts=ChainDrafter(block),
                 mask_token_ids=MASK_IDS,
                 stop=StopRule(20),
                 chooser=Chooser(),

@@ -8,7 +8,7 @@ from space_cli.bench.suites import load_suite
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import ChainDrafts
+from space_cli.core.drafting import ChainDrafter
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.models.loading import load_model
@@ -28,7 +28,7 @@ def answer(nano, prompt, block, *, sampling=None, tokens=48):
         nano.encode(prompt),
         stop=StopRule(tokens),
         chooser=Chooser.from_sampling(sampling or Sampling()),
-        drafts=ChainDrafts(block),
+        drafts=ChainDrafter(block),
         mask_token_ids=nano.mask_token_ids,
     )
     return Generation(list(steps))

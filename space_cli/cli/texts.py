@@ -1,0 +1,48 @@
+"""Gives a model what it may copy from: the files of `--corpus`, and its past answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from space_cli.models.loading import LoadedModel
+
+
+def with_corpora(loaded: LoadedModel, paths: Sequence[Path] | None, *, quiet: bool) -> LoadedModel:
+    """Return the model with the text of files and folders; a progress bar shows how far reading is.
+
+    Raises:
+        UsageProblem: a path is not there, cannot be read, or has no text in it.
+    """
+    if not paths:
+        return loaded
+
+    from space_cli.models.texts import read_corpus
+
+    with _progress(quiet=quiet) as show:
+        return replace(loaded, corpora=(read_corpus(loaded.tokenizer, paths, show),))
+
+
+def with_past_answers(loaded: LoadedModel, *, kept: bool) -> LoadedModel:
+    """Return the model with its answers to copy from: those of this process alone, or those that are kept on disk."""
+    from space_cli.core.engine import embedding_rows
+    from space_cli.models.texts import PastAnswers, answers_file
+
+    file = answers_file(loaded.tokenizer, loaded.model.config.to_json_string()) if kept else None
+    return replace(loaded, past=PastAnswers(file, vocabulary=embedding_rows(loaded.model)))
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from space_cli.cli.console import err
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err(), transient=True, disable=quiet or not err().is_terminal) as bar:
+        task = bar.add_task("corpus: reading", total=1.0)
+        yield lambda what, share: bar.update(task, description=f"corpus: {what}", completed=share)

@@ -1,0 +1,160 @@
+"""What was accepted and what steps cost: running averages, kept from one generation to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from space_cli.core.costs import SIZES, StepCosts, filled_up
+from space_cli.core.drafting.chain import Proposal, Verified
+from space_cli.core.drafting.ngrams import LONGEST_MATCH, Continuation
+from space_cli.core.stream import in_common
+
+# assumed before the first step: a mask is right in a third of cases, a copied token by the length of its match
+_FIRST_ACCEPTED, _FIRST_TOKENS = 0.35, 1.2
+_FIRST_COPIED = {1: 0.2, 2: 0.4, 4: 0.7, 8: 0.85, 16: 0.95}
+_BUCKETS = [max(length for length in _FIRST_COPIED if length <= match) for match in range(1, LONGEST_MATCH + 1)]
+_DECAY, _PRIOR_WEIGHT = 0.97, 4.0
+_REFRESH = 16
+"""Steps between two snapshots of the averages: taking one costs as much as the rest of planning."""
+_LONGEST_HICCUP = 3.0
+_MAX_WITHOUT_PLAIN = 64
+"""Steps after which a plain one is timed again: what drafts gain is held against it."""
+# in plain steps: what drafts may lose before they rest, at first, for a trial after a rest, and at most
+_FIRST_CREDIT, _TRIAL_CREDIT, _MAX_CREDIT = 8.0, 3.0, 32.0
+
+
+class Ema:
+    """An average that starts from a prior and decays with each observation."""
+
+    def __init__(self, prior: float, weight: float = _PRIOR_WEIGHT) -> None:
+        self._prior, self._weight = prior, weight
+        self._hits = self._total = 0.0
+
+    def add(self, hits: float, total: float = 1.0) -> None:
+        """Take in that `hits` of `total` held; nothing at all goes some way back to the prior."""
+        self._hits = self._hits * _DECAY + hits
+        self._total = self._total * _DECAY + total
+
+    def towards(self, prior: float) -> float:
+        """Return the average, starting from another prior."""
+        return (self._hits + prior * self._weight) / (self._total + self._weight)
+
+    @property
+    def value(self) -> float:
+        """The average."""
+        return self.towards(self._prior)
+
+
+class Credit:
+    """What drafts of a source may still lose against plain decoding, in plain steps.
+
+    It grows by a share of the time that passes, and by gains: so what is lost is bounded, whatever is drafted.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share, self._left, self.is_good = share, _FIRST_CREDIT, True
+
+    def add(self, plain_steps: float, gain: float = 0.0) -> None:
+        """Take in a step by its time, and what it gained where it had drafts of the source."""
+        self._left = min(_MAX_CREDIT, self._left + self._share * plain_steps + gain)
+        self.is_good = self._left > (0 if self.is_good else _TRIAL_CREDIT)
+
+
+class AcceptanceStats:
+    """What was accepted of late, what steps took, and what drafts may still lose.
+
+    Args:
+        costs: of steps, as measured beforehand.
+        masks: m, the longest mask group.
+        accepted: how often 1, 2, ... predictions of a group were accepted before; assumed where it is not known.
+        trials: the share of time that drafts of a source may lose.
+
+    Attributes:
+        masks, copies: credit of drafts with and without masks.
+        values: by depth, how often a mask brought a token that a copy would not have brought; this and the following
+            are of the last refresh.
+        prices: of a step by its slots: the tokens that its time brings at the rate of late.
+        cheapest: the least that another slot costs, in tokens.
+    """
+
+    def __init__(self, costs: StepCosts, masks: int, accepted: Sequence[float] = (), *, trials: float = 0.005) -> None:
+        self._seconds = costs.by_slots
+        expected = [*accepted, *(_FIRST_ACCEPTED**depth for depth in range(len(accepted) + 1, masks + 1))]
+        self._accepted = [Ema(value) for value in expected[:masks]]
+        # of the longest match and of others, of the context and of other text
+        self._copied = [{length: Ema(prior) for length, prior in _FIRST_COPIED.items()} for _ in range(4)]
+        self._tokens = Ema(_FIRST_TOKENS)
+        self._ratio, self._ratios = Ema(1.0), {size: Ema(1.0) for size in SIZES}
+        self._plain_ratio = Ema(1.0, weight=1.0)
+        self.masks, self.copies = Credit(trials), Credit(trials)
+        self._steps, self._since_plain = 0, _MAX_WITHOUT_PLAIN
+        self._refresh()
+
+    @property
+    def is_plain_due(self) -> bool:
+        """Whether a plain step is to be timed again."""
+        return self._since_plain >= _MAX_WITHOUT_PLAIN
+
+    def copy_probability(self, text: Continuation, depth: int, rank: int) -> float:
+        """Return the probability of a copied token, given those in front of it; rank 0 is the longest match's."""
+        return self._probabilities[_kind(text, rank)][min(text.match + depth, LONGEST_MATCH) - 1]
+
+    def add(self, step: Verified) -> None:
+        """Take in what a proposal brought and what it cost."""
+        self._add_copies(step.proposal.texts, step.tokens)
+        self._add_predictions(step.proposal, step.tokens)
+        self._add_costs(step)
+        self._steps += 1
+        if self._steps % _REFRESH == 0:
+            self._refresh()
+
+    def _add_copies(self, texts: Sequence[Continuation], came: Sequence[int]) -> None:
+        """Compare what could be copied with what came; it need not have been a candidate, so this costs no slot."""
+        for rank, text in enumerate(texts):
+            right, known = in_common(text.tokens, came), self._copied[_kind(text, rank)]
+            # a copied token that was right makes the match longer by one
+            for depth in range(min(right + 1, len(came), len(text.tokens))):
+                known[_BUCKETS[min(text.match + depth, LONGEST_MATCH) - 1]].add(depth < right)
+
+    def _add_predictions(self, proposal: Proposal, came: Sequence[int]) -> None:
+        """Count how far the masks were right, beyond what a copy brings too."""
+        right = in_common([row[0][0] for row in proposal.predictions], came)
+        copied = max((in_common(text.tokens, came) for text in proposal.texts), default=0)
+        for depth, accepted in enumerate(self._accepted, start=1):
+            if not proposal.predictions:
+                accepted.add(0, 0)
+            elif depth <= len(came) or right < len(came):
+                accepted.add(copied < depth <= right)
+
+    def _add_costs(self, step: Verified) -> None:
+        slots = step.proposal.block.num_slots
+        # a hiccup of the machine is no property of a block
+        seconds = min(step.seconds, _LONGEST_HICCUP * self._expected_seconds(slots))
+        self._ratio.add(seconds / self._seconds[slots])
+        self._ratios[slots].add(seconds / self._seconds[slots])
+        self._tokens.add(len(step.tokens), seconds / self._seconds[1])
+        if slots == 1:
+            self._plain_ratio.add(seconds / self._seconds[1])
+        self._since_plain = 0 if slots == 1 else self._since_plain + 1
+        plain_steps = seconds / (self._seconds[1] * self._plain_ratio.value)
+        gain = 0.0 if slots == 1 else len(step.tokens) - plain_steps
+        has_masks = bool(step.proposal.block.anchors or step.proposal.predictions)
+        self.masks.add(plain_steps, gain if has_masks else 0.0)
+        self.copies.add(plain_steps, 0.0 if has_masks else gain)
+
+    def _expected_seconds(self, slots: int) -> float:
+        return self._seconds[slots] * self._ratios[slots].towards(self._ratio.value)
+
+    def _refresh(self) -> None:
+        seconds = filled_up({size: self._expected_seconds(size) for size in SIZES})
+        # tokens per second at which a step is worth its time
+        rate = self._tokens.value / self._seconds[1]
+        self.prices = [rate * each for each in seconds]
+        self.cheapest = min((self.prices[more] - self.prices[size]) / (more - size) for size, more in pairwise(SIZES))
+        self.values = [accepted.value for accepted in self._accepted]
+        self._probabilities = [[known[length].value for length in _BUCKETS] for known in self._copied]
+
+
+def _kind(text: Continuation, rank: int) -> int:
+    return min(rank, 1) + 2 * text.is_context

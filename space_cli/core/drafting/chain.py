@@ -1,0 +1,79 @@
+"""The paper's drafts: the same block at every step, a mask group behind each of its tokens, one prediction per mask.
+
+Source: SPACE paper (arXiv 2402.11809), section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from space_cli.core.block import Block
+from space_cli.core.choose import Rows
+from space_cli.core.drafting.ngrams import Continuation
+
+Substitute = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
+"""Gets all tokens so far and the candidate of each slot, returns the candidates to use."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A block and the token in each of its candidate slots.
+
+    Attributes:
+        predictions: by mask of the group before, its likeliest tokens with their probabilities.
+        texts: what could be copied, the longest match first. Neither need have become candidates.
+    """
+
+    block: Block
+    candidates: Sequence[int]
+    predictions: Sequence[Sequence[tuple[int, float]]] = ()
+    texts: Sequence[Continuation] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A proposal after its model call: accepted slots (head first), tokens that came out, time of the step."""
+
+    proposal: Proposal
+    path: Sequence[int]
+    tokens: Sequence[int]
+    seconds: float
+
+
+class Drafter(Protocol):
+    """Proposes what the next model call verifies; lives as long as one generation."""
+
+    max_slots: int
+
+    def draft(self, tokens: Sequence[int], rows: Rows | None = None, group: range = range(0)) -> Proposal:
+        """Propose what may follow `tokens` (prompt included), the last of which is the head.
+
+        `rows` are the last step's, of which `group` belongs to the mask group behind the last accepted slot.
+        """
+
+    def observe(self, step: Verified) -> None:
+        """Learn what became of a proposal; not called for the last step of a generation."""
+
+
+class ChainDrafter:
+    """One block for all steps, one prediction per mask; `substitute` puts other candidates in place of them."""
+
+    def __init__(self, block: Block, substitute: Substitute | None = None) -> None:
+        self.max_slots = block.num_slots
+        self._block, self._substitute = block, substitute
+
+    def draft(self, tokens: Sequence[int], rows: Rows | None = None, group: range = range(0)) -> Proposal:
+        """Propose what the masks predict; a slot beyond them repeats the head."""
+        history = list(tokens)
+        for row in group:
+            assert rows is not None
+            history.append(rows.token(row, history))
+        predictions = history[len(tokens) :]
+        depths = self._block.offsets[1 : self._block.num_tokens]
+        candidates = [predictions[depth - 1] if depth <= len(predictions) else tokens[-1] for depth in depths]
+        return Proposal(self._block, candidates if self._substitute is None else self._substitute(tokens, candidates))
+
+    def observe(self, step: Verified) -> None:
+        """Learn nothing: the block stays the same."""
