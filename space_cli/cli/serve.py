@@ -84,12 +84,14 @@ def serve(
 
     from space_cli.cli.console import err, plain, quiet_libraries
     from space_cli.cli.live import COMPILING
-    from space_cli.server.guard import Access, is_loopback, known_hosts
+    from space_cli.server.guard import Access, is_loopback, known_hosts, listen
 
     if key is None and not is_loopback(host):
         raise UsageProblem(
             f"--host {host}: others can reach this address", hint="give a key by SPACE_API_KEY or --api-key-file"
         )
+    # an address that is taken is found before the libraries are read
+    listening = listen(host, port)
     console = err()
 
     def tell(line: str) -> None:
@@ -119,16 +121,15 @@ def serve(
         quiet_libraries()
 
         from space_cli.server.app import Limits, Server
-        from space_cli.server.run import listen, run
+        from space_cli.server.run import run
         from space_cli.server.shelf import Shelf
 
-        socket = listen(host, port)
         shelf = Shelf(names, loaded_by, most=max_models, models_file=models_file)
         shelf.preload()
     limits = Limits(body_bytes=body_mib * 2**20, new_tokens=max_new_tokens, parallel=parallel, waiting=queue)
     server = Server(shelf, limits, log_prompts=log_prompts)
     access = Access(key, known_hosts(host, allow_host or ()), frozenset(allow_origin or ()))
-    return run(server, access, socket, tell=tell)
+    return run(server, access, listening, tell=tell)
 
 
 def _api_key(file: Path | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Who may talk to the server: Host, Origin and key are looked at before anything else.
+"""Where the server listens and who may talk to it: Host, Origin and key are looked at before anything else.
 
 A web page can make its reader's browser send requests to 127.0.0.1, under its own name as Origin, or, once its name has
 been made to point there, as Host. Neither gets an answer.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from space_cli.errors import UsageProblem
 from space_cli.server.errors import ApiError
 
 _OPEN_PATHS = ("/health",)
@@ -129,3 +131,21 @@ def _naming(origin: str, send: Send) -> Send:
 def known_hosts(host: str, more: Iterable[str]) -> frozenset[str]:
     """Return the names by which a server that listens on `host` may be called."""
     return frozenset(name.lower() for name in (host, *more))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket on an address.
+
+    Raises:
+        UsageProblem: it is no address of this machine, or taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        # connections wait here while the model is loaded
+        listening.listen(128)
+    except OSError as error:
+        raise UsageProblem(f"--host {host} --port {port}: {error.strerror or error}") from error
+    return listening

@@ -11,30 +11,12 @@ from types import FrameType
 
 import uvicorn
 
-from space_cli.errors import Interrupted, UsageProblem
+from space_cli.errors import Interrupted
 from space_cli.server.app import Server
 from space_cli.server.guard import Access
 
 # answers under way have so long once the process is told to end
 _GRACE_SECONDS = 30
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket on an address.
-
-    Raises:
-        UsageProblem: it is no address of this machine, or taken.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        # connections wait here while the model is loaded
-        listening.listen(128)
-    except OSError as error:
-        raise UsageProblem(f"--host {host} --port {port}: {error.strerror or error}") from error
-    return listening
 
 
 def run(server: Server, access: Access, listening: socket.socket, *, tell: Callable[[str], None]) -> int:

@@ -145,7 +145,7 @@ def test_an_address_that_is_taken_is_told_in_one_line(run_space):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        told = run_space("serve", "--port", taken.getsockname()[1])
+        told = run_space("serve", "--model", "nano", "--port", taken.getsockname()[1])
 
     assert told.returncode == 2
     assert told.stderr.count("\n") == 1
