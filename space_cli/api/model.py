@@ -284,7 +284,7 @@ class Stream:
         grammar = None if schema is None else grammar_for(loaded, schema, len(token_ids))
         form = call_form(loaded) if tools else None
         reader = None if form is None else CallReader(loaded, form, token_ids, tools)
-        self._text = AnswerText(loaded, settings.stop, reader)
+        self._text = AnswerText(loaded, token_ids, settings.stop, reader)
         self._pieces: list[Piece] = []
         with model._lock:
             texts = [self._expected()] if settings.prediction else []

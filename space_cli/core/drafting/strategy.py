@@ -107,10 +107,12 @@ class AdaptiveDrafter:
             # what must come is worth a slot even where copies are not
             texts = copied = [Continuation(LONGEST_MATCH, forced[:MAX_COPIED])]
         else:
-            texts, copied = (
-                [Continuation(match, text[:held]) for match, text in found if (held := guide.allowed(tokens, text))]
-                for found in (texts, copied)
-            )
+            held = [guide.allowed(tokens, text.tokens) for text in texts]
+            texts = [
+                text._replace(tokens=text.tokens[:count]) for text, count in zip(texts, held, strict=True) if count
+            ]
+            # all of them, or none
+            copied = texts if copied else []
         return list(texts), list(copied), lambda path: guide.allowed(tokens, path) == len(path)
 
     def observe(self, step: Verified) -> None:
