@@ -122,6 +122,9 @@ class Worker:
         with self._condition:
             if self._is_draining:
                 raise overloaded(503, "the server is shutting down", "shutting_down")
+            for left in [waiting for waiting in self._waiting if waiting.is_cancelled]:
+                with suppress(ValueError, IndexError):  # the worker came to it meanwhile
+                    self._waiting.remove(left)
             if len(self._waiting) >= self._most_waiting:
                 raise overloaded(429, f"{len(self._waiting)} requests are waiting already", "queue_full")
             self._waiting.append(job)  # type: ignore[arg-type]
