@@ -12,7 +12,9 @@ from space_cli.cli import options
 from space_cli.errors import Interrupted, UsageProblem
 
 if TYPE_CHECKING:
+    from space_cli.cli.train_view import TrainingView
     from space_cli.models.loading import LoadedModel
+    from space_cli.training.data import Example
     from space_cli.training.prepare import Method
 
 EPILOG = (
@@ -40,7 +42,7 @@ _Method = Annotated[
     Literal["auto", "full", "adapter"],
     typer.Option(
         "--method",
-        help="full: all weights. adapter: the base stays as it is. auto: adapter from 1B on, and over quantised weights.",
+        help="full: all weights. adapter: the base stays as it is. auto: adapter from 1B on or over quantised weights.",
     ),
 ]
 _Candidates = Annotated[int, typer.Option("--candidates", min=1, max=31, help="k, and masks of a group.")]
@@ -161,16 +163,11 @@ def train(
     sources = [read_examples(source, limit=limit) for source in dict.fromkeys(data) if source != OWN_DATA]
     _check_names(optim, report_to)
 
-    from space_cli.cli.console import quiet_libraries
-
-    quiet_libraries()
-
     from space_cli.cli.train_view import training_view
     from space_cli.models.loading import load_model
     from space_cli.training.chat_format import rendered
-    from space_cli.training.own_data import OwnData, own_examples
     from space_cli.training.prepare import prepare_examples
-    from space_cli.training.run import ANSWER_SHARE, OWN_FILE, Recipe, train
+    from space_cli.training.run import Recipe, train
 
     # started by `accelerate launch` or torchrun: one device each, and one process that speaks
     process = os.environ.get("LOCAL_RANK")
@@ -187,24 +184,12 @@ def train(
         revision=revision,
     )
     chosen = _method(loaded, method, quantization)
-    examples = [example for source in sources for example in source.examples]
     template = template or loaded.prompt_template
     length = min(max_length, loaded.context_length or max_length)
-    own = OwnData(
-        count=answered or _OWN_QUESTIONS,
-        answer_tokens=min(answer_tokens, length),
-        batch_size=answer_batch_size,
-        seed=seed,
-        seconds=None if hours is None else hours * 3600 * ANSWER_SHARE,
-    )
+    examples = [example for source in sources for example in source.examples]
     if OWN_DATA in data:
-        examples += own_examples(
-            loaded,
-            own,
-            template=template,
-            file=output / OWN_FILE,
-            on_progress=lambda done, total, rate: view.phase("questions of its own", done, total, rate),
-        )
+        size = {"answer_tokens": min(answer_tokens, length), "batch_size": answer_batch_size, "seed": seed}
+        examples += _own(loaded, output, view, hours, template=template, count=answered or _OWN_QUESTIONS, **size)
     prepared = prepare_examples(
         examples, loaded.tokenizer, template=template, max_length=length, held_out=held_out, seed=seed
     )
@@ -321,6 +306,22 @@ def _temperatures(told: str) -> tuple[float, ...]:
     if any(not 0 <= temperature < 100 for temperature in found):
         raise UsageProblem(f"--temperatures {told}: out of range", hint="0 is greedy, 1 the model's own distribution")
     return found
+
+
+def _own(
+    loaded: LoadedModel, output: Path, view: TrainingView, hours: float | None, *, template: str | None, **settings: int
+) -> list[Example]:
+    """Return questions that the model asks itself, with its answers."""
+    from space_cli.training.own_data import OwnData, own_examples
+    from space_cli.training.run import ANSWER_SHARE, OWN_FILE
+
+    return own_examples(
+        loaded,
+        OwnData(**settings, seconds=None if hours is None else hours * 3600 * ANSWER_SHARE),
+        template=template,
+        file=output / OWN_FILE,
+        on_progress=lambda done, total, rate: view.phase("questions of its own", done, total, rate),
+    )
 
 
 def _method(loaded: LoadedModel, method: str, quantization: str) -> Method:

@@ -1,7 +1,7 @@
 """Low-rank layers in one piece for training: no table as large as the layer's output beside the output itself.
 
-peft's layer scales and adds the update as tables of their own, forwards and backwards, and casts its input; on a CPU that
-takes longer than the products. Here the update is added by the product that makes it.
+peft's layer scales and adds the update as tables of their own, forwards and backwards, and casts its input; on a CPU
+that takes longer than the products. Here the update is added by the product that makes it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class LowRankLinear(torch.autograd.Function):
         Args:
             ctx: of autograd.
             inputs: of the base's dtype, as are the products.
-            weight: (out, in); transposed: the same, (in, out).
+            weight: (out, in).
+            transposed: the same, (in, out).
             bias: (out).
             down: A, (r, in), float32.
             up: B, (out, r), float32.

@@ -164,7 +164,7 @@ class SARTrainer(Trainer):
         return self._sums[2, 0].item()
 
     def _rate(self, sums: torch.Tensor) -> float:
-        """Return tokens that carried AR loss, of an adapter in two passes masks, per second since this was last asked."""
+        """Return tokens with AR loss, or masks of an adapter in two passes, per second since this was last asked."""
         now = time.perf_counter()
         rate = (sums[2, 0] or sums[2].sum()).item() / (now - self._since)
         self._since = now
