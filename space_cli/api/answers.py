@@ -106,25 +106,17 @@ class AnswerText:
 
     Args:
         loaded: whose tokens they are.
-<<<<<<< HEAD
-        prompt_ids: in front of them.
-=======
         prompt_ids: that the text goes on from.
->>>>>>> serve
         stop: the text ends in front of the first of these.
         reader: reads calls out of it, or None.
     """
 
     def __init__(
-<<<<<<< HEAD
-        self, loaded: LoadedModel, prompt_ids: Sequence[int], stop: Sequence[str], reader: CallReader | None = None
-=======
         self,
         loaded: LoadedModel,
         prompt_ids: Sequence[int],
         stop: Sequence[str] = (),
         reader: CallReader | None = None,
->>>>>>> serve
     ) -> None:
         self._loaded, self._reader = loaded, reader
         self._stream = TextStream(partial(loaded.decode, skip_special_tokens=True), prompt_ids)

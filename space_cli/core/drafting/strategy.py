@@ -80,21 +80,13 @@ class AdaptiveDrafter:
         """Propose what is worth its time behind `tokens`; see `Drafter`."""
         texts = self._texts(tokens) if self._strategy.copies else []
         masks = self._masks if self._stats.masks.is_good else 0
-<<<<<<< HEAD
+        allows: Callable[[list[int]], bool] | None = None
+        if self._guide is not None:
+            texts, allows = self._guided(self._guide, tokens, texts)
         if self._stats.is_plain_due or not (masks or texts):
             return Proposal(AR_BLOCK, (), texts=texts)
         asked = rows.likely(group, tokens, self._strategy.width) if rows is not None and masks and group else []
-        tree = TokenTree(asked, texts, self._stats.copy_probability)
-=======
-        copied = texts if self._stats.copies.is_good else []
-        allows: Callable[[list[int]], bool] | None = None
-        if self._guide is not None:
-            texts, copied, allows = self._guided(self._guide, tokens, texts, copied)
-        if self._stats.is_plain_due or not (masks or copied):
-            return Proposal(AR_BLOCK, (), texts=texts)
-        asked = rows.likely(group, tokens, self._strategy.width) if rows is not None and masks and group else []
-        tree = TokenTree(asked, copied, self._stats.copy_probability, allows)
->>>>>>> serve
+        tree = TokenTree(asked, texts, self._stats.copy_probability, allows)
         # a node whose gain is below the cheapest slot's cost may only fill a free padding slot
         tree.grow(self._stats.cheapest, MOST_SLOTS - 1)
         taken, masks, anchors = most_worth(tree.nodes, self._stats.values[:masks], self._stats.prices)
@@ -106,21 +98,18 @@ class AdaptiveDrafter:
         return Proposal(block, [node.token for node in nodes], asked, texts)
 
     def _guided(
-        self, guide: Guide, tokens: Sequence[int], texts: Sequence[Continuation], copied: Sequence[Continuation]
-    ) -> tuple[list[Continuation], list[Continuation], Callable[[list[int]], bool]]:
+        self, guide: Guide, tokens: Sequence[int], texts: Sequence[Continuation]
+    ) -> tuple[list[Continuation], Callable[[list[int]], bool]]:
         """Return the texts as far as the guide allows them, or what it forces, and its verdict on paths."""
         forced = guide.forced(tokens)
         if forced:
-            # what must come is worth a slot even where copies are not
-            texts = copied = [Continuation(LONGEST_MATCH, forced[:MAX_COPIED])]
+            texts = [Continuation(LONGEST_MATCH, forced[:MAX_COPIED])]
         else:
             held = [guide.allowed(tokens, text.tokens) for text in texts]
             texts = [
                 text._replace(tokens=text.tokens[:count]) for text, count in zip(texts, held, strict=True) if count
             ]
-            # all of them, or none
-            copied = texts if copied else []
-        return list(texts), list(copied), lambda path: guide.allowed(tokens, path) == len(path)
+        return list(texts), lambda path: guide.allowed(tokens, path) == len(path)
 
     def observe(self, step: Verified) -> None:
         """Learn from a step."""
