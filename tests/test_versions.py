@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 OURS_TO_FOLLOW = {"gguf", "peft", "tokenizers", "torch", "transformers", "typer"}
 """Libraries whose insides we use: what they change may break us at any minor version."""
-BROUGHT_ALONG = {"llama_cpp", "triton"}
-"""A peer that a user may install, and what torch's builds for CUDA come with."""
+BROUGHT_ALONG = {"llama_cpp", "pydantic_core", "triton"}
+"""A peer that a user may install, and what pydantic and torch's builds for CUDA come with."""
 
 
 def needed():

@@ -113,12 +113,8 @@ def _hub_file(source: str, revision: str | None) -> Path:
 def _files_of(repository: str, source: str, revision: str | None) -> list[str]:
     """Return the GGUF files of a repository, those in the local cache where the Hub cannot be reached."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HTTPError,  # type: ignore[attr-defined]  # of the library it speaks HTTP with, whichever that is
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HTTPError as AnyHTTPError  # type: ignore[attr-defined]  # httpx's or httpx2's
 
     try:
         # not list_repo_files, which tries for half a minute where there is no network
@@ -131,7 +127,7 @@ def _files_of(repository: str, source: str, revision: str | None) -> list[str]:
         raise UsageProblem(f"{source}: the Hub has no repository {repository} that you may see") from error
     except RevisionNotFoundError as error:
         raise UsageProblem(f"{source}: {repository} has no revision {revision}") from error
-    except (OSError, HTTPError) as error:
+    except (OSError, AnyHTTPError) as error:
         folder = _snapshot(repository, revision)
         names = _gguf_names(folder) if folder is not None else []
         if not names:

@@ -356,7 +356,7 @@ def _not_loaded(name: str, entry: ModelEntry, error: OSError) -> UsageProblem:
         return UsageProblem(f"{name}: not a complete model folder: {first}")
     return UsageProblem(
         f"model {name!r} could not be loaded: {first}",
-        hint="give an alias of models.toml, a folder, a GGUF file, or the id of a model on the Hub",
+        hint="give an alias of models.toml, a folder, a GGUF file (on the Hub: org/repo:Q4_K_M), or the id of a model",
     )
 
 

@@ -1,3 +1,4 @@
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -5,11 +6,11 @@ from samples import sample
 from transformers import GenerationConfig
 
 import space_cli
-from space_cli.bench.measure import Settings, check_candidates, measure, plan
+from space_cli.bench.measure import Settings, check_candidates, measure, plan, suites_for
 from space_cli.bench.methods import METHODS, Method, chains, choose_methods, methods_named
 from space_cli.bench.report import Report, environment
 from space_cli.bench.results import results
-from space_cli.bench.suites import Prompt, Suite
+from space_cli.bench.suites import Prompt, Suite, load_suite
 from space_cli.core.choose import Sampling
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
@@ -256,3 +257,21 @@ def test_report_is_written_whole_or_not_at_all(tmp_path):
 
     assert Report.model_validate_json((tmp_path / "run.json").read_text()) == report
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_humaneval_is_a_request_to_chat_models_and_a_text_to_go_on_with_to_others(loaded):
+    suite = load_suite("humaneval")
+    tokenizer = copy(loaded.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<a>"
+    chat_model, base = replace(loaded, tokenizer=tokenizer), replace(loaded, tokenizer=tokenizer, completes=True)
+
+    asked, given, plain = (suites_for(model, [suite])[0] for model in (chat_model, base, loaded))
+
+    assert given == plain == suite
+    few = replace(asked, prompts=asked.prompts[:1])
+    roomy = replace(chat_model, context_length=None)
+    (planned,) = plan(roomy, [few], Settings(8, Sampling())).prompts
+    text = roomy.decode(list(planned.task.prompt_ids))
+    assert text.startswith("<user>Write a solution to the following problem")
+    assert text.endswith("```<a>")
+    assert planned.task.stop.stop_strings == ()

@@ -481,3 +481,17 @@ def test_suites_are_listed_and_files_read_without_a_heavy_package(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
     assert done.stdout == "[]\n"
+
+
+def test_a_chat_model_is_asked_for_the_function_that_others_complete():
+    suite = load_suite("humaneval")
+
+    asked = suite.for_chat_model()
+
+    assert asked.chat
+    assert asked.stop_strings == ()
+    assert len(asked.prompts) == 164
+    first, given = asked.prompts[0], suite.prompts[0]
+    assert first.turns[0].startswith("Write a solution to the following problem")
+    assert f"```python\n{given.turns[0]}\n```" in first.turns[0]
+    assert (first.task_id, first.code, asked.metric) == (given.task_id, given.code, "pass@1")

@@ -31,5 +31,5 @@ def test_a_dry_run_measures_all_of_it(tmp_path, clean_env):
         assert rows["steps", f"tiny, graph, invariant, {slots} slots"]["ms"] > 0
     # float32 on a CPU, where the text is the same whatever the block
     assert rows["exact", "tiny, tree: identical to AR"]["answers"] == "2/2"
-    assert rows["trained", "nano, verify-lossless, adaptive drafts, 36 slots, ar"]["identical"] == "2/2"
+    assert rows["trained", "nano, verify-lossless, adaptive drafts, 9 slots, ar"]["identical"] == "2/2"
     assert len((tmp_path / "check.txt").read_text().splitlines()) == len(found["rows"])

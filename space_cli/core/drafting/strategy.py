@@ -67,11 +67,10 @@ class AdaptiveDrafter:
         """Propose what is worth its time behind `tokens`; see `Drafter`."""
         texts = self._texts(tokens) if self._strategy.copies else []
         masks = self._masks if self._stats.masks.is_good else 0
-        copied = texts if self._stats.copies.is_good else []
-        if self._stats.is_plain_due or not (masks or copied):
+        if self._stats.is_plain_due or not (masks or texts):
             return Proposal(AR_BLOCK, (), texts=texts)
         asked = rows.likely(group, tokens, self._strategy.width) if rows is not None and masks and group else []
-        tree = TokenTree(asked, copied, self._stats.copy_probability)
+        tree = TokenTree(asked, texts, self._stats.copy_probability)
         # a node whose gain is below the cheapest slot's cost may only fill a free padding slot
         tree.grow(self._stats.cheapest, MOST_SLOTS - 1)
         taken, masks, anchors = most_worth(tree.nodes, self._stats.values[:masks], self._stats.prices)
