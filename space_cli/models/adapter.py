@@ -48,10 +48,16 @@ def low_rank(model: PreTrainedModel, rank: int) -> LoraConfig:
 
 
 class SlotGate:
-    """Which slots of the running call are masks; as a forward hook, silences a low-rank update everywhere else."""
+    """Which slots of the running call are masks; as a forward hook, silences a low-rank update everywhere else.
+
+    Attributes:
+        is_mask: (B, S) bool.
+        only_masks: whether all of them are.
+    """
 
     def __init__(self) -> None:
         self.is_mask: torch.Tensor | None = None
+        self.only_masks = False
 
     def __call__(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         """Return the update (..., D) of mask slots, zero for all others."""

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -20,22 +19,25 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from space_cli.core.attention import has_replaceable_attention
+from space_cli.models.adapter import SlotGate, adapter_of
 
 TRAINING = "space_training"
 """Name of `training_attention` in transformers' attention interface."""
 _TRANSPOSED = "_space_transposed"
 
 
-def fuse_low_rank_layers(model: nn.Module) -> None:
+def fuse_low_rank_layers(model: PreTrainedModel) -> None:
     """Make calls in which all slots are masks use `LowRankLinear`, in place; other calls, and other layers, stay."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and type(module.base_layer) is nn.Linear:
-            module.forward = partial(_forward, module, module.forward)
+    embedding = adapter_of(model)
+    assert embedding is not None
+    for module in embedding.layers:
+        if type(module.base_layer) is nn.Linear:
+            module.forward = partial(_forward, module, embedding.gate, module.forward)
 
 
-def _forward(layer: Any, plain: Any, inputs: torch.Tensor) -> torch.Tensor:
+def _forward(layer: Any, gate: SlotGate, plain: Any, inputs: torch.Tensor) -> torch.Tensor:
     base = layer.base_layer
-    if layer.disable_adapters or not torch.is_grad_enabled() or inputs.dtype != base.weight.dtype:
+    if not gate.only_masks or not torch.is_grad_enabled() or inputs.dtype != base.weight.dtype:
         result: torch.Tensor = plain(inputs)
         return result
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight

@@ -92,7 +92,7 @@ def test_only_what_is_trained_gets_a_gradient(tmp_path):
 
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(trained) + 0 == len(trained_state(model))
+    assert len(trained) == len(trained_state(model))
 
 
 @pytest.mark.parametrize("bias", [False, True])
