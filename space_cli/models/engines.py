@@ -22,6 +22,7 @@ from space_cli.core.cuda import GraphProgram
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, Drafter
 from space_cli.core.engine import EagerEngine, engine_for
+from space_cli.core.quantized import has_quantized_layers
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
 from space_cli.core.toolchain import build_kernels, load_kernels, machine
@@ -138,6 +139,9 @@ def _program(
 
 
 def _is_worth_compiling(loaded: LoadedModel, tokens: int) -> bool:
+    # what rounds activations to 8 bits must not meet attention that rounds by the shape of a call
+    if has_quantized_layers(loaded.model):
+        return True
     return tokens * max(1, _size(loaded) / _BYTES_THAT_SAVE_AS_MUCH) >= _TOKENS_WORTH_COMPILING
 
 
