@@ -135,7 +135,7 @@ class _RowCache:
         while len(self._layers) < len(prompt.layers):
             self._layers.append(_RowLayer(self))
         for layer, computed in zip(self._layers, prompt.layers, strict=True):
-            layer.fill(index, cast(torch.Tensor, computed.keys), cast(torch.Tensor, computed.values))
+            layer.fill(index, *(cast(torch.Tensor, getattr(computed, name)) for name in ("keys", "values")))
         return cast(torch.Tensor, logits[0, -1])
 
     def step(self, model: PreTrainedModel, running: Sequence[_Row]) -> torch.Tensor:

@@ -32,7 +32,8 @@ def fuse_low_rank_layers(model: PreTrainedModel) -> None:
     assert embedding is not None
     for module in embedding.layers:
         if type(module.base_layer) is nn.Linear:
-            module.forward = partial(_forward, module, embedding.gate, module.forward)
+            layer: Any = module
+            layer.forward = partial(_forward, layer, embedding.gate, layer.forward)
 
 
 def _forward(layer: Any, gate: SlotGate, plain: Any, inputs: torch.Tensor) -> torch.Tensor:
@@ -42,7 +43,8 @@ def _forward(layer: Any, gate: SlotGate, plain: Any, inputs: torch.Tensor) -> to
         return result
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     scaling = layer.scaling["default"]
-    output: torch.Tensor = LowRankLinear.apply(inputs, base.weight, _transposed(base), base.bias, down, up, scaling)
+    function: Any = LowRankLinear
+    output: torch.Tensor = function.apply(inputs, base.weight, _transposed(base), base.bias, down, up, scaling)
     return output
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -175,7 +175,7 @@ class SARTrainer(Trainer):
         if self._schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            self.lr_scheduler = self._schedule.scheduler(optimizer or self.optimizer)
+            self.lr_scheduler = self._schedule.scheduler(cast(torch.optim.Optimizer, optimizer or self.optimizer))
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

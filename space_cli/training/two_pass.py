@@ -115,7 +115,8 @@ class TwoPassTrainer(SARTrainer):
         if self._loss == "kl":
             row = torch.arange(len(learns), device=slots.device)[:, None]
             place = row * len(slots) + torch.searchsorted(slots, positions).clamp_(max=len(slots) - 1)
-        total, losses, hits = MaskLoss.apply(logits, labels, weights, teacher.flatten(0, 1), place)
+        function: Any = MaskLoss
+        total, losses, hits = function.apply(logits, labels, weights, teacher.flatten(0, 1), place)
         known = labels != IGNORED
         self._measure(losses[known], hits[known], depth[known])
         loss = total / (num_items_in_batch if num_items_in_batch is not None else max(1, int(learns.sum())))
