@@ -175,7 +175,9 @@ class SARTrainer(Trainer):
         if self._schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            self.lr_scheduler = self._schedule.scheduler(optimizer or self.optimizer)
+            chosen = optimizer or self.optimizer
+            assert chosen is not None
+            self.lr_scheduler = self._schedule.scheduler(chosen)
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
