@@ -263,6 +263,11 @@ def _device(device: str) -> str:
     return device
 
 
+def computes_in_bfloat16() -> bool:
+    """Return whether this CPU has instructions for products of bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def _dtype(dtype: str, device: str, config: PretrainedConfig) -> str:
     """Return the dtype `auto` stands for: the checkpoint's own, float32 on a CPU without bfloat16 instructions."""
     if dtype != "auto":
@@ -271,7 +276,7 @@ def _dtype(dtype: str, device: str, config: PretrainedConfig) -> str:
         return dtype
     own = str(config.get_text_config().dtype or config.dtype or "float32").removeprefix("torch.")
     if device == "cpu" and own != "float32":
-        return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+        return "bfloat16" if computes_in_bfloat16() else "float32"
     return own if own in DTYPES else "float32"
 
 

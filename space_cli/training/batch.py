@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -135,7 +135,8 @@ class _RowCache:
         while len(self._layers) < len(prompt.layers):
             self._layers.append(_RowLayer(self))
         for layer, computed in zip(self._layers, prompt.layers, strict=True):
-            layer.fill(index, *(cast(torch.Tensor, getattr(computed, name)) for name in ("keys", "values")))
+            of_prompt = cast(DynamicLayer, computed)
+            layer.fill(index, cast(torch.Tensor, of_prompt.keys), cast(torch.Tensor, of_prompt.values))
         return cast(torch.Tensor, logits[0, -1])
 
     def step(self, model: PreTrainedModel, running: Sequence[_Row]) -> torch.Tensor:

@@ -6,10 +6,10 @@ that takes longer than the products. Here the update is added by the product tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,10 +30,10 @@ def fuse_low_rank_layers(model: PreTrainedModel) -> None:
     """Make calls in which all slots are masks use `LowRankLinear`, in place; other calls, and other layers, stay."""
     embedding = adapter_of(model)
     assert embedding is not None
+    module: Any
     for module in embedding.layers:
         if type(module.base_layer) is nn.Linear:
-            layer: Any = module
-            layer.forward = partial(_forward, layer, embedding.gate, layer.forward)
+            module.forward = partial(_forward, module, embedding.gate, module.forward)
 
 
 def _forward(layer: Any, gate: SlotGate, plain: Any, inputs: torch.Tensor) -> torch.Tensor:
@@ -43,9 +43,7 @@ def _forward(layer: Any, gate: SlotGate, plain: Any, inputs: torch.Tensor) -> to
         return result
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     scaling = layer.scaling["default"]
-    function: Any = LowRankLinear
-    output: torch.Tensor = function.apply(inputs, base.weight, _transposed(base), base.bias, down, up, scaling)
-    return output
+    return _low_rank_linear(inputs, base.weight, _transposed(base), base.bias, down, up, scaling)
 
 
 def _transposed(base: nn.Linear) -> torch.Tensor:
@@ -103,6 +101,9 @@ class LowRankLinear(torch.autograd.Function):
         of_down = (through.t() @ flat).float()
         of_up = (gradient.t() @ low).float() * ctx.scaling
         return inputs.view(*gradients[0].shape[:-1], -1), None, None, None, of_down, of_up, None
+
+
+_low_rank_linear = cast(Callable[..., torch.Tensor], LowRankLinear.apply)  # torch leaves it untyped
 
 
 def training_attention(

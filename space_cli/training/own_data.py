@@ -102,6 +102,7 @@ def _turn_of_a_user(loaded: LoadedModel, template: str | None) -> tuple[list[int
     else:
         opening, closing = split_template(template or DEFAULT_TEMPLATE)
         ids = loaded.encode(opening)
+    ids = ids or [loaded.tokenizer.bos_token_id or min(loaded.eos_token_ids, default=0)]
     return ids, closing.strip()
 
 
@@ -117,7 +118,8 @@ def _questions(
     questions = []
     for _, ids in found:
         ended = ids[-1] in loaded.eos_token_ids
-        text, sign, _ = loaded.decode(ids[:-1] if ended else ids).partition(closing)
+        text = loaded.decode(ids[:-1] if ended else ids)
+        text, sign, _ = text.partition(closing) if closing else (text, "", "")
         # what was cut off by length is no question
         if (ended or sign) and len(ids) >= _LEAST_QUESTION and not is_repetitive(ids):
             questions.append(text.strip())

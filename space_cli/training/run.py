@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from space_cli.core.collator import IGNORED, SARCollator
 from space_cli.core.stopping import StopRule
@@ -123,6 +123,7 @@ def train(
     with processes.main_process_first():
         # the others then find all answers in the file
         answered = _distilled(loaded, prepared, recipe, settings["base_identity"], output / ANSWERS_FILE, view)
+    set_seed(recipe.seed)  # of low-rank weights
     mask_ids = prepare_model(
         loaded, recipe.method, masks=recipe.candidates, distinct=recipe.distinct_masks, rank=recipe.rank
     )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
@@ -175,7 +175,9 @@ class SARTrainer(Trainer):
         if self._schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            self.lr_scheduler = self._schedule.scheduler(cast(torch.optim.Optimizer, optimizer or self.optimizer))
+            chosen = optimizer or self.optimizer
+            assert chosen is not None
+            self.lr_scheduler = self._schedule.scheduler(chosen)
         return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

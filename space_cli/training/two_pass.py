@@ -7,9 +7,9 @@ gradients, and they see what they see in decoding: a prefix in the cache. What i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch.nn import functional
@@ -115,8 +115,7 @@ class TwoPassTrainer(SARTrainer):
         if self._loss == "kl":
             row = torch.arange(len(learns), device=slots.device)[:, None]
             place = row * len(slots) + torch.searchsorted(slots, positions).clamp_(max=len(slots) - 1)
-        function: Any = MaskLoss
-        total, losses, hits = function.apply(logits, labels, weights, teacher.flatten(0, 1), place)
+        total, losses, hits = _mask_loss(logits, labels, weights, teacher.flatten(0, 1), place)
         known = labels != IGNORED
         self._measure(losses[known], hits[known], depth[known])
         loss = total / (num_items_in_batch if num_items_in_batch is not None else max(1, int(learns.sum())))
@@ -195,3 +194,8 @@ class MaskLoss(torch.autograd.Function):
         """Return the gradient of the logits."""
         (gradient,) = ctx.saved_tensors
         return gradient * gradients[0].to(gradient.dtype), None, None, None, None
+
+
+_mask_loss = cast(
+    Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]], MaskLoss.apply
+)  # torch leaves it untyped

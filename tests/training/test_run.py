@@ -247,7 +247,7 @@ def test_answers_of_the_base_are_kept_and_not_asked_for_twice(make_base, data, t
         distill, "answer_in_batches", lambda model, some, **rest: asked.extend(some) or answer(model, some, **rest)
     )
 
-    assert train(base, data, output, *options, "--overwrite") == 0
+    assert train(base, data, output, *options, "--resume") == 0
 
     assert 0 < len(asked) < 8
     again = [line for line in (output / "distilled.jsonl").read_text().splitlines() if line.endswith("}")]
@@ -290,9 +290,9 @@ def test_a_model_asks_itself_for_some_hours(make_base, tmp_path):
     base, output = make_base(), tmp_path / "out"
     options = ("--method", "adapter", "--distill", "24", "--max-length", "200", "--save-steps", "4", "--template")
 
-    code = train(base, "self", output, *options, "{}\n", "--hours", "0.004")
+    code = train(base, "self", output, *options, "Q:{}A:", "--hours", "0.004")
     first = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
-    resumed = train(base, "self", output, *options, "{}\n", "--hours", "0.006", "--resume")
+    resumed = train(base, "self", output, *options, "Q:{}A:", "--hours", "0.006", "--resume")
 
     rows = [json.loads(line) for line in (output / "training.jsonl").read_text().splitlines()]
     asked = [json.loads(line)["question"] for line in (output / "self.jsonl").read_text().split("\n") if line]
