@@ -66,7 +66,8 @@ _Seeds = Annotated[
 _Execute = Annotated[
     bool,
     typer.Option(
-        "--execute", help="Run the model's code against the tests of suites that have some, contained (see docs/bench.md)."
+        "--execute",
+        help="Run the model's code against the tests of suites that have some, contained (see docs/bench.md).",
     ),
 ]
 _Resume = Annotated[

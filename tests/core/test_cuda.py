@@ -89,7 +89,10 @@ def test_ancestors_are_those_of_the_mask_in_the_order_of_the_text(block, spare):
 
 
 @settings(max_examples=10)
-@given(block=blocks(max_masks=3), sampling=st.sampled_from([Sampling(), Sampling(0.9, seed=2), Sampling(0.7, top_k=9, seed=4)]))
+@given(
+    block=blocks(max_masks=3),
+    sampling=st.sampled_from([Sampling(), Sampling(0.9, seed=2), Sampling(0.7, top_k=9, seed=4)]),
+)
 def test_space_equals_ar_and_the_eager_engine(model, program, block, sampling):
     drafted = generate(model, program, drafts=ChainDrafter(block), sampling=sampling)
 

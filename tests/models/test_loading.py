@@ -1,4 +1,5 @@
 import shutil
+from functools import wraps
 
 import pytest
 import torch
@@ -196,7 +197,12 @@ def test_models_that_count_slots_instead_of_positions_are_refused(config):
 def test_a_model_that_ignores_the_mask_is_refused(tiny_models, monkeypatch):
     model = tiny_models["llama"]
     forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, **given: forward(self, **given | {"attention_mask": None}))
+
+    @wraps(forward)
+    def ignoring(self, **given):
+        return forward(self, **given | {"attention_mask": None})
+
+    monkeypatch.setattr(type(model), "forward", ignoring)
 
     with pytest.raises(UsageProblem, match="ignores a 4-D mask or positions"):
         support.check_block(model, "it")
