@@ -106,13 +106,20 @@ class AnswerText:
 
     Args:
         loaded: whose tokens they are.
+        prompt_ids: that the text goes on from.
         stop: the text ends in front of the first of these.
         reader: reads calls out of it, or None.
     """
 
-    def __init__(self, loaded: LoadedModel, stop: Sequence[str], reader: CallReader | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        reader: CallReader | None = None,
+    ) -> None:
         self._loaded, self._reader = loaded, reader
-        self._stream = TextStream(partial(loaded.decode, skip_special_tokens=True))
+        self._stream = TextStream(partial(loaded.decode, skip_special_tokens=True), prompt_ids)
         self._held = HeldBack(stop)
 
     def piece(self, step: Step) -> Piece:

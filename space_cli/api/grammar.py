@@ -95,7 +95,8 @@ class Grammar(LogitsProcessor):
 
     def _go_to(self, answer: Sequence[int]) -> bool:
         """Bring the matcher behind these tokens; return whether the answer still goes on there."""
-        common = in_common(self._taken, answer)
+        taken = self._taken
+        common = len(taken) if list(answer[: len(taken)]) == taken else in_common(taken, answer)
         if not self._ends.isdisjoint(answer[common:]):
             return False
         if common < len(self._taken):

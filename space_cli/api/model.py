@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -21,11 +21,12 @@ from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser
 from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.decoder import decode
+from space_cli.core.drafting.ngrams import LONGEST_MATCH
 from space_cli.core.stopping import StopRule
 from space_cli.errors import UsageProblem
 from space_cli.models.engines import EngineName, measured, prepare
 from space_cli.models.loading import LoadedModel, load_model
-from space_cli.models.prompting import Role, Turn, request
+from space_cli.models.prompting import Role, Turn, ids_of, request
 from space_cli.models.registry import default_model
 
 if TYPE_CHECKING:
@@ -143,8 +144,21 @@ class Model:
             )
         return max_new_tokens if limit is None else min(max_new_tokens, limit - len(token_ids))
 
-    def drafts(self, mode: Mode, candidates: int | None = None) -> Drafter | None:
+    def drafts(
+        self,
+        mode: Mode,
+        candidates: int | None = None,
+        *,
+        texts: Iterable[Sequence[int]] = (),
+        grammar: Grammar | None = None,
+    ) -> Drafter | None:
         """Return how an answer drafts: None is one token at a time. Measures what steps cost where that is needed.
+
+        Args:
+            mode: space or ar.
+            candidates: tokens guessed per step, always as many; None is as many as pay.
+            texts: token ids to copy from besides the context.
+            grammar: that the answer follows.
 
         Raises:
             UsageProblem: a fixed number of candidates is asked for, and the model has no masks.
@@ -158,7 +172,8 @@ class Model:
             )
         if candidates is None and self.loaded.costs is ASSUMED_COSTS:
             self.loaded = measured(self.loaded)
-        return self.loaded.drafts(None if candidates is None else min(candidates, self.loaded.masks_per_group))
+        asked = None if candidates is None else min(candidates, self.loaded.masks_per_group)
+        return self.loaded.drafts(asked, texts=texts, guide=grammar)
 
     def steps(
         self,
@@ -269,10 +284,11 @@ class Stream:
         grammar = None if schema is None else grammar_for(loaded, schema, len(token_ids))
         form = call_form(loaded) if tools else None
         reader = None if form is None else CallReader(loaded, form, token_ids, tools)
-        self._text = AnswerText(loaded, settings.stop, reader)
+        self._text = AnswerText(loaded, token_ids, settings.stop, reader)
         self._pieces: list[Piece] = []
         with model._lock:
-            drafts = model.drafts(settings.mode, settings.candidates)
+            texts = [self._expected()] if settings.prediction else []
+            drafts = model.drafts(settings.mode, settings.candidates, texts=texts, grammar=grammar)
             self._cache: KVCache | None = model._caches.take(token_ids)
             self._steps = model.steps(
                 token_ids,
@@ -283,6 +299,11 @@ class Stream:
                 logprobs=settings.logprobs,
                 grammar=grammar,
             )
+
+    def _expected(self) -> list[int]:
+        """Return the tokens of the predicted answer, behind the end of the prompt so that it is found at once."""
+        said = ids_of(self.settings.prediction, self._model.loaded.tokenizer)
+        return [*self.prompt_ids[-LONGEST_MATCH:], *said]
 
     def __iter__(self) -> Self:
         return self

@@ -72,12 +72,14 @@ class GenerationSettings(SamplingSettings):
         logprobs: so many likeliest tokens are told beside each token's log-probability; None tells nothing.
         json_schema: the answer is JSON that the schema holds for, as far as it comes before `max_new_tokens`.
         json_mode: the answer is a JSON object.
+        prediction: what the answer is expected to be much like; a draft, which changes nothing of it.
     """
 
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     json_schema: dict[str, Any] | None = None
     json_mode: bool = False
+    prediction: str = ""
 
     @property
     def schema_to_follow(self) -> Mapping[str, Any] | None:
@@ -103,3 +105,4 @@ class Options(TypedDict, total=False):
     logprobs: int | None
     json_schema: dict[str, Any] | None
     json_mode: bool
+    prediction: str

@@ -55,7 +55,7 @@ class CallReader:
     ) -> None:
         self._ends = loaded.eos_token_ids
         # the marks of a call may be special tokens
-        self._stream = TextStream(loaded.decode)
+        self._stream = TextStream(loaded.decode, prompt_ids)
         self._parser: Any = loaded.tokenizer.get_response_parser(
             dict(form), prefix=loaded.decode(list(prompt_ids)), tools=[dict(tool) for tool in tools]
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,16 +101,17 @@ def _runner(loaded: LoadedModel, length: int) -> Any:
         cache_type = None if half else package.GGML_TYPE_F32
         file = loaded.gguf if loaded.gguf is not None else _file(model)
         try:
-            llama = package.Llama(
-                str(file),
-                n_ctx=room,
-                n_threads=torch.get_num_threads(),
-                n_threads_batch=torch.get_num_threads(),
-                flash_attn=half,
-                type_k=cache_type,
-                type_v=cache_type,
-                verbose=False,
-            )
+            with _without_amx(package):
+                llama = package.Llama(
+                    str(file),
+                    n_ctx=room,
+                    n_threads=torch.get_num_threads(),
+                    n_threads_batch=torch.get_num_threads(),
+                    flash_attn=half,
+                    type_k=cache_type,
+                    type_v=cache_type,
+                    verbose=False,
+                )
         except ValueError as error:
             raise RunFailed(f"llama.cpp cannot run {file}: {error}", hint="leave llama-cpp out of --methods") from error
         # when Python tears its modules down, it would be too late
@@ -117,6 +119,24 @@ def _runner(loaded: LoadedModel, length: int) -> Any:
         next(llama.generate([0], temp=0.0))
         _running[model] = room, llama
     return llama
+
+
+@contextmanager
+def _without_amx(package: Any) -> Iterator[None]:
+    """Keep llama.cpp from AMX, whose kernels end the process in version 0.3.36 of its bindings on a Q4_1 file."""
+    made = package.llama_cpp.llama_model_default_params
+
+    def without() -> Any:
+        parameters = made()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    has_amx = torch.cpu._is_amx_tile_supported()
+    package.llama_cpp.llama_model_default_params = without if has_amx else made
+    try:
+        yield
+    finally:
+        package.llama_cpp.llama_model_default_params = made
 
 
 def _file(model: PreTrainedModel) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,6 +68,13 @@ def _checked_template(template: str | None) -> str | None:
     if well_formed(template, "--template").count("{}") != 1:
         raise UsageProblem(f"--template {template!r}: must hold {{}} once", hint="the user's text goes there")
     return template.replace("\\n", "\n")
+
+
+def finite(value: float | None) -> float | None:
+    """Refuse what is a number to Python alone: `nan` lies within any bounds."""
+    if value is not None and not math.isfinite(value):
+        raise UsageProblem(f"{value} is no value of an option", hint="give a number")
+    return value
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -151,11 +159,16 @@ Candidates = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 is greedy.")]
+Temperature = Annotated[float, typer.Option("--temperature", callback=finite, min=0.0, help="0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest tokens; 0 is off.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample within this probability mass.")]
-MinP = Annotated[float, typer.Option("--min-p", min=0.0, max=1.0, help="Least probability relative to the likeliest.")]
-RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", min=0.01, help="1 is off.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", callback=finite, min=0.0, max=1.0, help="Sample within this probability mass.")
+]
+MinP = Annotated[
+    float,
+    typer.Option("--min-p", callback=finite, min=0.0, max=1.0, help="Least probability relative to the likeliest."),
+]
+RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", callback=finite, min=0.01, help="1 is off.")]
 Corpus = Annotated[
     list[Path] | None,
     typer.Option(

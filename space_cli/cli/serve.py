@@ -12,6 +12,7 @@ import typer
 
 from space_cli.cli import options
 from space_cli.errors import UsageProblem
+from space_cli.text import read_text
 
 if TYPE_CHECKING:
     from space_cli.api import Model
@@ -31,7 +32,10 @@ _Models = Annotated[
 _Host = Annotated[str, typer.Option("--host", help="Address to listen on; any other than this machine's needs a key.")]
 _Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one and says which.")]
 _KeyFile = Annotated[
-    Path | None, typer.Option("--api-key-file", help="The key that requests must bring; else SPACE_API_KEY has it.")
+    Path | None,
+    typer.Option(
+        "--api-key-file", callback=options.at_home, help="The key that requests must bring; else SPACE_API_KEY has it."
+    ),
 ]
 _Hosts = Annotated[
     list[str] | None, typer.Option("--allow-host", help="A name by which the server may be called; repeatable.")
@@ -82,7 +86,7 @@ def serve(
         raise UsageProblem("serve needs starlette and uvicorn", hint="pip install 'space-decoding[serve]'")
     key = _api_key(api_key_file)
 
-    from space_cli.cli.console import err, plain, quiet_libraries
+    from space_cli.cli.console import err, is_screen, plain, quiet_libraries
     from space_cli.cli.live import COMPILING
     from space_cli.server.guard import Access, is_loopback, known_hosts, listen
 
@@ -117,7 +121,7 @@ def serve(
         return loaded
 
     names = model or [options.named_model(None, quiet=quiet)]
-    with console.status(plain(f"loading {names[0]}")) if console.is_terminal and not quiet else nullcontext():
+    with console.status(plain(f"loading {names[0]}")) if is_screen(console) and not quiet else nullcontext():
         quiet_libraries()
 
         from space_cli.server.app import Limits, Server
@@ -137,9 +141,9 @@ def _api_key(file: Path | None) -> str | None:
     if file is None:
         return os.environ.get("SPACE_API_KEY") or None
     try:
-        key = file.read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageProblem(f"--api-key-file {file}: {getattr(error, 'strerror', None) or error}") from error
+        key = read_text(file).strip()
+    except OSError as error:
+        raise UsageProblem(f"--api-key-file {file}: {error.strerror or error}") from error
     if not key:
         raise UsageProblem(f"--api-key-file {file}: is empty")
     return key

@@ -159,8 +159,8 @@ class Session:
     def _decode(
         self, token_ids: list[int], stop: StopRule, mode: Literal["space", "ar"], cache: KVCache
     ) -> Iterator[Step]:
-        drafts = self.model.drafts(mode, self.settings.candidates)
         grammar = None if self.schema is None else grammar_for(self.loaded, self.schema, len(token_ids))
+        drafts = self.model.drafts(mode, self.settings.candidates, grammar=grammar)
         return self.model.steps(token_ids, stop, self.settings, cache=cache, drafts=drafts, grammar=grammar)
 
     def conclude(self, asked: Known, generation: Generation) -> None:

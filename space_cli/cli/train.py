@@ -61,9 +61,15 @@ _Form = Annotated[
 _Groups = Annotated[
     int | None, typer.Option("--groups", min=1, help="Mask groups of an example. Default: 8 (full), 48 (adapter).")
 ]
-_PSar = Annotated[float, typer.Option("--p-sar", min=0.0, max=1.0, help="Share of examples with masks (paper form).")]
+_PSar = Annotated[
+    float,
+    typer.Option(
+        "--p-sar", callback=options.finite, min=0.0, max=1.0, help="Share of examples with masks (paper form)."
+    ),
+]
 _MaskLossWeight = Annotated[
-    float, typer.Option("--mask-loss-weight", min=0.0, help="Of a mask's loss, beside a token's.")
+    float,
+    typer.Option("--mask-loss-weight", callback=options.finite, min=0.0, help="Of a mask's loss, beside a token's."),
 ]
 _Loss = Annotated[
     Literal["kl", "ce"],
@@ -91,9 +97,13 @@ _MaxSteps = Annotated[int | None, typer.Option("--max-steps", min=1, help="Stop 
 _BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Examples of a batch, per device.")]
 _Accumulation = Annotated[int, typer.Option("--gradient-accumulation", min=1, help="Batches of a step.")]
 _LearningRate = Annotated[
-    float | None, typer.Option("--learning-rate", min=0.0, help="Default: 5e-5 (full), 1e-3 (adapter).")
+    float | None,
+    typer.Option("--learning-rate", callback=options.finite, min=0.0, help="Default: 5e-5 (full), 1e-3 (adapter)."),
 ]
-_Warmup = Annotated[float, typer.Option("--warmup", min=0.0, max=1.0, help="Share of steps the rate rises over.")]
+_Warmup = Annotated[
+    float,
+    typer.Option("--warmup", callback=options.finite, min=0.0, max=1.0, help="Share of steps the rate rises over."),
+]
 _SaveSteps = Annotated[int, typer.Option("--save-steps", min=1, help="A checkpoint after so many steps.")]
 _HeldOut = Annotated[int, typer.Option("--held-out", min=0, help="Prompts kept back to measure on; at most a tenth.")]
 _Checkpointing = Annotated[
@@ -158,8 +168,7 @@ def train(
 ) -> int:
     """Fine-tune a model so that masks behind its input guess the tokens to come (SAR-SFT)."""
     _check_output(output, resume=resume, overwrite=overwrite)
-    if method == "full" and quantization != "none":
-        raise UsageProblem("--method full cannot train quantised weights", hint="use --method adapter")
+    _check_form(method, quantization)
     answered = _distill_count(distill)
     warm = _temperatures(temperatures)
 
@@ -315,6 +324,11 @@ def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         raise UsageProblem(f"--output {output}: no training to resume", hint="leave --resume out")
     if output.is_dir() and any(output.iterdir()) and not (resume or overwrite):
         raise UsageProblem(f"--output {output}: is not empty", hint="give --resume to go on with it, or --overwrite")
+
+
+def _check_form(method: str, quantization: str) -> None:
+    if method == "full" and quantization != "none":
+        raise UsageProblem("--method full cannot train quantised weights", hint="use --method adapter")
 
 
 def _check_names(optim: str, report_to: str) -> None:

@@ -24,6 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from space_cli.core.quantized import has_quantized_layers
+
 INVARIANT = "space_invariant"
 """Its name in transformers' attention interface."""
 KEY_TILE = 512
@@ -41,9 +43,11 @@ def padded_length(length: int) -> int:
 def can_be_invariant(model: PreTrainedModel) -> bool:
     """Return whether the model is one whose rows this attention makes independent of the call's shape.
 
-    That is half precision with SDPA on a CPU. In float32 the matrix products themselves depend on the shape.
+    That is SDPA on a CPU with half precision, or with weights as GGUF files have them. In float32 the matrix products
+    themselves depend on the shape.
     """
-    return model.device.type == "cpu" and model.dtype != torch.float32 and has_replaceable_attention(model)
+    exact = model.dtype != torch.float32 or has_quantized_layers(model)
+    return model.device.type == "cpu" and exact and has_replaceable_attention(model)
 
 
 def has_replaceable_attention(model: PreTrainedModel) -> bool:

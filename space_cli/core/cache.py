@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -175,9 +175,9 @@ class KVCache:
 
 def cache_arguments(module: nn.Module, cache: Cache) -> dict[str, Any]:
     """Return the arguments that hand a cache to a transformers model, which renamed the first in version 5.24."""
-    return {_cache_parameter(type(module)): cache, "use_cache": True}
+    return {_cache_parameter(type(module).forward): cache, "use_cache": True}
 
 
 @lru_cache
-def _cache_parameter(kind: type[nn.Module]) -> str:
-    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+def _cache_parameter(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

@@ -272,7 +272,7 @@ def largest(logits: torch.Tensor) -> list[int]:
 
 def _first(likely: Likely) -> list[int]:
     """Return the likeliest token of each row, -1 where the shares are no numbers."""
-    return np.where(np.isfinite(likely.shares[:, 0].numpy()), likely.tokens[:, 0].numpy(), _NONE).tolist()
+    return cast(list[int], torch.where(likely.shares[:, 0].isfinite(), likely.tokens[:, 0], _NONE).tolist())
 
 
 class _Noise:

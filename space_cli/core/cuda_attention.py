@@ -135,7 +135,8 @@ def attend_plainly(
     seen.scatter_(1, torch.where(ancestors < 0, rows, ancestors), torch.ones_like(seen[:, :rows]))
     hidden = torch.cat([torch.zeros(rows, settled, dtype=torch.bool, device=query.device), ~seen[:, :rows]], dim=1)
     scores = (query[0].float() @ keys.transpose(1, 2) * scaling).masked_fill(hidden, -torch.inf)
-    return (scores.softmax(dim=-1) @ values).transpose(0, 1)[None].to(query.dtype).contiguous()
+    output: torch.Tensor = (scores.softmax(dim=-1) @ values).transpose(0, 1)[None].to(query.dtype).contiguous()
+    return output
 
 
 for _name, _function in ((NAME, attention), (NOTING, note_shapes)):

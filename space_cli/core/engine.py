@@ -46,7 +46,7 @@ def context_length(config: PretrainedConfig) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
-def _rope_changes(config: PretrainedConfig) -> list[int]:
+def _rope_changes(config: PretrainedConfig) -> list[Any]:
     """Return the lengths at which transformers' long rope takes other factors for all positions."""
     told = getattr(config, "rope_parameters", None) or {}
     layers = [each for each in told.values() if isinstance(each, dict)] or [told]

@@ -191,7 +191,7 @@ class _MaskedEmbedding(nn.Module):
         size = self.base.num_embeddings
         is_mask = input_ids >= size
         text: torch.Tensor = self.base(input_ids.masked_fill(is_mask, 0))
-        masks = self.masks[(input_ids - size).clamp(min=0)].to(text.dtype)
+        masks = cast(torch.Tensor, self.masks)[(input_ids - size).clamp(min=0)].to(text.dtype)
         return torch.where(is_mask[..., None], masks, text)
 
 

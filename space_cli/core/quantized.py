@@ -53,7 +53,7 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.weight_type = in_features, out_features, weight_type
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # as nn.Linear names it
         """Return (..., out_features) float32 of (..., in_features) float32."""
@@ -123,11 +123,11 @@ def num_parameters(model: nn.Module) -> int:
 
 def dequantize(model: nn.Module) -> None:
     """Put float32 layers in the place of quantised ones; tied weights stay tied."""
-    dense: dict[int, nn.Parameter] = {}
+    dense: dict[int, torch.Tensor] = {}
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _QUANTIZED)]
     for name, module in layers:
         made = module.dequantized()
-        made.weight = dense.setdefault(module.weight.data_ptr(), made.weight)
+        made.register_parameter("weight", cast(nn.Parameter, dense.setdefault(module.weight.data_ptr(), made.weight)))
         model.set_submodule(name, made)
 
 

@@ -163,8 +163,8 @@ def adapter_updates(model: PreTrainedModel) -> Adapter | None:
     updates = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            updates[path] = LowRank(down.detach(), up.detach() * layer.scaling["default"])
+            down, up = (cast(nn.Linear, each["default"]).weight.detach() for each in (layer.lora_A, layer.lora_B))
+            updates[path] = LowRank(down, up * layer.scaling["default"])
     path = next(path for path, module in model.named_modules() if module is embedding)
     return Adapter(path, embedding.masks.detach(), updates)
 

@@ -65,7 +65,8 @@ def load_packed(gguf: GgufFile, config: PretrainedConfig) -> PreTrainedModel:
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent:
         raise UsageProblem(f"{gguf.files[0]}: is damaged: it has no weights for {absent[0]}")
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _fill(model: PreTrainedModel, gguf: GgufFile, name: str, value: torch.Tensor) -> None:
@@ -136,7 +137,7 @@ def _tie(model: PreTrainedModel) -> None:
         return
     if isinstance(embedding, QuantizedEmbedding):
         tied = QuantizedLinear(
-            cast(torch.Tensor, embedding.weight),
+            embedding.weight,
             embedding.weight_type,
             in_features=embedding.embedding_dim,
             out_features=embedding.num_embeddings,

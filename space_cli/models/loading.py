@@ -24,7 +24,7 @@ from space_cli.core.block import Block
 from space_cli.core.compiled import Program
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
 from space_cli.core.cuda import GraphProgram
-from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Strategy
+from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Guide, Strategy
 from space_cli.core.drafting.ngrams import Source
 from space_cli.core.engine import context_length, embedding_rows
 from space_cli.core.quantized import num_parameters
@@ -96,6 +96,7 @@ class LoadedModel:
         *,
         strategy: Strategy = EVERYTHING,
         texts: Iterable[Sequence[int]] = (),
+        guide: Guide | None = None,
     ) -> Drafter:
         """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best.
 
@@ -105,6 +106,7 @@ class LoadedModel:
             candidates: k of the paper's chain.
             strategy: what drafts are made of where `candidates` is None.
             texts: token ids to copy from besides the context, as an answer that is expected.
+            guide: of a grammar that the answer follows.
         """
         if candidates is not None:
             return ChainDrafter(Block.chain(candidates, candidates))
@@ -112,7 +114,12 @@ class LoadedModel:
             accepted = () if self.space is None else self.space.accepted_by_depth
             self.stats[strategy] = AcceptanceStats(self.costs, self.masks_per_group, accepted)
         return AdaptiveDrafter(
-            self.stats[strategy], self.masks_per_group, strategy, texts=texts, sources=self.sources(strategy)
+            self.stats[strategy],
+            self.masks_per_group,
+            strategy,
+            texts=texts,
+            sources=self.sources(strategy),
+            guide=guide,
         )
 
     def sources(self, strategy: Strategy = EVERYTHING) -> list[Source]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +24,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> fr
     found = {named} if isinstance(named, int) else set(named or ())
     found |= {tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set()
     end = turn_end(tokenizer)
-    return frozenset(found if end is None else found | {int(tokenizer.convert_tokens_to_ids(end))})
+    return frozenset(found if end is None else found | {cast(int, tokenizer.convert_tokens_to_ids(end))})
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:

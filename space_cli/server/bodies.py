@@ -204,7 +204,10 @@ class ChatRequest(_Request):
 
     def options(self, default_tokens: int) -> dict[str, Any]:
         """Return the settings of an answer that were asked for."""
-        return super().options(default_tokens) | {"logprobs": (self.top_logprobs or 0) if self.logprobs else None}
+        return super().options(default_tokens) | {
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            "prediction": text_of(self.prediction.content) if self.prediction else "",
+        }
 
 
 class CompletionRequest(_Request):

@@ -139,6 +139,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         UsageProblem: it is no address of this machine, or taken.
     """
+    listening = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
@@ -147,5 +148,7 @@ def listen(host: str, port: int) -> socket.socket:
         # connections wait here while the model is loaded
         listening.listen(128)
     except OSError as error:
+        if listening is not None:
+            listening.close()
         raise UsageProblem(f"--host {host} --port {port}: {error.strerror or error}") from error
     return listening

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from space_cli.server.shelf import Shelf
 
 E = TypeVar("E")
+_GATHERED_SECONDS = 0.01
 
 
 class Job(Generic[E]):
@@ -37,6 +38,7 @@ class Job(Generic[E]):
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._events: deque[E | BaseException | None] = deque()
+        self._is_told = False
 
     def begin(self, model: Model) -> None:
         """Start; called by the worker."""
@@ -45,6 +47,9 @@ class Job(Generic[E]):
     def put(self, event: E | BaseException | None) -> None:
         """Hand out an event, an error, or None for the end; called by the worker."""
         self._events.append(event)
+        if self._is_told:
+            return
+        self._is_told = True
         # the loop may be gone where the process ends in the middle of an answer
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._wake.set)
@@ -62,7 +67,11 @@ class Job(Generic[E]):
         """
         while not self.is_cancelled:
             await self._wake.wait()
+            if self._events and self._events[-1] is not None:
+                # steps quicker than this are told together: each telling takes time from the model
+                await asyncio.sleep(_GATHERED_SECONDS)
             self._wake.clear()
+            self._is_told = False
             come: list[E] = []
             while self._events and not self.is_cancelled:
                 event = self._events.popleft()
@@ -122,6 +131,9 @@ class Worker:
         with self._condition:
             if self._is_draining:
                 raise overloaded(503, "the server is shutting down", "shutting_down")
+            for left in [waiting for waiting in self._waiting if waiting.is_cancelled]:
+                with suppress(ValueError, IndexError):  # the worker came to it meanwhile
+                    self._waiting.remove(left)
             if len(self._waiting) >= self._most_waiting:
                 raise overloaded(429, f"{len(self._waiting)} requests are waiting already", "queue_full")
             self._waiting.append(job)  # type: ignore[arg-type]

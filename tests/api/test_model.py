@@ -145,6 +145,16 @@ def test_a_frequency_penalty_counts_what_the_answer_has(model):
     assert len(set(varied)) > len(set(plain))
 
 
+def test_a_prediction_saves_calls_and_changes_nothing(model):
+    plain = model.generate(PROMPT, raw=True, max_new_tokens=60, temperature=1.2, seed=9)
+
+    told = model.generate(PROMPT, raw=True, max_new_tokens=60, temperature=1.2, seed=9, prediction=plain.text)
+    wrong = model.generate(PROMPT, raw=True, max_new_tokens=60, temperature=1.2, seed=9, prediction="no " * 50)
+
+    assert told.token_ids == wrong.token_ids == plain.token_ids
+    assert len(told.steps) < 0.6 * len(plain.steps)
+
+
 def test_coroutines_answer_as_the_others_do(model):
     async def both():
         pieces = [piece async for piece in model.astream(PROMPT, raw=True, max_new_tokens=20)]
@@ -159,8 +169,8 @@ def test_coroutines_answer_as_the_others_do(model):
 
 def test_a_cancelled_coroutine_stops_within_a_step(model):
     async def cancelled():
-        task = asyncio.create_task(model.agenerate(PROMPT, raw=True, max_new_tokens=5000))
-        await asyncio.sleep(0.1)
+        task = asyncio.create_task(model.agenerate("import", raw=True, max_new_tokens=400, temperature=1.5, seed=1))
+        await asyncio.sleep(0.02)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -192,7 +202,7 @@ def test_prompts_that_cannot_be_answered_are_refused(model, prompt):
 def test_step_costs_are_measured_when_an_answer_first_drafts_by_them(monkeypatch):
     found, asked = StepCosts({1: 1.0}), []
     loaded = SimpleNamespace(mask_token_ids=(1,), masks_per_group=3, prompt_template=None, costs=ASSUMED_COSTS)
-    loaded.drafts = lambda candidates: asked.append(candidates)
+    loaded.drafts = lambda candidates, **_: asked.append(candidates)
     measured = SimpleNamespace(**vars(loaded) | {"costs": found})
     monkeypatch.setattr(module, "measured", lambda _: measured)
     model = Model(loaded)

@@ -189,3 +189,16 @@ def test_a_tilde_is_the_home_folder_in_every_path(space, tmp_path, tiny_model_di
     assert (benched.returncode, chatted.returncode, added.returncode) == (0, 0, 0), (benched, chatted, added)
     assert {"r.json", "r.html", "r.png"} <= {file.name for file in home.iterdir()}
     assert tomllib.loads((home / "m.toml").read_text())["models"]["x"]["source"] == str(tiny_model_dir.resolve())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("chat", "--prompt", "x", "--temperature", "nan"),
+        ("bench", "--top-p", "nan"),
+        ("verify-lossless", "--temperature", "inf"),
+        ("train", "--data", "x", "--output", "y", "--learning-rate", "nan"),
+    ],
+)
+def test_no_option_takes_what_is_no_number(space, arguments):
+    assert "is no value of an option" in told(space(*arguments))

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "quantized.h"
 
 struct Argument {
     int64_t integer = 0;
@@ -41,7 +42,17 @@ int main() {
         }
     }
     const bool is_half = name.find("bfloat16") != std::string::npos;
-    if (name.starts_with("space_linear"))
+    if (name == "space_pack")
+        space_pack(a[0].integer, a[1].data(), static_cast<const int64_t*>(a[2].data()), a[3].data(), a[4].integer,
+                   a[5].integer);
+    else if (name == "space_linear_quantized")
+        space_linear_quantized(a[0].integer, static_cast<const float*>(a[1].data()), a[2].data(),
+                               static_cast<const float*>(a[3].data()), static_cast<float*>(a[4].data()), a[5].integer,
+                               a[6].integer, a[7].integer);
+    else if (name == "space_rows_quantized")
+        space_rows_quantized(a[0].integer, static_cast<const int64_t*>(a[1].data()), a[2].data(),
+                             static_cast<float*>(a[3].data()), a[4].integer, a[5].integer);
+    else if (name.starts_with("space_linear"))
         (is_half ? space_linear_bfloat16 : space_linear_float32)(a[0].data(), a[1].data(), a[2].data(), a[3].data(),
                                                                  a[4].integer, a[5].integer, a[6].integer);
     else if (name.starts_with("space_likely"))

@@ -11,7 +11,7 @@ from oracles import hf_greedy
 from strategies import blocks
 from tiny import MASK_IDS, lively
 
-from space_cli.core import compiled
+from space_cli.core import compiled, packing, toolchain
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
@@ -29,12 +29,12 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return compiled.build_kernels(tmp_path_factory.mktemp("kernels"))
+    return toolchain.build_kernels(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="module")
 def kernels(library):
-    return compiled.load_kernels(library)
+    return toolchain.load_kernels(library)
 
 
 # half a minute of compiling for each
@@ -191,7 +191,7 @@ def test_packed_weights_multiply_as_torch_does_and_each_row_as_if_alone(
     torch.manual_seed(seed)
     # two layers over one input
     linears = [torch.nn.Linear(2 * width, 16 * count, bias=has_bias).to(dtype) for count in (tiles, 3)]
-    packed, outputs = compiled._PackedLinears(linears, hollow=False), 16 * (tiles + 3)
+    packed, outputs = packing._PackedLinears(linears, [], hollow=False), 16 * (tiles + 3)
     call = kernels.space_linear_bfloat16 if dtype == torch.bfloat16 else kernels.space_linear_float32
 
     def multiply(states):
@@ -323,4 +323,4 @@ def test_without_a_compiler_the_kernel_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
 
     with pytest.raises(RunFailed, match=r"no C\+\+ compiler that works"):
-        compiled.build_kernels(tmp_path)
+        toolchain.build_kernels(tmp_path)

@@ -6,14 +6,16 @@ import struct
 import subprocess
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
 from space_cli.core import toolchain
+from space_cli.core.quantized import WeightType
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler, which the compiled engine needs")
 
-SOURCES = [toolchain.KERNELS / name for name in ("linear.cpp", "attend.cpp", "likely.cpp")]
+SOURCES = [toolchain.KERNELS / name for name in ("linear.cpp", "attend.cpp", "likely.cpp", "quantized.cpp")]
 NEEDS = {"x86-64": "sse2", "x86-64-v3": "fma avx2 bmi2", "x86-64-v4": "avx512f avx512vl avx512dq", "native": ""}
 ROWS = [*range(1, 41), 128]
 DTYPES = ["float32", "bfloat16"]
@@ -243,3 +245,61 @@ def test_the_likeliest_tokens_and_their_shares(kernels, dtype, width):
     assert np.array_equal(tokens, order)
     softmax = np.exp(own) / np.exp(own).sum(axis=1, keepdims=True)
     assert np.allclose(shares, np.take_along_axis(softmax, order, axis=1), rtol=1e-5)
+
+
+def blocks_of(weight_type, outputs, width, random):
+    """Random blocks of a type, with scales that keep weights near one, and the weights in them."""
+    kind = gguf.GGMLQuantizationType(int(weight_type))
+    if weight_type is WeightType.F16:
+        raw = random.standard_normal((outputs, width)).astype(np.float16)
+        return raw, raw.astype(np.float32)
+    if weight_type is WeightType.BF16:
+        raw = narrowed(random.standard_normal((outputs, width)))
+        return raw, wide(raw)
+    size, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = random.integers(0, 256, (outputs * width // size, num_bytes), dtype=np.uint8)
+    places = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind.name, (0,))
+    for place in places:
+        scales = random.uniform(0.001, 0.01, len(raw)).astype(np.float16)
+        raw[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return raw.reshape(outputs, -1), gguf.dequantize(raw.reshape(outputs, -1), kind)
+
+
+def rounded(states):
+    """Rows as the kernels round them: to 8 bits, in chunks of 32."""
+    chunks = states.reshape(len(states), -1, 32)
+    largest = np.abs(chunks).max(axis=2, keepdims=True)
+    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    return (np.rint(chunks * factor) * (largest / np.float32(127))).reshape(states.shape)
+
+
+@pytest.mark.parametrize("weight_type", WeightType, ids=lambda each: each.name)
+# tiles that are filled, or not
+@pytest.mark.parametrize(("width", "outputs"), [(512, 40), (1536, 64)])
+def test_weights_of_few_bits_are_read_as_they_lie_and_rows_have_the_same_bits_whatever_stands_beside_them(
+    kernels, weight_type, width, outputs
+):
+    random = np.random.default_rng(int(weight_type) + width)
+    raw, weights = blocks_of(weight_type, outputs, width, random)
+    order = random.permutation(outputs).astype(np.int64)
+    bias = random.standard_normal(outputs).astype(np.float32)
+    states = random.standard_normal((max(ROWS), width)).astype(np.float32)
+    states[3, :64] = 0
+    held = np.zeros(64 * 2 * width * 2, dtype=np.uint8)
+
+    def multiplied(rows):
+        found = np.empty((len(rows), outputs), dtype=np.float32)
+        kernels.call("space_linear_quantized", int(weight_type), rows, held, bias, found, len(rows), width, outputs)
+        return found
+
+    kernels.call("space_pack", int(weight_type), raw, order, held, outputs, width)
+    read = np.empty((outputs, width), dtype=np.float32)
+    kernels.call("space_rows_quantized", int(weight_type), np.arange(outputs), held, read, outputs, width)
+    whole = multiplied(states)
+
+    assert np.array_equal(read, weights[order])
+    is_wide = weight_type in (WeightType.F16, WeightType.BF16)
+    expected = (states if is_wide else rounded(states)).astype(np.float64) @ weights[order].T.astype(np.float64) + bias
+    assert np.abs(whole - expected).max() < 1e-5 * np.abs(expected).max()
+    for rows in (1, 2, 3, 4, 5, 8, 13, 32):
+        assert np.array_equal(multiplied(states[5 : 5 + rows].copy()), whole[5 : 5 + rows])

@@ -10,6 +10,8 @@ import pytest
 import torch
 from ggufs import llama_file
 
+from space_cli.core.block import Block
+from space_cli.core.engine import engine_for
 from space_cli.errors import UsageProblem
 from space_cli.models.gguf_file import TENSOR_TYPES, read_gguf
 from space_cli.models.gguf_names import gguf_path, is_gguf
@@ -400,3 +402,14 @@ def test_what_is_trained_over_a_file_names_it_as_its_base(run_space, file, tmp_p
         "verify-lossless", "--model", "out", "--suite", "data.jsonl", "--limit", 1, "--max-new-tokens", 12, "-q"
     )
     assert checked.returncode == 0, checked.stderr + checked.stdout
+
+
+@torch.inference_mode()
+def test_a_token_has_the_same_logits_in_a_block_of_any_size(file):
+    loaded, prefix, rows = load_model(str(file)), [3, 1, 4, 1, 5], []
+    for slots in (1, 2, 3, 5, 8):
+        engine = engine_for(loaded.model, None, max_length=32, max_slots=8)
+        engine.prefill(prefix)
+        rows.append(engine.run(Block.chain(slots - 1, 0), [9] * slots)[0])
+
+    assert all(torch.equal(row, rows[0]) for row in rows)

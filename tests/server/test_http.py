@@ -24,6 +24,15 @@ def curl(url, *arguments):
     return int(status), body
 
 
+def wait_for(url, figure):
+    """Wait until the metrics have a figure."""
+    for _ in range(500):
+        if figure in curl(f"{url}/metrics")[1]:
+            return
+        time.sleep(0.02)
+    raise AssertionError(curl(f"{url}/metrics")[1])
+
+
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
 
@@ -160,8 +169,7 @@ def test_sigterm_lets_answers_end_and_refuses_those_that_wait(start_server):
             waiting = subprocess.Popen(
                 ["curl", "-sS", f"{running.url}/v1/completions", *JSON, "-d", more], stdout=subprocess.PIPE, text=True
             )
-            while "space_requests_waiting 1" not in curl(f"{running.url}/metrics")[1]:
-                time.sleep(0.01)
+            wait_for(running.url, "space_requests_waiting 1.0")
 
             running.process.send_signal(signal.SIGTERM)
 
@@ -178,20 +186,20 @@ def test_ctrl_c_ends_with_the_code_of_an_interruption(start_server):
 
 
 def test_a_full_queue_is_told_and_a_client_that_leaves_makes_room(start_server):
-    long = json.dumps({"prompt": "import", "max_tokens": 1500, "temperature": 1.5, "seed": 1})
+    long = json.dumps({"prompt": "import", "max_tokens": 400, "temperature": 1.5, "seed": 1, "n": 8})
     with start_server("--parallel", "1", "--queue", "1") as running:
         ask = ["curl", "-sS", f"{running.url}/v1/completions", *JSON, "-d", long]
         clients = [subprocess.Popen(ask, stdout=subprocess.DEVNULL) for _ in range(2)]
-        while "space_requests_waiting 1" not in curl(f"{running.url}/metrics")[1]:
-            time.sleep(0.01)
+        wait_for(running.url, "space_requests_waiting 1.0")
 
         status, headers = curl(f"{running.url}/v1/completions", "-i", *JSON, "-d", long)
         for client in clients:
             client.kill()
             client.wait()
+        wait_for(running.url, "space_requests_active 0.0")
         after, _ = curl(f"{running.url}/v1/completions", *JSON, "-d", json.dumps({"prompt": "x", "max_tokens": 1}))
 
         assert status == 429
         assert "retry-after" in headers.lower()
-        assert json.loads(headers.split("\r\n\r\n")[1] if "\r\n\r\n" in headers else headers[headers.index("{") :])
+        assert json.loads(headers[headers.index("{") :])["error"]["code"] == "queue_full"
         assert after == 200

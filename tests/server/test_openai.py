@@ -80,6 +80,19 @@ def test_a_stream_that_is_left_ends_the_request(client):
     assert told.usage.completion_tokens == 4
 
 
+def test_a_prediction_is_a_draft(client):
+    fields = {"model": "nano", "messages": MESSAGES, "max_tokens": 60, "temperature": 1.2, "seed": 9}
+    plain = client.chat.completions.create(**fields)
+    text = plain.choices[0].message.content
+
+    for content in (text, [{"type": "text", "text": text}]):
+        told = client.chat.completions.create(**fields, prediction={"type": "content", "content": content})
+
+        assert told.choices[0].message.content == text
+        accepted = told.usage.completion_tokens_details.accepted_prediction_tokens
+        assert accepted > plain.usage.completion_tokens_details.accepted_prediction_tokens
+
+
 def test_several_requests_at_once_answer_as_each_alone(server):
     prompts = [PROMPT, "class Stack:\n", "import os\n", "for x in range(3):\n"]
 

@@ -88,7 +88,7 @@ def test_a_training_is_not_taken_up_with_other_weights_of_the_same_shapes(train,
 def test_answers_of_other_weights_under_one_name_are_not_taken(train, base, tiny_tokenizer, tmp_path):
     options = ("--method", "adapter", "--distill", "2")
     train(base, "out", *options)
-    first = (tmp_path / "out" / "distilled.jsonl").read_text().split()
+    first = (tmp_path / "out" / "distilled.jsonl").read_text().splitlines()
     save(base, tiny_tokenizer, scale=0.3)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "distilled.jsonl").write_text("\n".join(first))

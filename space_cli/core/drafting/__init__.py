@@ -8,7 +8,7 @@ what it cost, `strategy` puts them together.
 from space_cli.core.drafting.acceptance import AcceptanceStats
 from space_cli.core.drafting.chain import ChainDrafter, Drafter, Proposal, Verified
 from space_cli.core.drafting.ngrams import NgramIndex
-from space_cli.core.drafting.strategy import EVERYTHING, AdaptiveDrafter, Strategy
+from space_cli.core.drafting.strategy import EVERYTHING, AdaptiveDrafter, Guide, Strategy
 
 __all__ = [
     "EVERYTHING",
@@ -16,6 +16,7 @@ __all__ = [
     "AdaptiveDrafter",
     "ChainDrafter",
     "Drafter",
+    "Guide",
     "NgramIndex",
     "Proposal",
     "Strategy",

@@ -6,16 +6,17 @@ than its time; where nothing is, the step is plain AR.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Rows
 from space_cli.core.costs import MOST_SLOTS, SIZES
 from space_cli.core.drafting.acceptance import AcceptanceStats
 from space_cli.core.drafting.chain import Proposal, Verified
-from space_cli.core.drafting.ngrams import Continuation, NgramIndex, Source
+from space_cli.core.drafting.ngrams import LONGEST_MATCH, MAX_COPIED, Continuation, NgramIndex, Source
 from space_cli.core.drafting.tree import Node, TokenTree, most_worth
 
 
@@ -37,6 +38,16 @@ class Strategy:
 EVERYTHING = Strategy()
 
 
+class Guide(Protocol):
+    """What a grammar knows of the tokens to come."""
+
+    def forced(self, tokens: Sequence[int]) -> list[int]:
+        """Return the tokens that must follow `tokens`, where there is no choice."""
+
+    def allowed(self, tokens: Sequence[int], following: Sequence[int]) -> int:
+        """Return how many of the tokens `following` may follow `tokens`."""
+
+
 class AdaptiveDrafter:
     """Builds each block anew.
 
@@ -46,6 +57,7 @@ class AdaptiveDrafter:
         strategy: what drafts are made of.
         texts: token ids to copy from besides the context, as an answer that is expected.
         sources: of more text to copy from, which do not change meanwhile.
+        guide: candidates are what it allows; None allows everything.
     """
 
     max_slots = MOST_SLOTS
@@ -58,19 +70,23 @@ class AdaptiveDrafter:
         *,
         texts: Iterable[Sequence[int]] = (),
         sources: Sequence[Source] = (),
+        guide: Guide | None = None,
     ) -> None:
         self._stats, self._strategy = stats, strategy
         self._masks = masks if strategy.width else 0
-        self._context, self._sources = NgramIndex(texts), sources
+        self._context, self._sources, self._guide = NgramIndex(texts), sources, guide
 
     def draft(self, tokens: Sequence[int], rows: Rows | None = None, group: range = range(0)) -> Proposal:
         """Propose what is worth its time behind `tokens`; see `Drafter`."""
         texts = self._texts(tokens) if self._strategy.copies else []
         masks = self._masks if self._stats.masks.is_good else 0
+        allows: Callable[[list[int]], bool] | None = None
+        if self._guide is not None:
+            texts, allows = self._guided(self._guide, tokens, texts)
         if self._stats.is_plain_due or not (masks or texts):
             return Proposal(AR_BLOCK, (), texts=texts)
         asked = rows.likely(group, tokens, self._strategy.width) if rows is not None and masks and group else []
-        tree = TokenTree(asked, texts, self._stats.copy_probability)
+        tree = TokenTree(asked, texts, self._stats.copy_probability, allows)
         # a node whose gain is below the cheapest slot's cost may only fill a free padding slot
         tree.grow(self._stats.cheapest, MOST_SLOTS - 1)
         taken, masks, anchors = most_worth(tree.nodes, self._stats.values[:masks], self._stats.prices)
@@ -80,6 +96,20 @@ class AdaptiveDrafter:
         nodes = tree.nodes[:taken] + [Node(tokens[-1], 0, 1, 0.0)] * (taken - len(tree.nodes))
         block = _block(tuple(node.parent for node in nodes), masks, tuple(anchors))
         return Proposal(block, [node.token for node in nodes], asked, texts)
+
+    def _guided(
+        self, guide: Guide, tokens: Sequence[int], texts: Sequence[Continuation]
+    ) -> tuple[list[Continuation], Callable[[list[int]], bool]]:
+        """Return the texts as far as the guide allows them, or what it forces, and its verdict on paths."""
+        forced = guide.forced(tokens)
+        if forced:
+            texts = [Continuation(LONGEST_MATCH, forced[:MAX_COPIED])]
+        else:
+            held = [guide.allowed(tokens, text.tokens) for text in texts]
+            texts = [
+                text._replace(tokens=text.tokens[:count]) for text, count in zip(texts, held, strict=True) if count
+            ]
+        return list(texts), lambda path: guide.allowed(tokens, path) == len(path)
 
     def observe(self, step: Verified) -> None:
         """Learn from a step."""

@@ -29,6 +29,7 @@ class TokenTree:
         predictions: by depth, tokens that a mask predicts with their probabilities.
         texts: to copy, the longest match first.
         copy_probability: of a text's token, by its depth and its rank among the texts that have gone along so far.
+        allows: whether the tokens from the head on to a node may come; None where all may.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class TokenTree:
         predictions: Sequence[Sequence[tuple[int, float]]],
         texts: Sequence[Continuation],
         copy_probability: Callable[[Continuation, int, int], float],
+        allows: Callable[[list[int]], bool] | None = None,
     ) -> None:
         self.nodes: list[Node] = []
-        self._predictions, self._copy_probability = predictions, copy_probability
+        self._predictions, self._copy_probability, self._allows = predictions, copy_probability, allows
         self._queue: list[tuple[float, int, Node, Sequence[Continuation]]] = []
         self._order = count()
         self._add_children(0, 0, 1.0, texts)
@@ -58,9 +60,21 @@ class TokenTree:
                 along.setdefault(text.tokens[depth], []).append(text)
         for rank, (token, those) in enumerate(along.items()):
             children[token] = max(children.get(token, 0.0), self._copy_probability(those[0], depth, rank))
+        if self._allows is not None:
+            path = self._path(slot)
+            children = {token: share for token, share in children.items() if self._allows([*path, token])}
         for token, conditional in children.items():
             node = Node(token, slot, depth + 1, probability * conditional)
             heapq.heappush(self._queue, (-node.probability, next(self._order), node, along.get(token, ())))
+
+    def _path(self, slot: int) -> list[int]:
+        """Return the tokens from the head on to a slot."""
+        path: list[int] = []
+        while slot:
+            node = self.nodes[slot - 1]
+            path.insert(0, node.token)
+            slot = node.parent
+        return path
 
 
 def most_worth(nodes: Sequence[Node], values: Sequence[float], prices: Sequence[float]) -> tuple[int, int, list[int]]:
