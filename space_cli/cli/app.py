@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; print an error as one line and return the exit code."""
-    from space_cli.cli.console import never_fail_for_a_character
+    from space_cli.cli.streams import never_fail_for_a_character
 
     never_fail_for_a_character()
     try:

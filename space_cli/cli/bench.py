@@ -66,7 +66,7 @@ _Seeds = Annotated[
 _Execute = Annotated[
     bool,
     typer.Option(
-        "--execute", help="Run the model's code against the tests of suites that have some, contained (see README)."
+        "--execute", help="Run the model's code against the tests of suites that have some, contained (see docs/bench.md)."
     ),
 ]
 _Resume = Annotated[

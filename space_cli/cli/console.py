@@ -6,8 +6,6 @@ from a file is untrusted: `visible` turns what a terminal would obey into what a
 
 from __future__ import annotations
 
-import codecs
-import io
 import logging
 import os
 import re
@@ -61,29 +59,6 @@ def unechoed() -> Iterator[None]:
 
 
 # what a bar, a rule or an ellipsis is drawn with where only ASCII can be written
-_LOOK_ALIKES = dict(zip("▁▂▃▄▅▆▇█━─│·…↵→✓", "._:-=+*##-|-.>>v", strict=True))
-
-
-def _replaced(error: UnicodeError) -> tuple[str, int]:
-    """Stand in for characters that a stream cannot encode: by a look-alike, or by an escape that loses nothing."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    characters = error.object[error.start : error.end]
-    return "".join(_LOOK_ALIKES.get(each) or _escaped(each) for each in characters), error.end
-
-
-def _escaped(character: str) -> str:
-    return character.encode("ascii", "backslashreplace").decode()
-
-
-def never_fail_for_a_character() -> None:
-    """Make standard output and error take any text, whatever their encoding: a long run must not end at a character."""
-    codecs.register_error("space", _replaced)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="space")
-
-
 def echo_json(text: str) -> None:
     """Write JSON to standard output; what its encoding lacks is escaped as JSON escapes it."""
     encoding = sys.stdout.encoding or "utf-8"

@@ -174,6 +174,9 @@ def why_not(model: PreTrainedModel) -> str | None:
         return f"its dtype is {str(model.dtype).removeprefix('torch.')}"
     if getattr(model, "is_quantized", False):
         return "its weights are quantised"
+    # an adapter's own are part of what is compiled
+    if any(module._forward_hooks and "lora_B" not in name for name, module in model.named_modules()):
+        return "hooks watch its layers"
     if not has_replaceable_attention(model):
         return "its attention is its own"
     return None

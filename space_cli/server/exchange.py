@@ -89,8 +89,8 @@ class Exchange:
             self._watch = asyncio.create_task(self._cancel_when_gone())
             if stream:
                 # errors before the first event still have a status of their own
-                await anext(events, None)
-                return _EventStream(self, events)
+                first = await anext(events, [])
+                return _EventStream(self, _behind(first, events))
             async for batch in events:
                 self.take(batch)
         except ApiError:
@@ -134,6 +134,13 @@ class Exchange:
             self.metrics.seconds.observe(seconds)
         told = (path, self.job.model, status, usage["prompt_tokens"], usage["completion_tokens"], seconds)
         log.info("%s %s %d %d+%d tokens %.2f s", *told)
+
+
+async def _behind(first: list[Event], events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
+    """Yield a batch that was taken already, then the others."""
+    yield first
+    async for batch in events:
+        yield batch
 
 
 class _EventStream(Response):

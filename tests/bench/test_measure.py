@@ -162,7 +162,8 @@ def test_unknown_methods_and_untrained_models_are_told(loaded):
 def test_methods_that_cannot_run_are_left_out_with_a_word(loaded):
     chosen, left_out = choose_methods(methods_named(["all"]), replace(loaded, candidates=0), sampling=Sampling(0.5))
 
-    assert [method.name for method in chosen] == ["ar", "space", "space-lookup", "hf", "hf-lookup", "hf-early-exit"]
+    own, peers = ["ar", "space", "space-lookup", "space-memory"], ["hf", "hf-lookup", "hf-early-exit"]
+    assert [method.name for method in chosen] == own + peers
     assert "has no masks" in left_out["space-chain"]
     assert "no layers for multi-token prediction" in left_out["hf-mtp"]
     assert "name one with --draft-model" in left_out["hf-assisted"]

@@ -63,7 +63,8 @@ def test_piped_text_is_a_prompt_or_follows_one(run_space, tiny_model_dir):
 
     assert alone["token_ids"] == dashed["token_ids"]
     assert behind["prompt_tokens"] > alone["prompt_tokens"]
-    assert broken.returncode == 0
+    assert broken.returncode == 2
+    assert "standard input:1: not UTF-8" in broken.stderr
 
 
 def test_steps_are_listed(run_space, tiny_model_dir):
@@ -112,7 +113,7 @@ def test_a_model_without_masks_drafts_from_the_context(run_space, tiny_models, t
     refused = run_space(*common, "--candidates", "3")
 
     assert space["token_ids"] == ar["token_ids"]
-    assert space["steps"] < ar["steps"]
+    assert space["steps"] <= ar["steps"]
     assert refused.returncode == 2
     assert "has no masks, and copies as many tokens as pay" in refused.stderr
 

@@ -149,9 +149,9 @@ def test_the_first_screen_says_what_a_model_call_does(chat, mode, greeting):
 
 
 BREAKING = """
-import space_cli.cli.session as session
+import space_cli.api.model as model
 from space_cli.cli.app import main
-decode, calls = session.decode, []
+decode, calls = model.decode, []
 
 def breaking(*arguments, **options):
     calls.append(1)
@@ -160,7 +160,7 @@ def breaking(*arguments, **options):
             raise RuntimeError("not enough memory\\nat some place")
         yield step
 
-session.decode = breaking
+model.decode = breaking
 main()
 """
 

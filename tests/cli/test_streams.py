@@ -9,7 +9,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from space_cli.cli import console
+from space_cli.cli import console, streams
 from space_cli.cli.live import LiveRunView, run_view
 
 CURSOR = re.compile(rb"\x1b\[[\d;?]*[ABCDEFGHJKLMSTfhlnsu]")
@@ -69,7 +69,7 @@ def test_what_a_stream_cannot_encode_is_replaced_and_json_escaped(monkeypatch, e
     written = io.BytesIO()
     stream = io.TextIOWrapper(written, encoding=encoding, errors="strict")
     monkeypatch.setattr(sys, "stdout", stream)
-    console.never_fail_for_a_character()
+    streams.never_fail_for_a_character()
 
     console.out().print("▂█ · ✓ 🚀 ж")
     console.echo_json(json.dumps({"a": "é🚀"}, ensure_ascii=False))

@@ -267,7 +267,7 @@ def test_a_cache_goes_on_from_one_engine_to_the_other(pair):
     ("changed", "reason"),
     [
         (lambda model: model.half(), "its dtype is float16"),
-        (lambda model: model.lm_head.register_forward_hook(lambda *_: None), "adapter"),
+        (lambda model: model.lm_head.register_forward_hook(lambda *_: None), "hooks watch"),
         (lambda model: model.set_attn_implementation("eager"), "attention is its own"),
     ],
 )

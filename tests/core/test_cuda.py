@@ -19,7 +19,7 @@ from space_cli.core.cuda import SIZES, TILES, GraphProgram, _ancestry, rows_of, 
 from space_cli.core.cuda_attention import BlockTensors, attend_plainly
 from space_cli.core.cuda_engine import GraphEngine
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import AdaptiveDrafts, ChainDrafts
+from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, ChainDrafter
 from space_cli.core.engine import EagerEngine, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.errors import RunFailed
@@ -89,9 +89,9 @@ def test_ancestors_are_those_of_the_mask_in_the_order_of_the_text(block, spare):
 
 
 @settings(max_examples=10)
-@given(block=blocks(), sampling=st.sampled_from([Sampling(), Sampling(0.9, seed=2), Sampling(0.7, top_k=9, seed=4)]))
+@given(block=blocks(max_masks=3), sampling=st.sampled_from([Sampling(), Sampling(0.9, seed=2), Sampling(0.7, top_k=9, seed=4)]))
 def test_space_equals_ar_and_the_eager_engine(model, program, block, sampling):
-    drafted = generate(model, program, drafts=ChainDrafts(block), sampling=sampling)
+    drafted = generate(model, program, drafts=ChainDrafter(block), sampling=sampling)
 
     assert drafted == generate(model, program, sampling=sampling) == generate(model, None, sampling=sampling)
 
@@ -101,7 +101,7 @@ def test_every_family_gives_what_generate_gives(tiny_models, family):
     model = tiny_models[family]
     if why_not(model) is not None:
         pytest.skip(why_not(model))
-    drafts = AdaptiveDrafts(ASSUMED_COSTS, 3)
+    drafts = AdaptiveDrafter(AcceptanceStats(ASSUMED_COSTS, 3), 3)
 
     assert generate(model, GraphProgram(model), drafts=drafts) == hf_greedy(model, PROMPT, 40)
 
@@ -124,7 +124,7 @@ def test_branches_that_were_accepted_are_moved_in_all_layers_at_once(model, prog
             stop=StopRule(30),
             chooser=Chooser(),
             mask_token_ids=MASK_IDS,
-            drafts=ChainDrafts(tree, second_branch),
+            drafts=ChainDrafter(tree, second_branch),
             program=program,
         )
     )
@@ -179,7 +179,7 @@ def test_two_texts_in_turn_do_not_disturb_each_other(model, program):
             stop=StopRule(20),
             chooser=Chooser(),
             mask_token_ids=MASK_IDS,
-            drafts=ChainDrafts(Block.chain(2, 2)),
+            drafts=ChainDrafter(Block.chain(2, 2)),
             program=program,
             cache=cache,
         )
@@ -275,7 +275,7 @@ def test_an_adapter_drafts_in_graphs_and_leaves_the_text_to_its_base(tiny_models
 
     def drafts():
         seen.clear()
-        return ChainDrafts(block, lambda _, candidates: seen.append(list(candidates)) or candidates)
+        return ChainDrafter(block, lambda _, candidates: seen.append(list(candidates)) or candidates)
 
     seen = []
     arguments = {"stop": StopRule(40), "chooser": Chooser(), "mask_token_ids": ids}

@@ -21,7 +21,7 @@ from space_cli.core.cuda import GraphProgram, _ancestry
 from space_cli.core.cuda_attention import BlockTensors, attend, attend_plainly
 from space_cli.core.cuda_engine import GraphEngine
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import ChainDrafts
+from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import EagerEngine
 from space_cli.core.stopping import StopRule
 
@@ -333,14 +333,14 @@ def _agree(run: Run, name: str, model: LlamaForCausalLM, program: GraphProgram, 
             depths = block.offsets[1 : block.num_tokens]
             return [right[depth - 1] ^ (next(turns) % 3 == 0) for depth in depths]
 
-        found = _tokens(model, program, prompt, tokens, ChainDrafts(block, half_right))
+        found = _tokens(model, program, prompt, tokens, ChainDrafter(block, half_right))
         common = next((at for at, pair in enumerate(zip(ar, found, strict=False)) if pair[0] != pair[1]), tokens)
         same, longest = same + (found == ar), longest + common
     run.row(f"{name}: identical to AR", answers=f"{same}/{answers}", tokens=f"{longest}/{answers * tokens}")
 
 
 def _tokens(
-    model: LlamaForCausalLM, program: GraphProgram, prompt: Sequence[int], tokens: int, drafts: ChainDrafts | None
+    model: LlamaForCausalLM, program: GraphProgram, prompt: Sequence[int], tokens: int, drafts: ChainDrafter | None
 ) -> list[int]:
     steps = decode(
         model,

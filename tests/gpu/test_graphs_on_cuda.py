@@ -12,7 +12,7 @@ from space_cli.core.choose import Chooser
 from space_cli.core.cuda import GraphProgram
 from space_cli.core.cuda_engine import GraphEngine
 from space_cli.core.decoder import decode
-from space_cli.core.drafting import ChainDrafts
+from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import EagerEngine
 from space_cli.core.stopping import StopRule
 
@@ -55,7 +55,7 @@ def test_space_equals_ar_in_any_dtype(model, program, block):
         right = [*expected[len(tokens) - len(PROMPT) :], *[1] * block.num_slots]
         return [right[depth - 1] ^ (next(turns) % 3 == 0) for depth in block.offsets[1 : block.num_tokens]]
 
-    assert generate(model, program, ChainDrafts(block, half_right)) == expected
+    assert generate(model, program, ChainDrafter(block, half_right)) == expected
 
 
 @torch.inference_mode()

