@@ -22,6 +22,7 @@ from space_cli.models.prompting import DEFAULT_TEMPLATE, Turn, render, seam_for,
 from space_cli.training.batch import Request, answer_in_batches
 from space_cli.training.chat_format import prompt_ids
 from space_cli.training.data import OWN_DATA, Conversation
+from space_cli.training.start import identity
 
 _QUESTION_TOKENS = 96
 _LEAST_QUESTION = 4
@@ -69,7 +70,8 @@ def own_examples(
         UsageProblem: the model asks nothing that could be used.
         RunFailed: the file cannot be written.
     """
-    known = _read(file)
+    base = str(identity(loaded)["weights"])
+    known = _read(file, base)
     opening, closing = _turn_of_a_user(loaded, template)
     began, written, fruitless, rounds = time.monotonic(), 0, 0, len(known)
     while len(known) < settings.count and fruitless < _FRUITLESS_ROUNDS:
@@ -84,7 +86,7 @@ def own_examples(
             written += len(ids)
             if answer and not is_repetitive(ids):
                 known[_essence(question)] = (question, answer)
-                _append(file, question, answer)
+                _append(file, base, question, answer)
             on_progress(min(len(known), settings.count), settings.count, written / (time.monotonic() - began))
         fruitless = 0 if len(known) > before else fruitless + 1
     if not known:
@@ -142,22 +144,24 @@ def _essence(question: str) -> str:
     return " ".join(question.lower().split()[:12])
 
 
-def _read(file: Path) -> dict[str, tuple[str, str]]:
-    """Return what an earlier run kept; a last line that was cut off is forgotten."""
+def _read(file: Path, base: str) -> dict[str, tuple[str, str]]:
+    """Return what an earlier run of the same base kept; a last line that was cut off is forgotten."""
     known = {}
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
             row = json.loads(line)
+            if row["base"] != base:
+                continue
             known[_essence(row["question"])] = (str(row["question"]), str(row["answer"]))
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return known
 
 
-def _append(file: Path, question: str, answer: str) -> None:
+def _append(file: Path, base: str, question: str, answer: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as stream:
-            stream.write("\n" + json.dumps({"question": question, "answer": answer}) + "\n")
+            stream.write("\n" + json.dumps({"base": base, "question": question, "answer": answer}) + "\n")
     except OSError as error:
         raise unwritten(file, error) from error
