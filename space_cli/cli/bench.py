@@ -67,7 +67,7 @@ _Execute = Annotated[
     bool,
     typer.Option(
         "--execute",
-        help="Run the model's code against the tests of suites that have some, contained (see docs/bench.md).",
+        help="Run the model's code against the tests of suites that have some, contained (docs/bench.md).",
     ),
 ]
 _Resume = Annotated[
