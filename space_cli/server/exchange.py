@@ -89,7 +89,7 @@ class Exchange:
             self._watch = asyncio.create_task(self._cancel_when_gone())
             if stream:
                 # errors before the first event still have a status of their own
-                first = await anext(events, [])
+                first: list[Event] = await anext(events, [])
                 return _EventStream(self, _behind(first, events))
             async for batch in events:
                 self.take(batch)
