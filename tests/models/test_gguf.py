@@ -397,7 +397,10 @@ def test_what_is_trained_over_a_file_names_it_as_its_base(run_space, file, tmp_p
     done = run_space("train", "--model", file, "--data", "data.jsonl", "--output", "out", *options)
 
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out" / "space_config.json").read_text())["base_model"] == str(file)
+    space = json.loads((tmp_path / "out" / "space_config.json").read_text())
+    assert space["training"]["base"] == str(file)
+    # all weights are there where all were tuned
+    assert space["base_model"] == (str(file) if method == "adapter" else None)
     checked = run_space(
         "verify-lossless", "--model", "out", "--suite", "data.jsonl", "--limit", 1, "--max-new-tokens", 12, "-q"
     )
