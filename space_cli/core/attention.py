@@ -14,7 +14,7 @@ longer: whole tiles cost more, but SDPA takes a third of the time for four bfloa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -56,16 +56,26 @@ def has_replaceable_attention(model: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def invariant_attention_of(model: PreTrainedModel) -> Iterator[None]:
-    """Lay this attention over the model for the time of a call; one with attention of its own keeps it."""
+def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Lay an attention of ours over the model for the time of a call; one with attention of its own keeps it.
+
+    Args:
+        model: that calls it.
+        name: in transformers' attention interface.
+    """
     if not has_replaceable_attention(model):
         yield
         return
-    model.config._attn_implementation = INVARIANT
+    model.config._attn_implementation = name
     try:
         yield
     finally:
         model.config._attn_implementation = "sdpa"
+
+
+def invariant_attention_of(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Lay the attention of this module over the model for the time of a call."""
+    return attention_of(model, INVARIANT)
 
 
 def invariant_attention(

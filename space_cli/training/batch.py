@@ -7,7 +7,6 @@ buffer per layer, each row written at its own place, so nothing is padded, copie
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -19,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from space_cli.core.attention import has_replaceable_attention
+from space_cli.core.attention import attention_of
 from space_cli.core.cache import cache_arguments
 
 GROUPED = "space_grouped"
@@ -74,7 +73,7 @@ def answer_in_batches(
     cache = _RowCache(rows)
     waiting = list(enumerate(requests))[::-1]
     running: list[_Row] = []
-    with _grouped_attention_of(model):
+    with attention_of(model, GROUPED):
         while waiting or running:
             while waiting and len(running) < rows:
                 row = _Row(*waiting.pop(), [], torch.Generator())
@@ -231,18 +230,6 @@ def grouped_attention(
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
     output = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(batch, 1, heads, value.shape[3]), None
-
-
-@contextmanager
-def _grouped_attention_of(model: PreTrainedModel) -> Iterator[None]:
-    if not has_replaceable_attention(model):
-        yield
-        return
-    model.config._attn_implementation = GROUPED
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = "sdpa"
 
 
 AttentionInterface.register(GROUPED, grouped_attention)

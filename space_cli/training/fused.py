@@ -6,8 +6,8 @@ that takes longer than the products. Here the update is added by the product tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from space_cli.core.attention import has_replaceable_attention
+from space_cli.core.attention import attention_of
 from space_cli.models.adapter import SlotGate, adapter_of
 
 TRAINING = "space_training"
@@ -131,17 +131,9 @@ def training_attention(
     return (shares @ value).view(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
-@contextmanager
-def training_attention_of(model: PreTrainedModel) -> Iterator[None]:
+def training_attention_of(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Lay `training_attention` over the model for the time of a call, where its attention can be replaced."""
-    if not has_replaceable_attention(model):
-        yield
-        return
-    model.config._attn_implementation = TRAINING
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = "sdpa"
+    return attention_of(model, TRAINING)
 
 
 AttentionInterface.register(TRAINING, training_attention)
