@@ -92,7 +92,7 @@ class Worker:
     Args:
         shelf: of models.
         parallel: requests under way at once.
-        waiting: requests that may wait; one more is refused.
+        waiting: requests that may wait beside those under way; one more is refused.
     """
 
     def __init__(self, shelf: Shelf, *, parallel: int, waiting: int) -> None:
@@ -134,7 +134,8 @@ class Worker:
             for left in [waiting for waiting in self._waiting if waiting.is_cancelled]:
                 with suppress(ValueError, IndexError):  # the worker came to it meanwhile
                     self._waiting.remove(left)
-            if len(self._waiting) >= self._most_waiting:
+            # what an idle worker has not begun yet does not wait
+            if len(self._waiting) + len(self._active) >= self._most_waiting + self._parallel:
                 raise overloaded(429, f"{len(self._waiting)} requests are waiting already", "queue_full")
             self._waiting.append(job)  # type: ignore[arg-type]
             self._condition.notify()
@@ -163,8 +164,10 @@ class Worker:
                     break
             self._admit()
             for _ in range(len(self._active)):
-                job = self._active.popleft()
-                if self._advance(job):
+                job = self._active[0]
+                is_going_on = self._advance(job)
+                self._active.popleft()
+                if is_going_on:
                     self._active.append(job)
         for job in self._active:
             self._end(job)
@@ -182,12 +185,12 @@ class Worker:
                 return
             if job.is_cancelled:
                 continue
+            self._active.append(job)
             try:
                 job.begin(self._shelf.get(job.model, in_use))
             except Exception as error:  # noqa: BLE001  # whatever it is, the request is told and the others go on
+                self._active.pop()
                 job.put(error)
-                continue
-            self._active.append(job)
 
     def _advance(self, job: Job[object]) -> bool:
         """Take one event of a job; return whether there may be more."""

@@ -190,12 +190,13 @@ def test_a_full_queue_is_told_and_a_client_that_leaves_makes_room(start_server):
     with start_server("--parallel", "1", "--queue", "1") as running:
         ask = ["curl", "-sS", f"{running.url}/v1/completions", *JSON, "-d", long]
         clients = [subprocess.Popen(ask, stdout=subprocess.DEVNULL) for _ in range(2)]
-        wait_for(running.url, "space_requests_waiting 1.0")
-
-        status, headers = curl(f"{running.url}/v1/completions", "-i", *JSON, "-d", long)
-        for client in clients:
-            client.kill()
-            client.wait()
+        try:
+            wait_for(running.url, "space_requests_waiting 1.0")
+            status, headers = curl(f"{running.url}/v1/completions", "-i", *JSON, "-d", long)
+        finally:
+            for client in clients:
+                client.kill()
+                client.wait()
         wait_for(running.url, "space_requests_active 0.0")
         after, _ = curl(f"{running.url}/v1/completions", *JSON, "-d", json.dumps({"prompt": "x", "max_tokens": 1}))
 
