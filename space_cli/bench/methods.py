@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from space_cli.bench import llama_cpp
+from space_cli.bench.sweep import sweep_method
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import Drafter, Strategy
@@ -365,7 +366,7 @@ def chains(sizes: Sequence[int]) -> list[Method]:
 
 def _chain(k: int) -> Method:
     return Method(
-        f"space-k{k}",
+        sweep_method(k),
         f"the paper's block with k = {k}",
         lambda task, on_step: run_decode(task, task.loaded.drafts(k), on_step),
         exact_under_seed=True,

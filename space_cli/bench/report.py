@@ -117,6 +117,11 @@ class Result(BaseModel):
     quality: float | None = None
     pass_at_k: dict[int, float] | None = None
 
+    @property
+    def is_whole_suite(self) -> bool:
+        """Whether the row sums up all answers of a suite, repetitive ones and every category included."""
+        return self.outputs == "all" and self.category is None
+
 
 class JsonRecord(BaseModel):
     """What a command hands to other programs; `complete` is false when it was cut short."""

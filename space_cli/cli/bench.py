@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Collection
 from contextlib import ExitStack, nullcontext
@@ -198,32 +197,20 @@ def _wanted(
 ) -> list[Method]:
     """Return the methods asked for, whether the model can run them or not."""
     from space_cli.bench.methods import chains, methods_named
+    from space_cli.bench.sweep import parse_sweep
 
     if sweep is not None:
         if methods is not None or candidates is not None:
             raise UsageProblem(
                 "--sweep chooses methods and candidates itself", hint="leave --methods, --candidates out"
             )
-        return chains(_sizes(sweep))
+        return chains(parse_sweep(sweep))
     wanted = methods_named(
         [name.strip() for name in (methods or ("ar,space" if sampled else "ar,space,hf")).split(",")]
     )
     if draft_model is not None and all(method.name != "hf-assisted" for method in wanted):
         raise UsageProblem("--draft-model: none of the methods drafts with it", hint="add hf-assisted to --methods")
     return wanted
-
-
-def _sizes(sweep: str) -> list[int]:
-    """Read `candidates=1..8` or `candidates=1,2,5`."""
-    name, _, values = sweep.partition("=")
-    if name == "candidates":
-        if match := re.fullmatch(r"(\d{1,3})\.\.(\d{1,3})", values):
-            sizes = list(range(int(match[1]), int(match[2]) + 1))
-        else:
-            sizes = [int(value) for value in values.split(",") if re.fullmatch(r"\d{1,3}", value)]
-        if sizes and min(sizes) >= 1 and len(sizes) >= values.count(",") + 1:
-            return list(dict.fromkeys(sizes))
-    raise UsageProblem(f"--sweep {sweep}: not understood", hint="give candidates=1..8 or candidates=1,2,5")
 
 
 def _check_together(json: str | None, *, resume: bool, seeds: int, sampled: bool) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from space_cli.cli.plots import is_sweep, sweep_k
+from space_cli.bench.sweep import fastest_k, sweep_method
+from space_cli.cli.plots import is_sweep
 
 if TYPE_CHECKING:
     from space_cli.bench.report import Report, Result
@@ -18,11 +19,11 @@ Name = Callable[[str], str]
 
 
 def subject(report: Report) -> str | None:
-    """Return the method that a report is about: space, a sweep's best k on its first suite, or the first beside ar."""
+    """Return the method that a report is about: a sweep's fastest k, else space, else the first beside ar."""
     methods = list(dict.fromkeys(result.method for result in report.results))
     if is_sweep(report):
-        speeds = {result.method: result.speedup or 0.0 for result in reversed(_whole(report))}
-        return max((name for name in speeds if sweep_k(name) is not None), key=lambda name: speeds[name], default=None)
+        k = fastest_k(report.results)
+        return None if k is None else sweep_method(k)
     others = [name for name in methods if name != "ar"]
     return "space" if "space" in others else next(iter([*others, *methods]), None)
 
@@ -52,7 +53,7 @@ def headline(report: Report, *, name: Name = str) -> str:
 
 
 def _whole(report: Report) -> list[Result]:
-    return [row for row in report.results if row.outputs == "all" and row.category is None]
+    return [row for row in report.results if row.is_whole_suite]
 
 
 def _speedup(row: Result) -> float:
@@ -96,7 +97,7 @@ def remarks(report: Report, *, name: Name = str) -> Iterator[str]:
             yield f"Best: {_figure(best, name)}. Worst: {_figure(worst, name)}."
         elif _bounds(worst)[1] < 1:
             yield "That is slower than ar."
-        unsure = [row for row in rows if row.outputs == "all" and row.category is None and _holds_one(row)]
+        unsure = [row for row in rows if row.is_whole_suite and _holds_one(row)]
         if unsure:
             places = ", ".join("{} ({:.2f} to {:.2f})".format(name(row.suite), *_bounds(row)) for row in unsure)
             yield f"Too close to call, since the 95 % interval holds 1: {places}."

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from space_cli.bench.sweep import fastest_k, sweep_k
 from space_cli.cli.drawing import GRID, INK, LEGEND_COLUMNS, PAPER, Plot, Style, label, legend, styles
 from space_cli.core.costs import ASSUMED_COSTS
 
@@ -32,12 +32,6 @@ def plots(report: Report) -> list[Plot]:
 def is_sweep(report: Report) -> bool:
     """Return whether the methods beside ar are values of k."""
     return bool(report.settings.get("sweep")) and any(sweep_k(each.method) is not None for each in report.results)
-
-
-def sweep_k(method: str) -> int | None:
-    """Return k of `space-k<k>`, None for another method."""
-    found = re.fullmatch(r"space-k(\d+)", method)
-    return int(found[1]) if found else None
 
 
 def _speedups(results: Sequence[Result], looks: dict[str, Style]) -> Plot | None:
@@ -130,7 +124,9 @@ def _sweep(results: Sequence[Result]) -> Plot | None:
         for (suite, outputs), line in lines.items()
         for k, result in sorted(line.items())
     ]
-    best = [f"k = {_best(line)} for {suite}" for (suite, outputs), line in lines.items() if outputs == "all"]
+    best = [
+        f"k = {fastest_k(line.values())} for {suite}" for (suite, outputs), line in lines.items() if outputs == "all"
+    ]
     return Plot(
         "sweep",
         "Speedup by k",
@@ -142,16 +138,12 @@ def _sweep(results: Sequence[Result]) -> Plot | None:
     )
 
 
-def _best(line: dict[int, Result]) -> int:
-    return max(line, key=lambda k: _speedup(line[k]))
-
-
 def _draw_sweep(lines: dict[tuple[str, str], dict[int, Result]], figure: FigureBase) -> None:
     axes = figure.subplots()
     axes.axhline(1.0, color=INK, linewidth=1.2, linestyle="--")
     looks = styles(suite for suite, _ in lines)
     for (suite, outputs), line in lines.items():
-        style, hollow, best = looks[suite], outputs != "all", _best(line)
+        style, hollow, best = looks[suite], outputs != "all", fastest_k(line.values())
         ks = sorted(line)
         row = [line[k] for k in ks]
         axes.errorbar(
@@ -166,7 +158,7 @@ def _draw_sweep(lines: dict[tuple[str, str], dict[int, Result]], figure: FigureB
             capsize=2,
             label=None if hollow else label(suite),
         )
-        if not hollow:
+        if best is not None:
             top = _speedup(line[best])
             axes.plot([best], [top], marker="*", markersize=13, color=style.colour, markeredgecolor=INK)
             axes.annotate(
@@ -234,7 +226,7 @@ def _acceptance(results: Sequence[Result], looks: dict[str, Style]) -> Plot | No
 
 def _whole(results: Sequence[Result]) -> list[Result]:
     """Return the rows of whole suites, repetitive answers included."""
-    return [result for result in results if result.outputs == "all" and result.category is None]
+    return [result for result in results if result.is_whole_suite]
 
 
 def _share_rows(shares: dict[tuple[str, str], list[float]], longest: int) -> list[tuple[str, ...]]:

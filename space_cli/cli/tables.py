@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from space_cli.bench.sweep import fastest_k, sweep_method
 from space_cli.cli.console import echo_json, err, is_screen, out, plain
 from space_cli.cli.live import histogram, without_masks
 from space_cli.core.stream import Parts
@@ -56,9 +56,9 @@ def show_bench(report: Report, done: str, *, to_stderr: bool) -> None:
         for part in (*_split(report.samples), *_costs(report.profile)):
             console.print(part)
     console.print()
-    best = best_of_sweep(report.results)
-    if best is not None:
-        k = best.method.removeprefix("space-k")
+    k = fastest_k(report.results)
+    if k is not None:
+        best = next(each for each in report.results if each.method == sweep_method(k) and each.is_whole_suite)
         console.print(plain(f"Fastest here: k = {k} ({times(best.speedup)} on {best.suite})"), soft_wrap=True)
     console.print(_closing(report), soft_wrap=True)
     if report.environment["dtype"] != "float32" and any(result.identical is False for result in report.results):
@@ -202,18 +202,6 @@ def _closing(report: Report) -> Text:
     k = [f"k = {candidates}"] if candidates else []
     line = " · ".join([*how(report), *k, "identical: token for token the answer of ar"])
     return plain("\n".join([line, *without_masks(report.settings)]), style="dim")
-
-
-def best_of_sweep(results: list[Result]) -> Result | None:
-    """Return the fastest k by all suites' tokens per second; the first suite's row of it."""
-    sizes = [result for result in results if result.category is None and result.outputs == "all"]
-    sizes = [result for result in sizes if re.fullmatch(r"space-k\d+", result.method)]
-    total = {
-        name: sum(result.tokens for result in sizes if result.method == name)
-        / sum(result.seconds for result in sizes if result.method == name)
-        for name in {result.method for result in sizes}
-    }
-    return max(sizes, key=lambda result: total[result.method], default=None)
 
 
 def show_changes(changes: list[Change], differing: list[tuple[str, object, object]]) -> None:
