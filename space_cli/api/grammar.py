@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTok
 
 from space_cli.core.engine import embedding_rows
 from space_cli.core.stream import in_common
-from space_cli.errors import RunFailed, UsageProblem
+from space_cli.errors import RunFailed, UsageProblem, first_line
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -43,10 +43,10 @@ def grammar_for(loaded: LoadedModel, schema: Mapping[str, Any], prompt_length: i
     try:
         rules = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_FORM)
     except ValueError as error:
-        raise UsageProblem(f"the schema cannot be followed: {_first_line(error)}") from error
+        raise UsageProblem(f"the schema cannot be followed: {first_line(error)}") from error
     matcher = LLMatcher(_tokenizer(loaded.tokenizer, embedding_rows(loaded.model), loaded.eos_token_ids), rules)
     if matcher.is_error():
-        raise UsageProblem(f"the schema cannot be followed: {_first_line(matcher.get_error())}")
+        raise UsageProblem(f"the schema cannot be followed: {first_line(matcher.get_error())}")
     return Grammar(matcher, prompt_length, loaded.eos_token_ids)
 
 
@@ -109,8 +109,4 @@ class Grammar(LogitsProcessor):
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RunFailed(f"the grammar failed: {_first_line(self._matcher.get_error())}")
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or ["of no reason given"])[0]
+            raise RunFailed(f"the grammar failed: {first_line(self._matcher.get_error())}")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from space_cli.api.grammar import ANY_OBJECT
 from space_cli.core.choose import Sampling
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_invalid
 
 Mode = Literal["space", "ar"]
 
@@ -46,9 +46,8 @@ class SamplingSettings(BaseModel):
         try:
             return cls(**given)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            raise UsageProblem(f"{name} {first['input']}: {first['msg']}") from error
+            found = first_invalid(error)
+            raise UsageProblem(f"{found.field} {found.value}: {found.reason}") from error
 
     def sampling(self) -> Sampling:
         """Return how tokens are chosen."""

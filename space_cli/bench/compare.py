@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from space_cli.bench.report import Report, Sample
 from space_cli.bench.results import interval, place, rate
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_invalid
 
 _WHERE = ("space", "commit", "torch", "transformers", "processor", "threads", "gpu", "dtype", "weights", "engine")
 _HOW = ("model", "draft_model", "max_new_tokens", "sampling", "candidates")
@@ -65,11 +65,8 @@ def read_report(file: Path) -> Report:
     except OSError as error:
         raise UsageProblem(f"{file}: {error.strerror or error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UsageProblem(
-            f"{file}: not a record of this version's `space bench --json`: {field}: {first['msg']}"
-        ) from error
+        told = f"not a record of this version's `space bench --json`: {first_invalid(error)}"
+        raise UsageProblem(f"{file}: {told}") from error
     except (ValueError, RecursionError) as error:
         raise UsageProblem(f"{file}: not a record of `space bench --json`: {error}") from error
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from space_cli.errors import SpaceError
+from space_cli.errors import SpaceError, first_line
 
 _EXIT_CODES = "Exit codes: 0 done; 1 a check failed; 2 wrong use or bad input; 3 the run failed; 130 interrupted."
 
@@ -134,8 +134,8 @@ def _told(error: BaseException) -> tuple[str, int]:
         return visible(f"space: the disk is full: {getattr(error, 'filename', None) or 'a file was cut off'}{notes}"), 3
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"space: out of memory; use a smaller model, --quantization, or a lower --max-new-tokens{notes}", 3
-    first = (str(error).strip().splitlines() or [""])[0]
-    line = f"space: {type(error).__name__}: {first}{notes} (rerun with `space --debug ...` for the traceback)"
+    what = f"{type(error).__name__}: {first_line(error)}"
+    line = f"space: {what}{notes} (rerun with `space --debug ...` for the traceback)"
     return visible(line), 3
 
 

@@ -25,7 +25,7 @@ from space_cli.cli.answer import counted, greeting, summary, view_of
 from space_cli.cli.console import is_screen, out, plain, print_wrapped, unechoed, visible
 from space_cli.cli.live import named_histogram, tally_of
 from space_cli.core.stream import Generation
-from space_cli.errors import SpaceError, UsageProblem
+from space_cli.errors import SpaceError, UsageProblem, first_line
 from space_cli.models.chat import load_turns
 from space_cli.models.prompting import Turn
 from space_cli.models.registry import located
@@ -156,7 +156,7 @@ class Repl:
         except KeyboardInterrupt:
             stopped = True
         except (MemoryError, RuntimeError) as error:  # out of memory, most likely; the conversation goes on
-            broke = f"the answer broke off: {(str(error) or type(error).__name__).splitlines()[0]}"
+            broke = f"the answer broke off: {first_line(error)}"
         session.conclude(asked, generation)
         if generation.steps:
             self._after(console, generation, stopped=stopped or bool(broke))

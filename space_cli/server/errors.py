@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_invalid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,10 +64,10 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         # the parts of a union are named by their types: nothing that a client sent
-        param = ".".join(str(part) for part in first["loc"]) or None
-        return ApiError(400, f"{param or 'the body'}: {first['msg']}", param=param, code="invalid_value")
+        found = first_invalid(error)
+        message = f"{found.field or 'the body'}: {found.reason}"
+        return ApiError(400, message, param=found.field or None, code="invalid_value")
     if isinstance(error, UsageProblem):
         too_long = "leaves no room in the context" in error.message
         code = "context_length_exceeded" if too_long else "invalid_value"
