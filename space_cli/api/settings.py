@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from space_cli import limits
 from space_cli.api.grammar import ANY_OBJECT
 from space_cli.core.choose import Sampling
 from space_cli.errors import UsageProblem, first_invalid
@@ -22,17 +23,17 @@ class SamplingSettings(BaseModel):
         mode: ar is one token at a time; space drafts in every way the model can.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    max_new_tokens: Annotated[int, Field(ge=1)] = 512
+    temperature: limits.Temperature = 0.0
+    top_k: limits.TopK = 0
+    top_p: limits.TopP = 1.0
+    min_p: limits.MinP = 0.0
+    repetition_penalty: limits.RepetitionPenalty = 1.0
+    presence_penalty: limits.CountPenalty = 0.0
+    frequency_penalty: limits.CountPenalty = 0.0
+    seed: limits.Seed = 0
+    max_new_tokens: limits.MaxNewTokens = 512
     candidates: Annotated[int | None, Field(ge=1)] = None
     mode: Mode = "space"
 

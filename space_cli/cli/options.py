@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from pydantic import Field
 
+from space_cli import limits
+from space_cli.cli.groups import Group
 from space_cli.errors import UsageProblem
 from space_cli.files import expanded
 from space_cli.text import well_formed
+
+if TYPE_CHECKING:
+    from space_cli.bench.suites import Suite
+    from space_cli.core.choose import Sampling
+    from space_cli.models.loading import LoadedModel, Weights
 
 
 def _check_place(option: str, name: str) -> None:
@@ -70,13 +77,6 @@ def _checked_template(template: str | None) -> str | None:
     return template.replace("\\n", "\n")
 
 
-def finite(value: float | None) -> float | None:
-    """Refuse what is a number to Python alone: `nan` lies within any bounds."""
-    if value is not None and not math.isfinite(value):
-        raise UsageProblem(f"{value} is no value of an option", hint="give a number")
-    return value
-
-
 def complete_model(incomplete: str) -> list[str]:
     """Return the names of models that begin so."""
     from space_cli.models.registry import read_models
@@ -112,6 +112,92 @@ def named_model(model: str | None, *, quiet: bool) -> str:
     return chosen
 
 
+ModelsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--models-file", callback=at_home, help="Your own models.toml; its names are added to the shipped ones."
+    ),
+]
+
+
+class LoadOptions(Group):
+    """How a model is loaded."""
+
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="auto: that of the checkpoint, where the device computes in it."),
+    ] = "auto"
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:all (layers over all GPUs) or mps.")
+    ] = "auto"
+    quantization: Annotated[
+        Literal["none", "int8", "nf4", "fp4"], typer.Option("--quantization", help="By bitsandbytes.")
+    ] = "none"
+    models_file: ModelsFile = None
+
+    def load(
+        self, name: str, *, revision: str | None = None, weights: Weights = "as stored", **instead: str
+    ) -> LoadedModel:
+        """Load a model with these options, but for those given `instead`."""
+        from space_cli.models.loading import load_model
+
+        return load_model(name, revision=revision, weights=weights, **self.model_dump() | instead)
+
+
+class SamplingOptions(Group):
+    """How tokens are chosen."""
+
+    temperature: Annotated[limits.Temperature, typer.Option("--temperature", help="0 is greedy.")] = 0.0
+    top_k: Annotated[limits.TopK, typer.Option("--top-k", help="Sample among the k likeliest tokens; 0 is off.")] = 0
+    top_p: Annotated[limits.TopP, typer.Option("--top-p", help="Sample within this probability mass; above 0.")] = 1.0
+    min_p: Annotated[
+        limits.MinP, typer.Option("--min-p", help="Least probability relative to the likeliest token's.")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        limits.RepetitionPenalty, typer.Option("--repetition-penalty", help="Above 0; 1 is off.")
+    ] = 1.0
+    seed: Annotated[limits.Seed, typer.Option("--seed", help="Of sampling.")] = 0
+
+    def sampling(self) -> Sampling:
+        """Return how tokens are chosen, for the decoder."""
+        from space_cli.core.choose import Sampling
+
+        return Sampling(**self.model_dump())
+
+
+class PromptOptions(Group):
+    """Which prompts are answered."""
+
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--suite",
+            "-s",
+            help="A name (space bench --list), NAME=FILE, or a file of prompts; repeatable. Default: humaneval.",
+            autocompletion=_complete_suite,
+        ),
+    ] = None
+    field: Annotated[
+        str | None,
+        typer.Option("--field", help="Field of a FILE that holds the prompt; default: detected from the rows."),
+    ] = None
+    limit: Annotated[
+        int | None,
+        Field(ge=1),
+        typer.Option("--limit", "-L", help="Only N prompts of each suite: the first ones, of each category in turn."),
+    ] = None
+
+    def suites(self) -> list[Suite]:
+        """Return the suites asked for, each once.
+
+        Raises:
+            UsageProblem: one is unknown or malformed.
+        """
+        from space_cli.bench.suites import load_suite
+
+        return [load_suite(name, field=self.field) for name in dict.fromkeys(self.suite or ["humaneval"])]
+
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -123,33 +209,22 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-ModelsFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--models-file", callback=at_home, help="Your own models.toml; its names are added to the shipped ones."
-    ),
-]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[
-    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:all (layers over all GPUs) or mps.")
-]
-Quantization = Annotated[str, typer.Option("--quantization", help="none, int8, nf4 or fp4 (bitsandbytes).")]
 Template = Annotated[
     str | None,
     typer.Option(
         "--template",
         callback=_checked_template,
-        help=r"Form of a turn with one {}, as 'Human:{}\nAssistant:'; default: the chat template.",
+        help=r"Prompt template with one {}, as 'Human:{}\nAssistant:'; default: the chat template.",
     ),
 ]
 Engine = Annotated[
     Literal["auto", "eager", "compiled"],
     typer.Option(
         "--engine",
-        help="eager: transformers runs the model. compiled: a program of its own, built once for this machine; on CUDA"
-        " its steps as graphs with fused kernels."
-        " auto: compiled where it is built already, or where the run is long enough to build it.",
+        help="eager: transformers runs the model. compiled: the model compiled once for this machine; on CUDA its steps"
+        " as graphs with fused kernels. auto: compiled where that is done already, or where the run is long enough for"
+        " it to pay.",
     ),
 ]
 Candidates = Annotated[
@@ -159,16 +234,6 @@ Candidates = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option("--temperature", callback=finite, min=0.0, help="0 is greedy.")]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest tokens; 0 is off.")]
-TopP = Annotated[
-    float, typer.Option("--top-p", callback=finite, min=0.0, max=1.0, help="Sample within this probability mass.")
-]
-MinP = Annotated[
-    float,
-    typer.Option("--min-p", callback=finite, min=0.0, max=1.0, help="Least probability relative to the likeliest."),
-]
-RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", callback=finite, min=0.01, help="1 is off.")]
 Corpus = Annotated[
     list[Path] | None,
     typer.Option(
@@ -178,26 +243,6 @@ Corpus = Annotated[
 Memory = Annotated[
     bool,
     typer.Option("--memory/--no-memory", help="Also draft from past answers of this model, kept for you alone."),
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of sampling.")]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        "--limit", "-L", min=1, help="Only N prompts of each suite: the first ones, of each category in turn."
-    ),
-]
-Suite = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--suite",
-        "-s",
-        help="A name (space bench --list), NAME=FILE, or a file of prompts; repeatable. Default: humaneval.",
-        autocompletion=_complete_suite,
-    ),
-]
-Field = Annotated[
-    str | None,
-    typer.Option("--field", help="Field of a FILE that holds the prompt; default: told by its rows."),
 ]
 Json = Annotated[
     str | None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from space_cli.cli import options
+from space_cli.cli.groups import grouped
 from space_cli.errors import UsageProblem
 from space_cli.text import read_text
 
@@ -59,7 +60,9 @@ _BodyMib = Annotated[int, typer.Option("--body-mib", min=1, help="Largest body o
 _LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log, too.")]
 
 
+@grouped
 def serve(
+    *,
     model: _Models = None,
     host: _Host = "127.0.0.1",
     port: _Port = 8000,
@@ -74,11 +77,8 @@ def serve(
     body_mib: _BodyMib = 4,
     log_prompts: _LogPrompts = False,
     template: options.Template = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    quantization: options.Quantization = "none",
+    load: options.LoadOptions,
     engine: options.Engine = "auto",
-    models_file: options.ModelsFile = None,
     quiet: options.Quiet = False,
 ) -> int:
     """Serve models over HTTP, for editors, agents and scripts that speak OpenAI's interface."""
@@ -103,14 +103,11 @@ def serve(
             console.print(plain(line), soft_wrap=True)
 
     def loaded_by(name: str) -> Model:
-        from space_cli.api import load
+        from space_cli import api
 
-        loaded = load(
+        loaded = api.load(
             name,
-            models_file=models_file,
-            dtype=dtype,
-            device=device,
-            quantization=quantization,
+            **load.model_dump(),
             engine=engine,
             template=template,
             cache_bytes=cache_mib * 2**20,
@@ -128,7 +125,7 @@ def serve(
         from space_cli.server.run import run
         from space_cli.server.shelf import Shelf
 
-        shelf = Shelf(names, loaded_by, most=max_models, models_file=models_file)
+        shelf = Shelf(names, loaded_by, most=max_models, models_file=load.models_file)
         shelf.preload()
     limits = Limits(body_bytes=body_mib * 2**20, new_tokens=max_new_tokens, parallel=parallel, waiting=queue)
     server = Server(shelf, limits, log_prompts=log_prompts)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from space_cli import limits
 from space_cli.api import Message
 from space_cli.server.errors import ApiError
 
@@ -118,17 +119,17 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str | None = None
-    temperature: Annotated[float | None, Field(ge=0)] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=0)] = None
-    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    temperature: limits.Temperature | None = None
+    top_p: limits.TopP | None = None
+    top_k: limits.TopK | None = None
+    min_p: limits.MinP | None = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: _Text | Annotated[list[_Text], Field(max_length=MOST_STOPS)] | None = None
     max_tokens: Annotated[int | None, Field(ge=1, le=MOST_TOKENS)] = None
     n: Annotated[int | None, Field(ge=1, le=MOST_CHOICES)] = None
-    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0)] = None
+    presence_penalty: limits.CountPenalty | None = None
+    frequency_penalty: limits.CountPenalty | None = None
+    repetition_penalty: limits.RepetitionPenalty | None = None
     response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
