@@ -52,18 +52,14 @@ _Record = Annotated[Path, typer.Argument(help="What `space bench --json` wrote."
 class MethodOptions(Group):
     """What is measured beside ar, and how often."""
 
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            "--methods",
-            help="Comma-separated; --list says what there is; `all` takes every one that can run. Default: ar,space,hf"
-            " (sampled: ar,space).",
-        ),
-    ] = None
-    draft_model: Annotated[
-        str | None,
-        typer.Option("--draft-model", help="The smaller model that hf-assisted drafts with: alias, folder, or Hub id."),
-    ] = None
+    methods: str | None = Field(
+        None,
+        description="Comma-separated; --list says what there is; `all` takes every one that can run. Default:"
+        " ar,space,hf (sampled: ar,space).",
+    )
+    draft_model: str | None = Field(
+        None, description="The smaller model that hf-assisted drafts with: alias, folder, or Hub id."
+    )
     sweep: Annotated[
         str | None,
         typer.Option(
@@ -72,11 +68,7 @@ class MethodOptions(Group):
             help="Find out which k is fastest here: ar and the paper's block with each of them, in one run.",
         ),
     ] = None
-    seeds: Annotated[
-        int,
-        Field(ge=1),
-        typer.Option("--seeds", help="Answers to each prompt, under seeds from --seed on; sampled only."),
-    ] = 1
+    seeds: int = Field(1, ge=1, description="Answers to each prompt, under seeds from --seed on; sampled only.")
 
     def named(self, candidates: int | None, *, sampled: bool) -> list[Method]:
         """Return the methods asked for, whether the model can run them or not.
@@ -111,13 +103,9 @@ class MethodOptions(Group):
 class ResultOptions(Group):
     """What is done with the answers, and where results go."""
 
-    execute: Annotated[
-        bool,
-        typer.Option(
-            "--execute",
-            help="Run the model's code against the tests of suites that have some, contained (docs/bench.md).",
-        ),
-    ] = False
+    execute: bool = Field(
+        False, description="Run the model's code against the tests of suites that have some, contained (docs/bench.md)."
+    )
     with_profile: Annotated[
         bool,
         typer.Option(
@@ -126,9 +114,7 @@ class ResultOptions(Group):
         ),
     ] = False
     json_file: options.Json = None
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Take up the run that was cut short while it wrote the file of --json.")
-    ] = False
+    resume: bool = Field(False, description="Take up the run that was cut short while it wrote the file of --json.")
     report_file: options.Report = None
     plot_file: options.Plot = None
 

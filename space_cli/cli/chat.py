@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import Field
 
 from space_cli.cli import options
 from space_cli.cli.groups import grouped
@@ -54,13 +55,9 @@ class AnswerOptions(options.SamplingOptions):
 
     max_new_tokens: options.MaxNewTokens = 512
     candidates: options.Candidates = None
-    mode: Annotated[Literal["space", "ar"], typer.Option("--mode", help="space, or one token at a time.")] = "space"
-    context: Annotated[
-        Literal["stop", "shift"], typer.Option("--context", help="When it is full: stop, or drop the oldest turns.")
-    ] = "stop"
-    live: Annotated[
-        Literal["text", "steps"], typer.Option("--live", help="Show the answer, or every step with what was guessed.")
-    ] = "text"
+    mode: Literal["space", "ar"] = Field("space", description="space, or one token at a time.")
+    context: Literal["stop", "shift"] = Field("stop", description="When it is full: stop, or drop the oldest turns.")
+    live: Literal["text", "steps"] = Field("text", description="Show the answer, or every step with what was guessed.")
 
 
 class ChatModelOptions(options.LoadOptions):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
+import typer
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from typer.models import OptionInfo
@@ -21,7 +21,11 @@ from space_cli.errors import UsageProblem, first_invalid
 
 
 class Group(BaseModel):
-    """Options that belong together; each field is `Annotated` with a `typer.Option`."""
+    """Options that belong together.
+
+    A field `batch_size` with a description is an option `--batch-size` with that help; a field that needs more of Typer
+    is `Annotated` with a `typer.Option` of its own.
+    """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -53,8 +57,8 @@ def _options(group: type[Group]) -> list[inspect.Parameter]:
     types = get_type_hints(group, include_extras=True)
     parameters = []
     for name, field in group.model_fields.items():
-        annotation, *extras = get_args(types[name]) if get_origin(types[name]) is Annotated else (types[name],)
-        option = copy(next(each for each in extras if isinstance(each, OptionInfo)))
+        annotation = get_args(types[name])[0] if get_origin(types[name]) is Annotated else types[name]
+        option = copy(_option_of(field)) or typer.Option(_option_name(name, field), help=field.description)
         _show_limits(option, field)
         default = inspect.Parameter.empty if field.is_required() else field.default
         parameters.append(
@@ -65,17 +69,23 @@ def _options(group: type[Group]) -> list[inspect.Parameter]:
     return parameters
 
 
+def _option_of(field: FieldInfo) -> OptionInfo | None:
+    return next((each for each in field.metadata if isinstance(each, OptionInfo)), None)
+
+
+def _option_name(name: str, field: FieldInfo) -> str:
+    option = _option_of(field)
+    # an option inside `Annotated` holds its first name where one in a default holds the default
+    return f"--{name.replace('_', '-')}" if option is None else str(option.default)
+
+
 def _show_limits(option: OptionInfo, field: FieldInfo) -> None:
-    """Give an option the limits of its field that Typer can show; exclusive ones are left to the model."""
+    """Give an option the limits of its field that Typer can show; an exclusive one of a float is left to the model."""
     for limit in field.metadata:
-        if isinstance(limit, Ge):
-            option.min = limit.ge  # type: ignore[assignment]
-        elif isinstance(limit, Le):
-            option.max = limit.le  # type: ignore[assignment]
-        elif isinstance(limit, Lt) and isinstance(limit.lt, int):
+        option.min = getattr(limit, "ge", option.min)
+        option.max = getattr(limit, "le", option.max)
+        if field.annotation is int and hasattr(limit, "lt"):
             option.max = limit.lt - 1
-        elif isinstance(limit, Gt) and isinstance(limit.gt, int) and field.annotation is int:
-            option.min = limit.gt + 1
 
 
 def _checked(group: type[Group], given: Mapping[str, Any]) -> Group:
@@ -88,7 +98,6 @@ def _checked(group: type[Group], given: Mapping[str, Any]) -> Group:
         return group(**given)
     except ValidationError as error:
         found = first_invalid(error)
-        field = group.model_fields[found.field.partition(".")[0]]
-        # an option inside `Annotated` holds its first name where one in a default holds the default
-        option = next(each.default for each in field.metadata if isinstance(each, OptionInfo))
-        raise UsageProblem(f"{option} {found.value}: {found.reason}") from error
+        name = found.field.partition(".")[0]
+        option = _option_name(name, group.model_fields[name])
+        raise UsageProblem(f"{option} {found.value}: {found.reason.removeprefix('Value error, ')}") from error

@@ -123,16 +123,11 @@ ModelsFile = Annotated[
 class LoadOptions(Group):
     """How a model is loaded."""
 
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option("--dtype", help="auto: that of the checkpoint, where the device computes in it."),
-    ] = "auto"
-    device: Annotated[
-        str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:all (layers over all GPUs) or mps.")
-    ] = "auto"
-    quantization: Annotated[
-        Literal["none", "int8", "nf4", "fp4"], typer.Option("--quantization", help="By bitsandbytes.")
-    ] = "none"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: that of the checkpoint, where the device computes in it."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N, cuda:all (layers over all GPUs) or mps.")
+    quantization: Literal["none", "int8", "nf4", "fp4"] = Field("none", description="By bitsandbytes.")
     models_file: ModelsFile = None
 
     def load(
@@ -147,16 +142,12 @@ class LoadOptions(Group):
 class SamplingOptions(Group):
     """How tokens are chosen."""
 
-    temperature: Annotated[limits.Temperature, typer.Option("--temperature", help="0 is greedy.")] = 0.0
-    top_k: Annotated[limits.TopK, typer.Option("--top-k", help="Sample among the k likeliest tokens; 0 is off.")] = 0
-    top_p: Annotated[limits.TopP, typer.Option("--top-p", help="Sample within this probability mass; above 0.")] = 1.0
-    min_p: Annotated[
-        limits.MinP, typer.Option("--min-p", help="Least probability relative to the likeliest token's.")
-    ] = 0.0
-    repetition_penalty: Annotated[
-        limits.RepetitionPenalty, typer.Option("--repetition-penalty", help="Above 0; 1 is off.")
-    ] = 1.0
-    seed: Annotated[limits.Seed, typer.Option("--seed", help="Of sampling.")] = 0
+    temperature: limits.Temperature = Field(0.0, description="0 is greedy.")
+    top_k: limits.TopK = Field(0, description="Sample among the k likeliest tokens; 0 is off.")
+    top_p: limits.TopP = Field(1.0, description="Sample within this probability mass; above 0.")
+    min_p: limits.MinP = Field(0.0, description="Least probability relative to the likeliest token's.")
+    repetition_penalty: limits.RepetitionPenalty = Field(1.0, description="Above 0; 1 is off.")
+    seed: limits.Seed = Field(0, description="Of sampling.")
 
     def sampling(self) -> Sampling:
         """Return how tokens are chosen, for the decoder."""
@@ -177,10 +168,9 @@ class PromptOptions(Group):
             autocompletion=_complete_suite,
         ),
     ] = None
-    field: Annotated[
-        str | None,
-        typer.Option("--field", help="Field of a FILE that holds the prompt; default: detected from the rows."),
-    ] = None
+    field: str | None = Field(
+        None, description="Field of a FILE that holds the prompt; default: detected from the rows."
+    )
     limit: Annotated[
         int | None,
         Field(ge=1),

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from space_cli.bench.sweep import fastest_k, sweep_method
+from space_cli.cli.columns import between, cells, terminal_columns, times
 from space_cli.cli.console import echo_json, err, is_screen, out, plain
 from space_cli.cli.live import histogram, without_masks
 from space_cli.core.stream import Parts
@@ -107,16 +108,6 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def times(ratio: float | None) -> str:
-    """Return a speedup in words."""
-    return "-" if ratio is None else f"{ratio:.2f}x"
-
-
-def between(bounds: tuple[float, float] | None) -> str:
-    """Return an interval in words."""
-    return "-" if bounds is None else f"{bounds[0]:.2f}-{bounds[1]:.2f}"
-
-
 def _split(samples: list[Sample]) -> Iterator[Text | Table]:
     """Yield where the time of a step goes, by method."""
     table = _figures(
@@ -170,31 +161,12 @@ def _figures(first: str, *others: str) -> Table:
 
 
 def _table(results: list[Result]) -> Table:
-    metric = next((result.metric for result in results if result.metric is not None), None)
-    headings = ["tokens", "tok/step", "tok/s", "speedup", "95 %", "first ms", *([metric] if metric else [])]
-    table = _figures("method", *headings)
-    table.add_column("identical", no_wrap=True)
+    first, *others = columns = terminal_columns(results)
+    table = _figures(first.heading, *(column.heading for column in others[:-1]))
+    table.add_column(others[-1].heading, no_wrap=True)
     for result in results:
-        judged = ["-" if result.quality is None else f"{result.quality:.1%}"] if metric else []
-        table.add_row(
-            result.method,
-            str(result.tokens),
-            f"{result.tokens_per_step:.2f}",
-            f"{result.tokens_per_second:.1f}",
-            times(result.speedup),
-            between(result.speedup_interval if result.method != "ar" else None),
-            f"{result.first_token_seconds * 1e3:.0f}",
-            *judged,
-            identical(result),
-        )
+        table.add_row(*cells(columns, result))
     return table
-
-
-def identical(result: Result) -> str:
-    """Return whether a method's answers are those of ar."""
-    if result.identical is None:
-        return "-"
-    return "yes" if result.identical else f"no ({result.identical_prompts} of {result.prompts})"
 
 
 def _closing(report: Report) -> Text:

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from space_cli.cli import options
 from space_cli.cli.groups import Group, grouped
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from space_cli.cli.train_view import TrainView
     from space_cli.models.checkpoint import SpaceConfig
     from space_cli.models.loading import LoadedModel
-    from space_cli.training.data import Conversation
+    from space_cli.training.data import Conversation, Loaded
     from space_cli.training.prepare import Method, Prepared
     from space_cli.training.run import Recipe
 
@@ -32,28 +32,40 @@ _ADAPTER_ABOVE = 1_000_000_000
 _GROUPS = {"full": 8, "adapter": 48}
 _LEARNING_RATES = {"full": 5e-5, "adapter": 1e-3}
 
-_Data = Annotated[
-    list[str],
-    typer.Option(
-        "--data",
-        help="A .jsonl, .json, .parquet, .csv or .txt file (.gz too), a Hub dataset id, or self: the model asks itself;"
-        " repeatable.",
-        metavar="DATA",
-    ),
-]
-_Limit = Annotated[int | None, typer.Option("--limit", "-L", min=1, help="Only the first N examples of each source.")]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Measure a few steps, say what all would take, and leave.")]
 _Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of shuffling, masks and sampling.")]
+
+
+class DataOptions(Group):
+    """What is learnt."""
+
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            help="A .jsonl, .json, .parquet, .csv or .txt file (.gz too), a Hub dataset id, or self: the model asks"
+            " itself; repeatable.",
+            metavar="DATA",
+        ),
+    ]
+    limit: Annotated[
+        int | None, Field(ge=1), typer.Option("--limit", "-L", help="Only the first N examples of each source.")
+    ] = None
+
+    def read(self) -> list[Loaded]:
+        """Return the examples of each source but the model itself."""
+        from space_cli.training.data import OWN_DATA, read_examples
+
+        return [read_examples(source, limit=self.limit) for source in dict.fromkeys(self.data) if source != OWN_DATA]
 
 
 class OutputOptions(Group):
     """Where the checkpoint goes."""
 
     output: Annotated[Path, typer.Option("--output", "-o", callback=options.at_home, help="Folder of the checkpoint.")]
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of --output.")] = (
-        False
-    )
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into an --output that is not empty.")] = False
+    resume: bool = Field(False, description="Go on from the newest whole checkpoint of --output.")
+    overwrite: bool = Field(False, description="Write into an --output that is not empty.")
+
+    dry_run: bool = Field(False, description="Measure a few steps, say what all would take, and leave.")
 
     def check(self) -> None:
         """Refuse a place that holds something else.
@@ -75,46 +87,25 @@ class OutputOptions(Group):
 class MethodOptions(Group):
     """What is trained, and on which loss."""
 
-    method: Annotated[
-        Literal["auto", "full", "adapter"],
-        typer.Option(
-            "--method",
-            help="full: all weights. adapter: the base stays as it is. auto: adapter from 1B on or over quantised"
-            " weights.",
-        ),
-    ] = "auto"
-    candidates: Annotated[int, Field(ge=1, le=31), typer.Option("--candidates", help="k, and masks of a group.")] = 5
-    masks: Annotated[
-        Literal["distinct", "single"], typer.Option("--masks", help="One mask id per position, or one for all (paper).")
-    ] = "distinct"
-    form: Annotated[
-        Literal["groups", "paper"],
-        typer.Option(
-            "--form", help="groups: several mask groups ride along in each example. paper: one, with --p-sar."
-        ),
-    ] = "groups"
-    groups: Annotated[
-        int | None,
-        Field(ge=1),
-        typer.Option("--groups", help="Mask groups of an example. Default: 8 (full), 48 (adapter)."),
-    ] = None
-    p_sar: Annotated[
-        float, Field(ge=0, le=1), typer.Option("--p-sar", help="Share of examples with masks (--form paper).")
-    ] = 0.5
-    mask_loss_weight: Annotated[
-        float, Field(ge=0), typer.Option("--mask-loss-weight", help="Of a mask's loss, beside a token's.")
-    ] = 1.0
-    loss: Annotated[
-        Literal["kl", "ce"],
-        typer.Option(
-            "--loss", help="Of an adapter. kl: the base's distribution at each position. ce: the token there."
-        ),
-    ] = "kl"
-    rank: Annotated[
-        int | None,
-        Field(ge=1),
-        typer.Option("--rank", help="Of an adapter's low-rank weights; 32, or that of the one it has."),
-    ] = None
+    method: Literal["auto", "full", "adapter"] = Field(
+        "auto",
+        description="full: all weights. adapter: the base stays as it is. auto: adapter from 1B on or over quantised"
+        " weights.",
+    )
+    candidates: int = Field(5, ge=1, le=31, description="k, and masks of a group.")
+    masks: Literal["distinct", "single"] = Field(
+        "distinct", description="One mask id per position, or one for all (paper)."
+    )
+    form: Literal["groups", "paper"] = Field(
+        "groups", description="groups: several mask groups ride along in each example. paper: one, with --p-sar."
+    )
+    groups: int | None = Field(None, ge=1, description="Mask groups of an example. Default: 8 (full), 48 (adapter).")
+    p_sar: float = Field(0.5, ge=0, le=1, description="Share of examples with masks (--form paper).")
+    mask_loss_weight: float = Field(1.0, ge=0, description="Of a mask's loss, beside a token's.")
+    loss: Literal["kl", "ce"] = Field(
+        "kl", description="Of an adapter. kl: the base's distribution at each position. ce: the token there."
+    )
+    rank: int | None = Field(None, ge=1, description="Of an adapter's low-rank weights; 32, or that of the one it has.")
 
     def chosen(self, loaded: LoadedModel, quantization: str) -> Method:
         """Return the method, auto decided by the model."""
@@ -134,90 +125,60 @@ class AnswerOptions(Group):
             "--distill", help="Prompts that the base answers itself, to learn from; off for none.", metavar="N|off"
         ),
     ] = "2000"
-    temperatures: Annotated[str, typer.Option("--temperatures", help="Of those answers, in turn; 0 is greedy.")] = (
-        "0,0,0.8"
-    )
-    answer_tokens: Annotated[
-        int, Field(ge=2), typer.Option("--answer-tokens", help="Most tokens of such an answer.")
-    ] = 256
-    answer_batch_size: Annotated[
-        int, Field(ge=1), typer.Option("--answer-batch-size", help="Prompts the base answers at once.")
-    ] = 64
+    temperatures: str = Field("0,0,0.8", description="Of those answers, in turn; 0 is greedy.")
+    answer_tokens: int = Field(256, ge=2, description="Most tokens of such an answer.")
+    answer_batch_size: int = Field(64, ge=1, description="Prompts the base answers at once.")
 
-    def count(self) -> int:
-        """Return how many prompts the base answers.
+    @field_validator("distill")
+    @classmethod
+    def _is_count(cls, distill: str) -> str:
+        if distill != "off" and not distill.isdigit():
+            raise ValueError("neither a number nor off")
+        return distill
 
-        Raises:
-            UsageProblem: neither a number nor off.
-        """
-        if self.distill == "off":
-            return 0
-        if not self.distill.isdigit():
-            told = f"--distill {self.distill}: neither a number nor off"
-            raise UsageProblem(told, hint="give the number of prompts, or off")
-        return int(self.distill)
-
-    def parsed_temperatures(self) -> tuple[float, ...]:
-        """Return the temperatures.
-
-        Raises:
-            UsageProblem: they are no numbers, or out of range.
-        """
-        told = f"--temperatures {self.temperatures}"
+    @field_validator("temperatures")
+    @classmethod
+    def _are_temperatures(cls, temperatures: str) -> str:
         try:
-            found = tuple(float(part) for part in self.temperatures.split(","))
+            found = [float(part) for part in temperatures.split(",")]
         except ValueError as error:
-            raise UsageProblem(f"{told}: not numbers", hint="give them as 0,0.8") from error
+            raise ValueError("not numbers; give them as 0,0.8") from error
         if any(not 0 <= temperature < 100 for temperature in found):
-            raise UsageProblem(f"{told}: out of range", hint="0 is greedy, 1 the model's own distribution")
-        return found
+            raise ValueError("out of range; 0 is greedy, 1 the model's own distribution")
+        return temperatures
+
+    @property
+    def count(self) -> int:
+        """How many prompts the base answers."""
+        return 0 if self.distill == "off" else int(self.distill)
+
+    @property
+    def parsed_temperatures(self) -> tuple[float, ...]:
+        """The temperatures, in turn."""
+        return tuple(float(part) for part in self.temperatures.split(","))
 
 
 class StepOptions(Group):
     """The steps of a training: how many, of what, and what is kept of them."""
 
-    max_length: Annotated[
-        int, Field(ge=8), typer.Option("--max-length", help="Tokens of an example; longer ones are cut.")
-    ] = 2048
-    epochs: Annotated[int, Field(ge=1), typer.Option("--epochs", help="Times each example is seen.")] = 2
-    hours: Annotated[
-        float | None,
-        Field(ge=0.001),
-        typer.Option("--hours", help="End after so many hours, sittings taken up with --resume included."),
-    ] = None
-    max_steps: Annotated[int | None, Field(ge=1), typer.Option("--max-steps", help="Stop after so many steps.")] = None
-    batch_size: Annotated[int, Field(ge=1), typer.Option("--batch-size", help="Examples of a batch, per device.")] = 4
-    gradient_accumulation: Annotated[
-        int, Field(ge=1), typer.Option("--gradient-accumulation", help="Batches of a step.")
-    ] = 1
-    learning_rate: Annotated[
-        float | None, Field(ge=0), typer.Option("--learning-rate", help="Default: 5e-5 (full), 1e-3 (adapter).")
-    ] = None
-    warmup: Annotated[
-        float, Field(ge=0, le=1), typer.Option("--warmup", help="Share of steps the rate rises over.")
-    ] = 0.03
-    save_steps: Annotated[int, Field(ge=1), typer.Option("--save-steps", help="A checkpoint after so many steps.")] = (
-        200
+    max_length: int = Field(2048, ge=8, description="Tokens of an example; longer ones are cut.")
+    epochs: int = Field(2, ge=1, description="Times each example is seen.")
+    hours: float | None = Field(
+        None, ge=0.001, description="End after so many hours, sittings taken up with --resume included."
     )
-    held_out: Annotated[
-        int, Field(ge=0), typer.Option("--held-out", help="Prompts kept back to measure on; at most a tenth.")
-    ] = 32
-    early_stop: Annotated[
-        int,
-        Field(ge=0),
-        typer.Option(
-            "--early-stop", help="Stop after N checkpoints without a lower held-out loss, keep the best; 0: never."
-        ),
-    ] = 0
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory for a third more computing.")
-    ] = False
-    optim: Annotated[
-        str, typer.Option("--optim", help="Optimizer, by transformers' names (paged_adamw_8bit, ...).")
-    ] = "adamw_torch"
-    report_to: Annotated[str, typer.Option("--report-to", help="none, tensorboard or wandb, as Trainer has it.")] = (
-        "none"
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many steps.")
+    batch_size: int = Field(4, ge=1, description="Examples of a batch, per device.")
+    gradient_accumulation: int = Field(1, ge=1, description="Batches of a step.")
+    learning_rate: float | None = Field(None, ge=0, description="Default: 5e-5 (full), 1e-3 (adapter).")
+    warmup: float = Field(0.03, ge=0, le=1, description="Share of steps the rate rises over.")
+    save_steps: int = Field(200, ge=1, description="A checkpoint after so many steps.")
+    held_out: int = Field(32, ge=0, description="Prompts kept back to measure on; at most a tenth.")
+    early_stop: int = Field(
+        0, ge=0, description="Stop after N checkpoints without a lower held-out loss, keep the best; 0: never."
     )
+    gradient_checkpointing: bool = Field(False, description="Less memory for a third more computing.")
+    optim: str = Field("adamw_torch", description="Optimizer, by transformers' names (paged_adamw_8bit, ...).")
+    report_to: str = Field("none", description="none, tensorboard or wandb, as Trainer has it.")
 
     def arguments(self, loaded: LoadedModel, method: Method) -> dict[str, Any]:
         """Return them as transformers' TrainingArguments has them."""
@@ -241,15 +202,13 @@ class StepOptions(Group):
 @grouped
 def train(
     *,
-    data: _Data,
+    data: DataOptions,
     place: OutputOptions,
     model: options.Model = None,
     method: MethodOptions,
     answers: AnswerOptions,
     template: options.Template = None,
     steps: StepOptions,
-    dry_run: _DryRun = False,
-    limit: _Limit = None,
     seed: _Seed = 0,
     load: options.LoadOptions,
     revision: options.Revision = None,
@@ -259,17 +218,15 @@ def train(
     place.check()
     if method.method == "full" and load.quantization != "none":
         raise UsageProblem("--method full cannot train quantised weights", hint="use --method adapter")
-    answered, temperatures = answers.count(), answers.parsed_temperatures()
 
-    from space_cli.training.data import OWN_DATA, read_examples
-
-    sources = [read_examples(source, limit=limit) for source in dict.fromkeys(data) if source != OWN_DATA]
+    sources = data.read()
     _check_names(steps.optim, steps.report_to)
 
     from space_cli.cli.train_view import training_view
     from space_cli.training.chat_format import rendered
+    from space_cli.training.data import OWN_DATA
     from space_cli.training.prepare import prepare_examples
-    from space_cli.training.run import OWN_FILE, Recipe
+    from space_cli.training.run import OWN_FILE
 
     # started by `accelerate launch` or torchrun: one device each, and one process that speaks
     process = os.environ.get("LOCAL_RANK")
@@ -280,30 +237,11 @@ def train(
     loaded, chosen = _loaded(model, revision, load, method, process)
     template = template or loaded.prompt_template
     length = min(steps.max_length, loaded.context_length or steps.max_length)
-    recipe = Recipe(
-        method=chosen,
-        candidates=method.candidates,
-        distinct_masks=method.masks == "distinct",
-        form=method.form,
-        groups=method.groups or _GROUPS[chosen],
-        p_sar=method.p_sar,
-        mask_loss_weight=method.mask_loss_weight,
-        loss=method.loss,
-        rank=method.rank,
-        distill=answered,
-        temperatures=temperatures,
-        answer_tokens=min(answers.answer_tokens, length),
-        answer_batch_size=answers.answer_batch_size,
-        epochs=steps.epochs,
-        early_stop=steps.early_stop,
-        hours=steps.hours,
-        seed=seed,
-        arguments=steps.arguments(loaded, chosen),
-    )
+    recipe = _recipe(loaded, chosen, method, answers, steps, length=length, seed=seed)
     examples = [example for source in sources for example in source.examples]
-    if OWN_DATA in data:
-        questions = _DRY_QUESTIONS if dry_run else answered or _OWN_QUESTIONS
-        file = None if dry_run else place.output / OWN_FILE
+    if OWN_DATA in data.data:
+        questions = _DRY_QUESTIONS if place.dry_run else recipe.distill or _OWN_QUESTIONS
+        file = None if place.dry_run else place.output / OWN_FILE
         examples += _own_examples(loaded, recipe, questions, template, file, view)
     prepared = prepare_examples(
         examples, loaded.tokenizer, template=template, max_length=length, held_out=steps.held_out, seed=seed
@@ -312,7 +250,7 @@ def train(
         view.note(source.told)
     view.example(rendered(examples[0], loaded.tokenizer, template=template))
     view.begin(loaded, prepared, recipe)
-    if dry_run:
+    if place.dry_run:
         from space_cli.training.rehearse import rehearse
 
         view.rehearsed(rehearse(loaded, prepared, recipe, base_model=_base_name(model, loaded)))
@@ -321,6 +259,34 @@ def train(
     if process in (None, "0"):
         view.conclude(space, place.output)
     return 0
+
+
+def _recipe(
+    loaded: LoadedModel,
+    chosen: Method,
+    method: MethodOptions,
+    answers: AnswerOptions,
+    steps: StepOptions,
+    *,
+    length: int,
+    seed: int,
+) -> Recipe:
+    """Return what the options say, in the words of training."""
+    from space_cli.training.run import Recipe
+
+    return Recipe(
+        method=chosen,
+        distinct_masks=method.masks == "distinct",
+        groups=method.groups or _GROUPS[chosen],
+        **method.model_dump(include={"candidates", "form", "p_sar", "mask_loss_weight", "loss", "rank"}),
+        distill=answers.count,
+        temperatures=answers.parsed_temperatures,
+        answer_tokens=min(answers.answer_tokens, length),
+        answer_batch_size=answers.answer_batch_size,
+        **steps.model_dump(include={"epochs", "early_stop", "hours"}),
+        seed=seed,
+        arguments=steps.arguments(loaded, chosen),
+    )
 
 
 def _loaded(

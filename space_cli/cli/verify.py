@@ -38,38 +38,27 @@ _Strict = Annotated[bool, typer.Option("--strict", help="Ties fail too.")]
 class ComparisonOptions(Group):
     """What SPACE is compared with, and how."""
 
-    against: Annotated[
-        str | None,
-        typer.Option(
-            "--against",
-            help="Comma-separated: ar (our AR baseline), hf (transformers' generate), base (an adapter's base model"
-            " without the adapter). Default: all that there are.",
-        ),
-    ] = None
-    drafts: Annotated[
-        Literal["adaptive", "model", "mixed"] | None,
-        typer.Option(
-            "--drafts",
-            help="adaptive: those of everyday use. model: the masks' guesses in the paper's block. mixed: right and"
-            " wrong tokens blended, so that every acceptance length occurs. Default: adaptive; with a block of one"
-            " shape, model where the model has masks, else mixed.",
-        ),
-    ] = None
-    numerics: Annotated[
-        Literal["auto", "plain", "same-shape", "invariant"],
-        typer.Option(
-            "--numerics",
-            help="plain: the model's own kernels. invariant: kernels that round a token alike alone and in a block."
-            " same-shape: ar runs blocks of SPACE's shape too. auto: invariant in half precision on a CPU, else plain.",
-        ),
-    ] = "auto"
+    against: str | None = Field(
+        None,
+        description="Comma-separated: ar (our AR baseline), hf (transformers' generate), base (an adapter's base model"
+        " without the adapter). Default: all that there are.",
+    )
+    drafts: Literal["adaptive", "model", "mixed"] | None = Field(
+        None,
+        description="adaptive: those of everyday use. model: the masks' guesses in the paper's block. mixed: right and"
+        " wrong tokens blended, so that every acceptance length occurs. Default: adaptive; with a block of one"
+        " shape, model where the model has masks, else mixed.",
+    )
+    numerics: Literal["auto", "plain", "same-shape", "invariant"] = Field(
+        "auto",
+        description="plain: the model's own kernels. invariant: kernels that round a token alike alone and in a block."
+        " same-shape: ar runs blocks of SPACE's shape too. auto: invariant in half precision on a CPU, else plain.",
+    )
     candidates: options.Candidates = None
-    seeds: Annotated[int, Field(ge=1), typer.Option("--seeds", help="Number of seeds, sampled runs only.")] = 1
-    draws: Annotated[
-        int,
-        Field(ge=100),
-        typer.Option("--draws", help="Seeds whose first tokens are tested against hf's distribution, sampled."),
-    ] = 400
+    seeds: int = Field(1, ge=1, description="Number of seeds, sampled runs only.")
+    draws: int = Field(
+        400, ge=100, description="Seeds whose first tokens are tested against hf's distribution, sampled."
+    )
 
     @property
     def same_shape(self) -> bool:
@@ -145,17 +134,13 @@ def verify_lossless(
     from space_cli.bench.measure import Settings, most_tokens, plan, suites_for
     from space_cli.cli.live import run_view
     from space_cli.models.engines import prepare
-    from space_cli.verify.compare import Comparison
 
     view = run_view(quiet=quiet)
     model = options.named_model(model, quiet=quiet)
     view.loading(model)
     loaded = load.load(model, revision=revision)
     suites = suites_for(loaded, suites)
-    names = names or ("ar", "hf", *(["base"] if _base_of(loaded) else []))
-    base = _load_base(loaded, load, view) if "base" in names else None
-    drafts = against.drafts_for(loaded)
-    block = _block(loaded, drafts, against.candidates)
+    comparison = _comparison(loaded, against, names, load, view)
     numerics = _shaped(loaded, against.numerics)
     settings = Settings(max_new_tokens, sampling.sampling(), against.candidates, numerics)
     loaded = prepare(
@@ -167,11 +152,9 @@ def verify_lossless(
     loaded = with_corpora(with_past_answers(loaded, kept=False), corpus, quiet=quiet)
     planned = plan(loaded, suites, settings, limit=prompts.limit)
     view.left_out(planned.left_out)
-    comparison = Comparison(block, drafts, names, base, against.same_shape, against.seeds)
     record = _record(loaded, comparison, settings, strict=strict)
-    run_names = ["ar", "space", *(["hf"] if "hf" in names and not sampling.temperature else [])]
-    run_names += ["base"] if base else []
-    view.begin(loaded, run_names, planned.turns * against.seeds, unit="answers")
+    methods = comparison.methods(sampled=sampling.temperature > 0)
+    view.begin(loaded, methods, planned.turns * against.seeds, unit="answers")
     try:
         with view, _noting_a_break(record):
             _run(record, planned.prompts, comparison, view, draws=against.draws)
@@ -181,7 +164,7 @@ def verify_lossless(
     finally:
         # what is done is shown and kept, whatever ended the run
         if record.answers:
-            record.conclude(candidates=None if drafts == "adaptive" else block.num_candidates, strict=strict)
+            record.conclude(candidates=comparison.candidates, strict=strict)
             _hand_out(record, json_file, report_file, view)
     return 0 if record.lossless else 1
 
@@ -194,6 +177,22 @@ def _noting_a_break(record: Verification) -> Iterator[None]:
     except RunFailed:
         record.broken = True
         raise
+
+
+def _comparison(
+    loaded: LoadedModel,
+    against: ComparisonOptions,
+    names: tuple[str, ...],
+    load: options.LoadOptions,
+    view: RunView,
+) -> Comparison:
+    from space_cli.verify.compare import Comparison
+
+    names = names or ("ar", "hf", *(["base"] if _base_of(loaded) else []))
+    base = _load_base(loaded, load, view) if "base" in names else None
+    drafts = against.drafts_for(loaded)
+    block = _block(loaded, drafts, against.candidates)
+    return Comparison(block, drafts, names, base, against.same_shape, against.seeds)
 
 
 def _load_base(loaded: LoadedModel, load: options.LoadOptions, view: RunView) -> LoadedModel:

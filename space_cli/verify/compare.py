@@ -53,6 +53,16 @@ class Comparison:
     seeds: int = 1
     turns: Iterator[int] = field(default_factory=count)
 
+    def methods(self, *, sampled: bool) -> list[str]:
+        """Return whose answers are made, in order; sampled, hf is left to `distribution`."""
+        hf = ["hf"] if "hf" in self.against and not sampled else []
+        return ["ar", "space", *hf, *(["base"] if self.base is not None else [])]
+
+    @property
+    def candidates(self) -> int | None:
+        """Candidates of every block; None where blocks differ from step to step."""
+        return None if self.drafts == "adaptive" else self.block.num_candidates
+
 
 def compare(planned: Sequence[Planned], comparison: Comparison, view: View) -> Iterator[Answer]:
     """Yield what is found for each prompt, seed and turn, in order; later turns follow SPACE's answers."""
