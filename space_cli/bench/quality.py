@@ -10,10 +10,10 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from space_cli.bench import sandbox
 from space_cli.bench.report import Sample
 from space_cli.bench.suites import Metric, Prompt, Suite
 from space_cli.errors import UsageProblem
+from space_cli.sandbox import contained
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -40,7 +40,7 @@ def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, 
     missing: dict[Metric, str] = {}
     if execute and "pass@1" not in metrics:
         raise UsageProblem("--execute: no suite here has tests", hint="leave it out")
-    if execute and (problem := sandbox.why_not()) is not None:
+    if execute and (problem := contained.why_not()) is not None:
         raise UsageProblem(problem, hint="leave --execute out")
     if not execute and "pass@1" in metrics:
         missing["pass@1"] = "answers are run under --execute alone"
@@ -90,7 +90,7 @@ def judge(prompt: Prompt, metric: Metric, text: str) -> tuple[float, str | None]
 def _passes(prompt: Prompt, text: str) -> tuple[float, str]:
     if prompt.code is None:
         raise ValueError(f"{prompt.task_id} has no tests")
-    outcome = sandbox.run_program(prompt.code.before + code_of(text) + prompt.code.after)
+    outcome = contained.run_program(prompt.code.before + code_of(text) + prompt.code.after)
     return float(outcome.passed), outcome.told
 
 
