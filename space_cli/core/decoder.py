@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from space_cli.compile.compiled_model import Program
+from space_cli.compile.cuda import GraphProgram
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser, Rows
-from space_cli.core.compiled import Program
-from space_cli.core.cuda import GraphProgram
 from space_cli.core.drafting import ChainDrafter, Drafter, Verified
 from space_cli.core.engine import Numerics, context_length, engine_for
 from space_cli.core.stopping import StopRule

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from space_cli.compile.compiled_model import MOST_SLOTS, Program
+from space_cli.compile.cuda import GraphProgram
 from space_cli.core.attention import KEY_TILE, can_be_invariant, invariant_attention_of
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache, cache_arguments
 from space_cli.core.choose import Likely
-from space_cli.core.compiled import MOST_SLOTS, Program
-from space_cli.core.cuda import GraphProgram
 from space_cli.core.stream import in_common
 
 Numerics = Literal["plain", "invariant"]
@@ -219,7 +219,7 @@ class _Inputs:
 def engine_for(model: PreTrainedModel, program: Program | GraphProgram | None, **arguments: Any) -> EagerEngine:
     """Return the engine that runs a model, compiled or as it is; arguments as of `EagerEngine`."""
     if isinstance(program, GraphProgram):
-        from space_cli.core.cuda_engine import GraphEngine  # which is one of the engines here
+        from space_cli.compile.cuda_engine import GraphEngine  # which is one of the engines here
 
         return GraphEngine(model, program, **arguments)
     return EagerEngine(model, **arguments) if program is None else CompiledEngine(model, program, **arguments)

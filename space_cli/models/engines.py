@@ -14,18 +14,18 @@ from typing import Literal
 
 import torch
 
+from space_cli.compile.compiled_model import Program, compile_program, fingerprint, why_not
+from space_cli.compile.cuda import GraphProgram
+from space_cli.compile.toolchain import build_kernels, load_kernels, machine
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser
-from space_cli.core.compiled import Program, compile_program, fingerprint, why_not
 from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
-from space_cli.core.cuda import GraphProgram
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, Drafter
 from space_cli.core.engine import EagerEngine, engine_for
 from space_cli.core.quantized import has_quantized_layers
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
-from space_cli.core.toolchain import build_kernels, load_kernels, machine
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.files import write_whole
 from space_cli.models.adapter import adapter_updates

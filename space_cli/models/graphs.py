@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from space_cli.compile.cuda import GraphProgram, why_not
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.cuda import GraphProgram, why_not
 from space_cli.core.engine import engine_for
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.models.loading import LoadedModel

@@ -20,10 +20,10 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from space_cli.compile.compiled_model import Program
+from space_cli.compile.cuda import GraphProgram
 from space_cli.core.block import Block
-from space_cli.core.compiled import Program
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
-from space_cli.core.cuda import GraphProgram
 from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Guide, Strategy
 from space_cli.core.drafting.ngrams import Source
 from space_cli.core.engine import context_length, embedding_rows

@@ -15,11 +15,11 @@ import torch
 from trained import quantized, trained
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from space_cli.compile.cuda import GraphProgram, _ancestry
+from space_cli.compile.cuda_attention import BlockTensors, attend, attend_plainly
+from space_cli.compile.cuda_engine import GraphEngine
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
-from space_cli.core.cuda import GraphProgram, _ancestry
-from space_cli.core.cuda_attention import BlockTensors, attend, attend_plainly
-from space_cli.core.cuda_engine import GraphEngine
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import EagerEngine

@@ -7,10 +7,10 @@ import torch
 import transformers as tf
 from tiny import MASK_IDS, lively
 
+from space_cli.compile.cuda import GraphProgram
+from space_cli.compile.cuda_engine import GraphEngine
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser
-from space_cli.core.cuda import GraphProgram
-from space_cli.core.cuda_engine import GraphEngine
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import EagerEngine

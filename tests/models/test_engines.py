@@ -11,7 +11,8 @@ import torch
 import transformers as tf
 from tiny import MASK_IDS, lively
 
-from space_cli.core import toolchain
+from space_cli.compile import toolchain
+from space_cli.compile.toolchain import build_kernels
 from space_cli.core.block import Block
 from space_cli.core.choose import Chooser
 from space_cli.core.costs import ASSUMED_COSTS, SIZES
@@ -20,7 +21,6 @@ from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import CompiledEngine, EagerEngine, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
-from space_cli.core.toolchain import build_kernels
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.models import engines, refusals
 from space_cli.models.engines import measured, prepare

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from space_cli.core import cuda
+from space_cli.compile import cuda
 from space_cli.core.block import Block
 from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode

@@ -11,13 +11,13 @@ from strategies import blocks
 from tiny import MASK_IDS, more_tiny_configs, tiny_configs
 from transformers import AutoModelForCausalLM
 
+from space_cli.compile.cuda import SIZES, TILES, GraphProgram, _ancestry, rows_of, why_not
+from space_cli.compile.cuda_attention import BlockTensors, attend_plainly
+from space_cli.compile.cuda_engine import GraphEngine
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import LIKELY, Chooser, Sampling
 from space_cli.core.costs import ASSUMED_COSTS
-from space_cli.core.cuda import SIZES, TILES, GraphProgram, _ancestry, rows_of, why_not
-from space_cli.core.cuda_attention import BlockTensors, attend_plainly
-from space_cli.core.cuda_engine import GraphEngine
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, ChainDrafter
 from space_cli.core.engine import EagerEngine, engine_for

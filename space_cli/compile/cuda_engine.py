@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from space_cli.compile.cuda import SIZES, TILES, GraphProgram, rows_of
 from space_cli.core.block import Block
-from space_cli.core.cuda import SIZES, TILES, GraphProgram, rows_of
 from space_cli.core.engine import EagerEngine, Numerics
 
 

@@ -25,11 +25,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from space_cli.compile.cuda_attention import NAME, NOTING, BlockTensors, LayerShape
 from space_cli.core.attention import has_replaceable_attention
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import LIKELY, Likely
-from space_cli.core.cuda_attention import NAME, NOTING, BlockTensors, LayerShape
 from space_cli.errors import RunFailed
 
 TILES = (32, 64)

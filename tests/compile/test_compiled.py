@@ -11,7 +11,8 @@ from oracles import hf_greedy
 from strategies import blocks
 from tiny import MASK_IDS, lively
 
-from space_cli.core import compiled, packing, toolchain
+from space_cli.compile import compiled_model as compiled
+from space_cli.compile import packing, toolchain
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
+import space_cli
 from space_cli.core.quantized import use_kernels
 from space_cli.errors import RunFailed
 
@@ -116,11 +117,11 @@ def toolchain_digest(*callers: str) -> str:
     """Return a hash of versions, machine, the kernels' sources, and those of the modules that call them.
 
     Args:
-        callers: files of this folder.
+        callers: files, as named from the package on.
     """
     digest = hashlib.sha256(repr(machine()).encode())
-    own = Path(__file__).parent
-    for source in (Path(__file__), *sorted(KERNELS.glob("*.[ch]*")), *(own / name for name in callers)):
+    package = Path(space_cli.__file__).parent
+    for source in (Path(__file__), *sorted(KERNELS.glob("*.[ch]*")), *(package / name for name in callers)):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

@@ -35,12 +35,12 @@ from torch.fx.experimental import proxy_tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from space_cli.compile.packing import LANES, SHIMS, Adapter, fused_groups, packed_layers
+from space_cli.compile.toolchain import load_kernels, toolchain_digest
 from space_cli.core.attention import has_replaceable_attention
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import LIKELY, Likely
-from space_cli.core.packing import LANES, SHIMS, Adapter, fused_groups, packed_layers
-from space_cli.core.toolchain import load_kernels, toolchain_digest
 from space_cli.errors import RunFailed
 
 MOST_SLOTS = 128
@@ -186,7 +186,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     """Return a hash of everything that a compiled program depends on: architecture, versions and machine."""
     tensors = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in _tensors(model)]
     types = [(name, module.weight_type) for name, module in model.named_modules() if hasattr(module, "weight_type")]
-    toolchain = toolchain_digest("compiled.py", "packing.py", "quantized.py")
+    toolchain = toolchain_digest("compile/compiled_model.py", "compile/packing.py", "core/quantized.py")
     told = (model.config.to_json_string(), toolchain, _INDUCTOR_CONFIGS, tensors, types)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 

@@ -104,7 +104,7 @@ def attend(
         (1, R, H, D).
     """
     if query.device.type == "cuda":
-        from space_cli.core import cuda_kernels  # needs Triton, which is there where PyTorch has CUDA
+        from space_cli.compile import cuda_kernels  # needs Triton, which is there where PyTorch has CUDA
 
         return cuda_kernels.attend(query, key, value, states, BlockTensors(length, depths, ancestors), scaling)
     return attend_plainly(query, key, value, states, BlockTensors(length, depths, ancestors), scaling)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from space_cli.core.cuda_attention import BlockTensors
+from space_cli.compile.cuda_attention import BlockTensors
 
 TILE = 64
 """Keys of a share: few enough for a float32 model's tile to fit the shared memory of any GPU."""

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from space_cli.core import toolchain
+from space_cli.compile import toolchain
 from space_cli.core.quantized import WeightType
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler, which the compiled engine needs")

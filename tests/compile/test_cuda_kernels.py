@@ -15,10 +15,10 @@ if find_spec("triton") is None:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-from space_cli.core import cuda_kernels
+from space_cli.compile import cuda_kernels
+from space_cli.compile.cuda import _ancestry
+from space_cli.compile.cuda_attention import BlockTensors, attend_plainly
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.cuda import _ancestry
-from space_cli.core.cuda_attention import BlockTensors, attend_plainly
 
 # Triton's interpreter asks numpy for numbers in a way that numpy 2.4 refuses and those before warn of
 pytestmark = [
