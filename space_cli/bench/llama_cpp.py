@@ -21,7 +21,8 @@ import torch
 from platformdirs import user_cache_path
 from transformers import PreTrainedModel
 
-from space_cli.compile.compiled_model import fingerprint, weights_digest, why_not
+from space_cli.compile.export import why_not
+from space_cli.compile.fingerprint import fingerprint, weights_digest
 from space_cli.core.choose import Sampling
 from space_cli.errors import RunFailed, UsageProblem, unwritten
 from space_cli.models.gguf_file import read_gguf

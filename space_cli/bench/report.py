@@ -17,7 +17,7 @@ from pydantic_core import PydanticSerializationError
 
 import space_cli
 from space_cli.bench.profile import Profile
-from space_cli.compile.compiled_model import weights_digest
+from space_cli.compile.fingerprint import weights_digest
 from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.errors import unwritten
 from space_cli.files import write_whole

@@ -25,11 +25,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from space_cli.compile import torch_private
 from space_cli.compile.cuda_attention import NAME, NOTING, BlockTensors, LayerShape
 from space_cli.core.attention import has_replaceable_attention
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import LIKELY, Likely
+from space_cli.core.engine import EagerEngine
 from space_cli.errors import RunFailed
 
 TILES = (32, 64)
@@ -163,6 +165,12 @@ class GraphProgram:
             self._states[:, :, :, start : start + len(slots)] = self._states.index_select(3, source)
         cache.rollback(start + len(slots))
 
+    def engine(self, model: PreTrainedModel, **arguments: Any) -> EagerEngine:
+        """Return the engine that runs the model by this; arguments as of `EagerEngine`."""
+        from space_cli.compile.cuda_engine import GraphEngine  # which is written for this class
+
+        return GraphEngine(model, self, **arguments)
+
     def _buffers(self, capacity: int) -> torch.Tensor:
         """Return (layers, 2, H_kv, capacity, D) zeros: keys and values."""
         shape = (len(self._attentions), 2, self._heads, capacity, self._width)
@@ -221,13 +229,13 @@ class GraphProgram:
                 module.space_states, module.space_block = states, step.block  # type: ignore[assignment]
                 stack.callback(_forget, module, "space_states", "space_block")
             for layer, compiled in self._compiled.items():
-                layer._compiled_call_impl = compiled
-                stack.callback(setattr, layer, "_compiled_call_impl", None)
+                torch_private.use_call(layer, compiled)
+                stack.callback(torch_private.use_call, layer, None)
             if tells is not None:
                 tells.masks_known = has_masks
                 stack.callback(setattr, tells, "masks_known", None)
             if self._compiled:
-                stack.enter_context(torch._dynamo.config.patch(recompile_limit=_MOST_COMPILATIONS))
+                stack.enter_context(torch_private.recompile_limit(_MOST_COMPILATIONS))
             yield
 
 
@@ -359,4 +367,4 @@ def _forget(module: nn.Module, *names: str) -> None:
 def _compiled_layers(model: PreTrainedModel) -> dict[nn.Module, Callable[..., Any]]:
     """Return by layer its call, to be compiled when first made; layers of one kind share what is compiled."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return {layer: torch.compile(layer._call_impl, dynamic=False) for layer in layers}
+    return {layer: torch_private.compiled_call(layer) for layer in layers}

@@ -260,31 +260,3 @@ def _fills_tiles(module: nn.Module) -> bool:
         return False
     depth = _DEPTH.get(module.weight.dtype)
     return depth is not None and not module.out_features % LANES and not module.in_features % depth
-
-
-def _linear_shape(states: torch.Tensor, _packed: torch.Tensor, _bias: object, outputs: int, *_: object) -> torch.Tensor:
-    return states.new_empty(*states.shape[:-1], outputs)
-
-
-# compiled models call `kernels/shims.cpp` straight; there is nothing to dispatch to
-_OPERATORS = torch.library.Library("space", "FRAGMENT")  # it lives as long as this name
-_OPERATORS.define(
-    "packed_linear(Tensor input, Tensor packed, Tensor? bias, int outputs, int type, Tensor? down, Tensor? up, "
-    "Tensor? ends) -> Tensor"
-)
-torch.library.register_fake("space::packed_linear", _linear_shape, lib=_OPERATORS)
-SHIMS = {
-    torch.ops.space.packed_linear.default: [
-        "AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle input, AtenTensorHandle packed, "
-        "AtenTensorHandle* bias, int64_t outputs, int64_t type, AtenTensorHandle* down, AtenTensorHandle* up, "
-        "AtenTensorHandle* ends, AtenTensorHandle* made)"
-    ],
-    torch.ops.space.quantized_linear.default: [
-        "AOTITorchError aoti_torch_cpu_quantized_linear(AtenTensorHandle input, AtenTensorHandle packed, "
-        "AtenTensorHandle* bias, int64_t outputs, int64_t type, AtenTensorHandle* made)"
-    ],
-    torch.ops.space.quantized_rows.default: [
-        "AOTITorchError aoti_torch_cpu_quantized_rows(AtenTensorHandle ids, AtenTensorHandle packed, int64_t width, "
-        "int64_t type, AtenTensorHandle* made)"
-    ],
-}

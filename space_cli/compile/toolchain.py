@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import transformers
 
-import space_cli
 from space_cli.core.quantized import use_kernels
 from space_cli.errors import RunFailed
 
@@ -120,7 +119,7 @@ def toolchain_digest(*callers: str) -> str:
         callers: files, as named from the package on.
     """
     digest = hashlib.sha256(repr(machine()).encode())
-    package = Path(space_cli.__file__).parent
+    package = Path(__file__).parents[1]
     for source in (Path(__file__), *sorted(KERNELS.glob("*.[ch]*")), *(package / name for name in callers)):
         digest.update(source.read_bytes())
     return digest.hexdigest()

@@ -14,13 +14,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from space_cli.compile.compiled_model import Program
-from space_cli.compile.cuda import GraphProgram
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser, Rows
 from space_cli.core.drafting import ChainDrafter, Drafter, Verified
-from space_cli.core.engine import Numerics, context_length, engine_for
+from space_cli.core.engine import Compiled, Numerics, context_length, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Parts, Step
 from space_cli.errors import UsageProblem
@@ -45,7 +43,7 @@ def decode(
     chooser: Chooser,
     mask_token_ids: Sequence[int] = (),
     drafts: Drafter | None = None,
-    program: Program | GraphProgram | None = None,
+    program: Compiled | None = None,
     numerics: Numerics | None = None,
     cache: KVCache | None = None,
     logprobs: int | None = None,

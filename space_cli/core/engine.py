@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from space_cli.compile.compiled_model import MOST_SLOTS, Program
-from space_cli.compile.cuda import GraphProgram
 from space_cli.core.attention import KEY_TILE, can_be_invariant, invariant_attention_of
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache, cache_arguments
@@ -171,55 +168,13 @@ class EagerEngine:
         self.cache.rollback(len(self.cache.token_ids))
 
 
-class CompiledEngine(EagerEngine):
-    """Runs blocks, and the prompt in blocks of its own, through a compiled program of the model."""
+class Compiled(Protocol):
+    """A model in a compiled form (see the room `compile`), which brings the engine that runs it."""
 
-    def __init__(self, model: PreTrainedModel, program: Program, **arguments: Any) -> None:
-        super().__init__(model, **arguments)
-        self._program = program
-        self.cache.extent.multiple = 1
-        self._inputs: dict[int, _Inputs] = {}
-
-    def _extend(self, token_ids: Sequence[int]) -> None:
-        for start in range(0, len(token_ids), MOST_SLOTS):
-            some = token_ids[start : start + MOST_SLOTS]
-            # what a prompt's tokens are followed by is known
-            self._run(Block.chain(len(some) - 1, 0), some, wanted=1)
-
-    def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
-        """Run a block behind the settled prefix; return (Q, V) logits. The cache then holds all slots."""
-        self._slot_ids = slot_ids
-        return self._run(block, slot_ids, wanted=block.num_slots)
-
-    def _run(self, block: Block, slot_ids: Sequence[int], *, wanted: int) -> torch.Tensor:
-        inputs = self._inputs.get(block.num_slots)
-        if inputs is None:
-            inputs = self._inputs[block.num_slots] = _Inputs(block.num_slots)
-        inputs.ids[:] = slot_ids
-        np.add(block.offset_ids, self.length, out=inputs.positions)
-        np.minimum(inputs.positions, self._last_position, out=inputs.positions)
-        logits, self.likely = self._program.run(block, *inputs.tensors, self.cache, wanted=wanted)
-        return logits
+    def engine(self, model: PreTrainedModel, **arguments: Any) -> EagerEngine:
+        """Return the engine; arguments as of `EagerEngine`."""
 
 
-class _Inputs:
-    """Token ids and positions of calls of one size, written in place: tensors take longer to make than a small layer.
-
-    Attributes:
-        ids: (Q) int64.
-        positions: (Q) int64.
-        tensors: the same memory, (1, Q) each.
-    """
-
-    def __init__(self, slots: int) -> None:
-        self.ids, self.positions = np.zeros((2, slots), dtype=np.int64)
-        self.tensors = torch.from_numpy(self.ids)[None], torch.from_numpy(self.positions)[None]
-
-
-def engine_for(model: PreTrainedModel, program: Program | GraphProgram | None, **arguments: Any) -> EagerEngine:
+def engine_for(model: PreTrainedModel, program: Compiled | None, **arguments: Any) -> EagerEngine:
     """Return the engine that runs a model, compiled or as it is; arguments as of `EagerEngine`."""
-    if isinstance(program, GraphProgram):
-        from space_cli.compile.cuda_engine import GraphEngine  # which is one of the engines here
-
-        return GraphEngine(model, program, **arguments)
-    return EagerEngine(model, **arguments) if program is None else CompiledEngine(model, program, **arguments)
+    return EagerEngine(model, **arguments) if program is None else program.engine(model, **arguments)

@@ -14,15 +14,16 @@ from typing import Literal
 
 import torch
 
-from space_cli.compile.compiled_model import Program, compile_program, fingerprint, why_not
-from space_cli.compile.cuda import GraphProgram
+from space_cli.compile.compiled_model import Program
+from space_cli.compile.export import compile_program, why_not
+from space_cli.compile.fingerprint import fingerprint
 from space_cli.compile.toolchain import build_kernels, load_kernels, machine
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser
 from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, Drafter
-from space_cli.core.engine import EagerEngine, engine_for
+from space_cli.core.engine import Compiled, EagerEngine, engine_for
 from space_cli.core.quantized import has_quantized_layers
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
@@ -106,9 +107,7 @@ def _steps(loaded: LoadedModel, drafts: Drafter) -> list[Step]:
     return [next(steps), *takewhile(lambda _: time.perf_counter() - began < _PROBE_SECONDS, steps)]
 
 
-def _program(
-    loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: Callable[[], None]
-) -> Program | GraphProgram | None:
+def _program(loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: Callable[[], None]) -> Compiled | None:
     if engine == "eager":
         return None
     if loaded.device.startswith("cuda"):

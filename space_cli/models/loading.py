@@ -20,13 +20,11 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from space_cli.compile.compiled_model import Program
-from space_cli.compile.cuda import GraphProgram
 from space_cli.core.block import Block
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
 from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Guide, Strategy
 from space_cli.core.drafting.ngrams import Source
-from space_cli.core.engine import context_length, embedding_rows
+from space_cli.core.engine import Compiled, context_length, embedding_rows
 from space_cli.core.quantized import num_parameters
 from space_cli.errors import UsageProblem
 from space_cli.models import support
@@ -77,7 +75,7 @@ class LoadedModel:
     candidates: int
     masks_per_group: int
     prompt_template: str | None
-    program: Program | GraphProgram | None = None
+    program: Compiled | None = None
     costs: StepCosts = ASSUMED_COSTS
     completes: bool = False
     gguf: Path | None = None

@@ -11,13 +11,15 @@ from oracles import hf_greedy
 from strategies import blocks
 from tiny import MASK_IDS, lively
 
-from space_cli.compile import compiled_model as compiled
 from space_cli.compile import packing, toolchain
+from space_cli.compile.compiled_model import CompiledEngine, Program
+from space_cli.compile.export import MOST_SLOTS, compile_program, why_not
+from space_cli.compile.fingerprint import fingerprint, weights_digest
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
-from space_cli.core.engine import CompiledEngine, EagerEngine
+from space_cli.core.engine import EagerEngine
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.errors import RunFailed
@@ -62,9 +64,9 @@ def pair(request, library):
         pad_token_id=0,
     )
     model = lively(tf.LlamaForCausalLM(config), 0.15).to(request.param)
-    package = library.parent / f"{compiled.fingerprint(model)}.pt2"
-    compiled.compile_program(model, package)
-    return model, compiled.Program(package, library, model)
+    package = library.parent / f"{fingerprint(model)}.pt2"
+    compile_program(model, package)
+    return model, Program(package, library, model)
 
 
 def generate(model, program, *, prompt=PROMPT, drafts=None, sampling=None, tokens=40):
@@ -241,7 +243,7 @@ def test_a_prompt_longer_than_the_largest_block_and_a_prompt_of_one_token(pair):
     model, program = pair
     if model.dtype != torch.float32:
         pytest.skip("half precision rounds otherwise in transformers' kernels")
-    for length in (1, 2, compiled.MOST_SLOTS, compiled.MOST_SLOTS + 2, 300):
+    for length in (1, 2, MOST_SLOTS, MOST_SLOTS + 2, 300):
         prompt = [(7 * index) % 299 + 1 for index in range(length)]
 
         assert generate(model, program, prompt=prompt) == hf_greedy(model, prompt, 40)
@@ -277,11 +279,11 @@ def test_what_cannot_be_compiled_is_told_beforehand(changed, reason):
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     model = tf.LlamaForCausalLM(config)
-    assert compiled.why_not(model) is None
+    assert why_not(model) is None
 
     changed(model)
 
-    assert reason in compiled.why_not(model)
+    assert reason in why_not(model)
 
 
 def test_heads_that_the_kernel_cannot_take_are_refused_while_compiling(tmp_path):
@@ -291,7 +293,7 @@ def test_heads_that_the_kernel_cannot_take_are_refused_while_compiling(tmp_path)
     model = tf.LlamaForCausalLM(config)
 
     with pytest.raises(RunFailed, match="multiple of 16"):
-        compiled.compile_program(model, tmp_path / "program.pt2")
+        compile_program(model, tmp_path / "program.pt2")
 
     assert list(tmp_path.iterdir()) == []
     assert model.config._attn_implementation == "sdpa"
@@ -300,11 +302,11 @@ def test_heads_that_the_kernel_cannot_take_are_refused_while_compiling(tmp_path)
 def test_a_program_serves_all_models_of_its_architecture(pair, library):
     model, program = pair
     other = lively(tf.LlamaForCausalLM(model.config), 0.2).to(model.dtype)
-    assert compiled.fingerprint(other) == compiled.fingerprint(model)
-    assert compiled.weights_digest(other) != compiled.weights_digest(model)
+    assert fingerprint(other) == fingerprint(model)
+    assert weights_digest(other) != weights_digest(model)
     own = generate(model, program)
 
-    of_other = compiled.Program(library.parent / f"{compiled.fingerprint(model)}.pt2", library, other)
+    of_other = Program(library.parent / f"{fingerprint(model)}.pt2", library, other)
 
     drafts = ChainDrafter(Block.chain(3, 2))
     assert generate(other, of_other) == generate(other, of_other, drafts=drafts) != own
@@ -317,7 +319,7 @@ def test_another_architecture_has_another_fingerprint():
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     models = [tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, intermediate_size=size)) for size in (32, 48, 32)]
     models[2].bfloat16()
-    assert len({compiled.fingerprint(model) for model in models}) == 3
+    assert len({fingerprint(model) for model in models}) == 3
 
 
 def test_without_a_compiler_the_kernel_says_so(tmp_path, monkeypatch):

@@ -12,13 +12,14 @@ import transformers as tf
 from tiny import MASK_IDS, lively
 
 from space_cli.compile import toolchain
+from space_cli.compile.compiled_model import CompiledEngine
 from space_cli.compile.toolchain import build_kernels
 from space_cli.core.block import Block
 from space_cli.core.choose import Chooser
 from space_cli.core.costs import ASSUMED_COSTS, SIZES
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
-from space_cli.core.engine import CompiledEngine, EagerEngine, engine_for
+from space_cli.core.engine import EagerEngine, engine_for
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
 from space_cli.errors import RunFailed, UsageProblem

@@ -8,7 +8,9 @@ import transformers as tf
 from ggufs import llama_file
 from tiny import VOCABULARY, lively
 
-from space_cli.compile.compiled_model import Program, compile_program, fingerprint
+from space_cli.compile.compiled_model import Program
+from space_cli.compile.export import compile_program
+from space_cli.compile.fingerprint import fingerprint
 from space_cli.compile.toolchain import build_kernels, load_kernels
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.engine import engine_for
