@@ -17,6 +17,7 @@ from space_cli.api.caches import MOST_BYTES, CachePool
 from space_cli.api.grammar import Grammar, grammar_for
 from space_cli.api.settings import GenerationSettings, Mode, Options, SamplingSettings
 from space_cli.api.tools import CallReader, Tool, call_form, check_tools
+from space_cli.chat.templates import Role, Turn, ids_of, request
 from space_cli.core.cache import KVCache
 from space_cli.core.choose import Chooser
 from space_cli.core.costs import ASSUMED_COSTS
@@ -26,7 +27,6 @@ from space_cli.core.stopping import StopRule
 from space_cli.errors import UsageProblem
 from space_cli.models.engines import EngineName, measured, prepare
 from space_cli.models.loading import LoadedModel, load_model
-from space_cli.models.prompting import Role, Turn, ids_of, request
 from space_cli.models.registry import default_model
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from space_cli.bench import sandbox
 from space_cli.bench.report import Sample
-from space_cli.bench.suites import Metric, Prompt, Suite
 from space_cli.errors import UsageProblem
+from space_cli.tasks.suites import Metric, Prompt, Suite
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer

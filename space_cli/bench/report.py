@@ -1,29 +1,11 @@
-"""What comes out of a run: samples, their sums, where it took place, and the JSON that holds it all."""
+"""What comes out of a benchmark: samples, their sums, and the JSON that holds it all."""
 
 from __future__ import annotations
 
-import platform
-import subprocess
-from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
-from json import dumps
-from pathlib import Path
-from typing import Any
-
-import torch
 from pydantic import BaseModel, Field
-from pydantic_core import PydanticSerializationError
 
-import space_cli
 from space_cli.bench.profile import Profile
-from space_cli.compile.fingerprint import weights_digest
-from space_cli.core.costs import ASSUMED_COSTS
-from space_cli.errors import unwritten
-from space_cli.files import write_whole
-from space_cli.models.loading import LoadedModel
-
-SCHEMA_VERSION = 2
+from space_cli.records import Record
 
 
 class Sample(BaseModel):
@@ -118,39 +100,6 @@ class Result(BaseModel):
     pass_at_k: dict[int, float] | None = None
 
 
-class JsonRecord(BaseModel):
-    """What a command hands to other programs; `complete` is false when it was cut short."""
-
-    schema_version: int = SCHEMA_VERSION
-    complete: bool = False
-
-    def to_json(self) -> str:
-        """Return the JSON text; a figure that was not measured is null."""
-        try:
-            return self.model_dump_json(indent=1) + "\n"
-        except PydanticSerializationError:  # the name of a file can hold bytes that are no text
-            text = dumps(self.model_dump(), indent=1, ensure_ascii=False)
-            return text.encode("utf-8", "replace").decode() + "\n"
-
-    def write(self, file: Path) -> None:
-        """Write the JSON, whole or not at all.
-
-        Raises:
-            RunFailed: the file cannot be written.
-        """
-        try:
-            write_whole(file, self.to_json())
-        except OSError as error:
-            raise unwritten(file, error) from error
-
-
-class Record(JsonRecord):
-    """What every run leaves behind."""
-
-    environment: dict[str, Any]
-    settings: dict[str, Any]
-
-
 class Report(Record):
     """A benchmark; `profile` is there where it was asked for."""
 
@@ -158,45 +107,3 @@ class Report(Record):
 
     results: list[Result] = Field(default_factory=list)
     samples: list[Sample] = Field(default_factory=list)
-
-
-def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
-    """Return where a run took place: versions, machine, weights, dtype, engine, what steps cost there, date."""
-    return {
-        "space": space_cli.__version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": threads,
-        "gpu": torch.cuda.get_device_name(loaded.model.device) if loaded.model.device.type == "cuda" else None,
-        "device": loaded.device,
-        "dtype": loaded.dtype,
-        "weights": weights_digest(loaded.model),
-        "engine": "eager" if loaded.program is None else "compiled",
-        "step_costs": None if loaded.costs is ASSUMED_COSTS else asdict(loaded.costs),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    """Return the commit when run from a checkout of this project, else None."""
-    root = Path(space_cli.__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        git = subprocess.run(command, capture_output=True, text=True, check=False)  # fixed arguments, no shell
-    except OSError:  # a checkout on a machine without git
-        return None
-    return git.stdout.strip() or None

@@ -19,13 +19,13 @@ from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
     from space_cli.bench.journal import Journal
-    from space_cli.bench.measure import Plan, Settings
     from space_cli.bench.methods import Method
     from space_cli.bench.report import Report
-    from space_cli.bench.suites import Metric, Suite
     from space_cli.cli.live import RunView
     from space_cli.models.engines import EngineName
     from space_cli.models.loading import LoadedModel
+    from space_cli.tasks.plan import Plan, Settings
+    from space_cli.tasks.suites import Metric, Suite
 
 EPILOG = (
     "Example: space bench --limit 10    Example: space bench --suite prompts.jsonl --methods ar,space --json run.json"
@@ -124,16 +124,16 @@ def run(
     quiet_libraries()
     wanted = _wanted(methods, sweep, candidates, draft_model, sampled=temperature > 0)
 
-    from space_cli.bench.suites import load_suite
+    from space_cli.tasks.suites import load_suite
 
     suites = [load_suite(name, field=field) for name in dict.fromkeys(suite or ["humaneval"])]
 
-    from space_cli.bench.measure import Settings, check_candidates, most_tokens, plan, suites_for
     from space_cli.bench.methods import choose_methods
     from space_cli.bench.quality import check
     from space_cli.cli.live import run_view
     from space_cli.core.choose import Sampling
     from space_cli.models.loading import load_model
+    from space_cli.tasks.plan import Settings, check_candidates, most_tokens, plan, suites_for
 
     not_judged = check([each.metric for each in suites], execute=execute)
     view = run_view(quiet=quiet)
@@ -146,7 +146,8 @@ def run(
         max_new_tokens, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), candidates
     )
     chosen, left_out = choose_methods(wanted, loaded, sampling=settings.sampling, draft=draft)
-    check_candidates(loaded, candidates, chosen)
+    if any(method.takes_candidates for method in chosen):
+        check_candidates(loaded, candidates)
     suites = suites_for(loaded, suites)
     tokens = seeds * most_tokens(suites, settings, limit=limit)
     loaded = with_corpora(_with_engine(loaded, engine, chosen, tokens, view), corpus, quiet=quiet)
@@ -260,7 +261,7 @@ def _with_engine(
 def _journal(json: str | None, report: Report, planned: Plan, *, resume: bool) -> Journal | None:
     """Return where finished prompts go at once; with `resume`, take what is there into the report."""
     from space_cli.bench.journal import Journal
-    from space_cli.bench.measure import prompts_digest
+    from space_cli.tasks.plan import prompts_digest
 
     # a device or a pipe has no folder of ours beside it
     if json in (None, "-") or (Path(json).exists() and not Path(json).is_file()):
@@ -323,8 +324,8 @@ def _no_pictures(report_file: Path | None) -> dict[str, str]:
 
 
 def _list() -> int:
-    from space_cli.bench.suites import SUITES
     from space_cli.rows import SUFFIXES
+    from space_cli.tasks.suites import SUITES
 
     typer.echo("Suites")
     for name, form in SUITES.items():
@@ -347,7 +348,8 @@ def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) 
 
     import torch
 
-    from space_cli.bench.report import Report, environment
+    from space_cli.bench.report import Report
+    from space_cli.tasks.environment import environment
 
     return Report(
         environment=environment(loaded, threads=torch.get_num_threads()),

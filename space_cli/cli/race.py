@@ -19,9 +19,9 @@ from space_cli.cli.live import Tally, newest_lines
 from space_cli.core.cache import KVCache
 
 if TYPE_CHECKING:
-    from space_cli.cli.session import Session
+    from space_cli.chat.session import Session
+    from space_cli.chat.templates import Known
     from space_cli.core.stream import Step
-    from space_cli.models.prompting import Known
 
 _SECONDS_PER_FRAME = 0.1
 

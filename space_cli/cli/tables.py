@@ -21,7 +21,8 @@ from space_cli.verify.record import LEAST_P_VALUE
 if TYPE_CHECKING:
     from space_cli.bench.compare import Change
     from space_cli.bench.profile import Profile
-    from space_cli.bench.report import JsonRecord, Record, Report, Result, Sample
+    from space_cli.bench.report import Report, Result, Sample
+    from space_cli.records import JsonRecord, Record
     from space_cli.verify.record import Divergence, Row, Verification
 
 _PLACES_SHOWN = 8

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from space_cli.chat.templates import encode
 from space_cli.core.block import Block
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
 from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Guide, Strategy
@@ -31,7 +32,6 @@ from space_cli.models import support
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.gguf_names import gguf_path, is_gguf
 from space_cli.models.kernels import kernels_problem
-from space_cli.models.prompting import encode
 from space_cli.models.registry import ModelEntry, read_models, resolve
 from space_cli.models.stops import stop_ids
 from space_cli.models.texts import PastAnswers

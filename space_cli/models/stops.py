@@ -11,8 +11,8 @@ from typing import cast
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from space_cli.chat.templates import Turn, render
 from space_cli.errors import UsageProblem
-from space_cli.models.prompting import Turn, render
 
 _ASKED, _ANSWERED = "Which colour?", "Green43"
 _SAMPLED_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")

@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from space_cli.core.collator import IGNORED
-from space_cli.errors import UsageProblem
-from space_cli.models.prompting import (
+from space_cli.chat.templates import (
     DEFAULT_TEMPLATE,
     Turn,
     ids_behind,
@@ -27,6 +25,8 @@ from space_cli.models.prompting import (
     taken_apart,
     without_lead,
 )
+from space_cli.core.collator import IGNORED
+from space_cli.errors import UsageProblem
 from space_cli.models.stops import turn_end
 from space_cli.training.data import Completion, Example, Text
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from space_cli.chat.templates import DEFAULT_TEMPLATE, Turn, render, seam_for, split_template
 from space_cli.core.choose import mix
 from space_cli.core.stream import is_repetitive
 from space_cli.errors import UsageProblem, unwritten
 from space_cli.models.loading import LoadedModel
-from space_cli.models.prompting import DEFAULT_TEMPLATE, Turn, render, seam_for, split_template
 from space_cli.training.batch import Request, answer_in_batches
 from space_cli.training.chat_format import prompt_ids
 from space_cli.training.data import OWN_DATA, Conversation

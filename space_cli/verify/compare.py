@@ -11,8 +11,6 @@ from typing import Literal
 
 import torch
 
-from space_cli.bench.measure import Planned, View
-from space_cli.bench.methods import METHODS, Task, run_decode
 from space_cli.core.attention import invariant_attention_of
 from space_cli.core.block import Block
 from space_cli.core.choose import Chooser, Rows
@@ -22,6 +20,8 @@ from space_cli.core.drafting.chain import Substitute
 from space_cli.core.engine import embedding_rows
 from space_cli.core.stream import Generation, Step, in_common
 from space_cli.models.loading import LoadedModel
+from space_cli.tasks.plan import Planned, View
+from space_cli.tasks.task import Task, run_decode, run_generate
 from space_cli.verify.divergence import Anatomist
 from space_cli.verify.record import Answer, Divergence
 
@@ -114,7 +114,7 @@ class _Case:
         # bit for bit the same only where generate's calls have our inner shapes too
         invariant = self._task.numerics == "invariant"
         with invariant_attention_of(self._task.loaded.model) if invariant else nullcontext():
-            return METHODS["hf"].run(self._task, on_step)
+            return run_generate(self._task, on_step)
 
     def _parting(self, against: str, expected: list[int], got: list[int]) -> Divergence:
         """Examine the first place where two answers differ."""

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from space_cli.bench.measure import Planned
-from space_cli.bench.methods import Task, next_token_probabilities
 from space_cli.core.stopping import StopRule
+from space_cli.tasks.plan import Planned
+from space_cli.tasks.task import Task, next_token_probabilities
 from space_cli.verify.record import Distribution
 
 _LEAST_EXPECTED, _MOST_BINS = 5.0, 40

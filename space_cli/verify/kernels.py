@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from space_cli.bench.methods import Task
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.engine import engine_for
 from space_cli.errors import RunFailed
+from space_cli.tasks.task import Task
 from space_cli.verify.record import Kernels
 
 _PREFIX, _FOLLOWING = 64, 24

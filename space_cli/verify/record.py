@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from space_cli.bench.report import Record
+from space_cli.records import Record
 
 Verdict = Literal["tie", "violation"]
 AGAINST = ("ar", "hf", "base")

@@ -3,8 +3,8 @@ from samples import sample
 
 from space_cli.bench import quality, sandbox
 from space_cli.bench.quality import check, code_of, judge, judge_all
-from space_cli.bench.suites import Code, Prompt, Suite
 from space_cli.errors import UsageProblem
+from space_cli.tasks.suites import Code, Prompt, Suite
 
 contained = pytest.mark.skipif(sandbox.why_not() is not None, reason=f"programs are refused here: {sandbox.why_not()}")
 

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from space_cli.bench.measure import Settings, measure, plan
+from space_cli.bench.measure import measure
 from space_cli.bench.methods import METHODS
-from space_cli.bench.suites import load_suite
 from space_cli.core.block import Block
 from space_cli.core.choose import Sampling
 from space_cli.core.engine import EagerEngine, engine_for
 from space_cli.models.engines import measured, prepare
 from space_cli.models.loading import load_model
+from space_cli.tasks.plan import Settings, plan
+from space_cli.tasks.suites import load_suite
 from space_cli.verify.compare import Comparison, compare
 
 if TYPE_CHECKING:

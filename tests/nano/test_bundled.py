@@ -4,7 +4,6 @@ import pytest
 import torch
 from oracles import hf_greedy
 
-from space_cli.bench.suites import load_suite
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
@@ -12,6 +11,7 @@ from space_cli.core.drafting import ChainDrafter
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.models.loading import load_model
+from space_cli.tasks.suites import load_suite
 
 PROBLEMS = load_suite("humaneval").prompts[:6]
 

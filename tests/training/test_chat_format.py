@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from space_cli.chat.templates import DEFAULT_TEMPLATE, Turn
 from space_cli.core.collator import IGNORED
 from space_cli.errors import UsageProblem
-from space_cli.models.prompting import DEFAULT_TEMPLATE, Turn
 from space_cli.training.chat_format import encode, prompt_ids, rendered
 from space_cli.training.data import Completion, Conversation, Text, read_examples
 

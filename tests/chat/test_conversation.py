@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from space_cli.chat.conversation import Chat, load_turns
+from space_cli.chat.templates import Turn, request
 from space_cli.errors import UsageProblem
-from space_cli.models.chat import Chat, load_turns
-from space_cli.models.prompting import Turn, request
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

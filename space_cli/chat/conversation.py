@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from space_cli.chat.templates import Known, Role, Turn, request
 from space_cli.core.stopping import text_behind
 from space_cli.errors import UsageProblem
 from space_cli.files import write_whole
-from space_cli.models.prompting import Known, Role, Turn, request
 from space_cli.models.registry import located
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from space_cli.bench.suites import SUITES, load_suite
 from space_cli.core.stopping import cut_at_stop
 from space_cli.errors import UsageProblem
+from space_cli.tasks.suites import SUITES, load_suite
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -476,7 +476,7 @@ def test_a_file_whose_name_holds_an_equals_sign_is_a_file(tmp_path):
 def test_suites_are_listed_and_files_read_without_a_heavy_package(tmp_path):
     file = write(tmp_path, GSM8K)
     heavy = "sorted({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules))"
-    script = f"import sys; from space_cli.bench.suites import load_suite; load_suite({file!r}); print({heavy})"
+    script = f"import sys; from space_cli.tasks.suites import load_suite; load_suite({file!r}); print({heavy})"
 
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from space_cli.cli import session as module
-from space_cli.cli.session import ChatSettings, Session
+from space_cli.chat import session as module
+from space_cli.chat.session import ChatSettings, Session
+from space_cli.chat.templates import Known
 from space_cli.core.stream import Generation, Step
-from space_cli.models.prompting import Known
 
 STEADY = [0.1, 0.1, 0.1, 0.1]
 

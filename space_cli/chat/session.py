@@ -13,14 +13,14 @@ from pydantic import ValidationError
 from space_cli.api.grammar import grammar_for
 from space_cli.api.model import Model
 from space_cli.api.settings import SamplingSettings
-from space_cli.bench.report import JsonRecord
+from space_cli.chat.conversation import Chat
+from space_cli.chat.templates import Known, Turn
 from space_cli.core.cache import KVCache
 from space_cli.core.stopping import StopRule, text_behind
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
-from space_cli.models.chat import Chat
 from space_cli.models.loading import LoadedModel
-from space_cli.models.prompting import Known, Turn
+from space_cli.records import JsonRecord
 
 # AR steps timed behind an answer, to compare with: more of them where they are quick
 _LEAST_AR_STEPS, _MOST_AR_STEPS, _AR_SECONDS, _LARGEST_GAIN = 4, 12, 0.05, 1.25
