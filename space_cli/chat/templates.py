@@ -7,7 +7,7 @@ over which no token reaches, so that it is tokenised as ordinary text.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,22 +67,17 @@ def request(
     Raises:
         UsageProblem: `template` has not exactly one {}, or the chat template refuses the conversation.
     """
-    seam = seam_for(_texts_in([[turn.content, turn.fields] for turn in turns] + [list(tools)]))
-    special = special_tokens(tokenizer)
-    if template is not None and template.startswith("{}"):
-        turns = [Turn(turns[0].role, without_lead(turns[0].content, tokenizer)), *turns[1:]]
-
-    def apart(text: str) -> str:
-        return taken_apart(text, special, seam)
-
-    turns = [Turn(turn.role, apart(turn.content), _mapped(turn.fields, apart)) for turn in turns]
-    if template is None and tokenizer.chat_template:
-        tools = _mapped(list(tools), apart)
+    escaper = Escaper.of([[turn.content, turn.fields] for turn in turns] + [list(tools)], tokenizer)
+    turns, seam = escape_turns(turns, escaper, tokenizer, template=template), escaper.seam
+    if has_own_template(tokenizer, template):
+        tools = escaper.json(list(tools))
         seamed, lead = render(turns, tokenizer, "the conversation", asks=True, tools=tools), list[int]()
     elif tools or any(turn.role == "tool" for turn in turns):
         raise UsageProblem("only a chat template can tell a model of tools", hint="choose a model that has one")
     else:
-        seamed = _filled(turns, DEFAULT_TEMPLATE if template is None else template, str(tokenizer.eos_token or ""))
+        end = str(tokenizer.eos_token or "")
+        pieces = fill_template(turns, DEFAULT_TEMPLATE if template is None else template)
+        seamed = "".join(text + end if is_answer else text for text, is_answer in pieces)
         lead = lead_ids(seamed.split(seam)[0], tokenizer)
     text = seamed.replace(seam, "")
     begun = max((each for each in known if text.startswith(each.text)), key=lambda each: len(each.text), default=None)
@@ -103,19 +98,28 @@ def _behind(seamed: str, count: int, seam: str) -> str:
     return seamed[place:]
 
 
-def _filled(turns: Sequence[Turn], template: str, end: str) -> str:
-    """Fill the form once for each request, each answer with the end of text behind it."""
+def has_own_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> bool:
+    """Return whether conversations are rendered by the tokenizer's chat template, which `template` replaces."""
+    return template is None and bool(tokenizer.chat_template)
+
+
+def fill_template(turns: Sequence[Turn], template: str) -> Iterator[tuple[str, bool]]:
+    """Yield the pieces of a conversation in a template with one gap, and whether each is an answer.
+
+    In front of each answer, and of the answer that is asked for, the template is filled once with all turns since the
+    answer before.
+    """
     head, tail = split_template(template)
-    text, asked = "", list[str]()
+    asked: list[str] = []
     for turn in turns:
-        if turn.role == "assistant":
-            text += turn.content + end
+        if turn.role != "assistant":
+            asked.append(turn.content)
             continue
-        asked.append(turn.content)
-        if turn.role == "user":
-            text += head + "\n\n".join(filter(None, asked)) + tail
-            asked = []
-    return text
+        yield head + "\n\n".join(filter(None, asked)) + tail, False
+        yield turn.content, True
+        asked = []
+    if asked:
+        yield head + "\n\n".join(filter(None, asked)) + tail, False
 
 
 def split_template(template: str) -> tuple[str, str]:
@@ -149,12 +153,6 @@ def render(
         raise UsageProblem(f"{where}: the chat template refuses the conversation: {told}") from error
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Return every text that the tokenizer makes a special token of."""
-    added = tokenizer.added_tokens_decoder.values()
-    return {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-
-
 def _texts_in(value: Any) -> Iterator[str]:
     """Yield every text in a JSON value, keys included."""
     if isinstance(value, str):
@@ -168,29 +166,51 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(inner)
 
 
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Return a JSON value with every text in it changed, keys included."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {change(str(key)): _mapped(inner, change) for key, inner in value.items()}
-    if isinstance(value, Sequence):
-        return [_mapped(inner, change) for inner in value]
-    return value
+@dataclass(frozen=True, slots=True)
+class Escaper:
+    """Keeps texts from spelling out special tokens: puts a seam inside each, over which no token reaches.
+
+    Attributes:
+        seam: a character that none of the texts has.
+        special: the texts of the special tokens.
+    """
+
+    seam: str
+    special: frozenset[str]
+
+    @classmethod
+    def of(cls, values: Any, tokenizer: PreTrainedTokenizerBase) -> Escaper:
+        """Return what escapes the texts in a JSON value, or some of them."""
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+        used = set().union(*_texts_in(values))
+        return cls(next(sign for sign in map(chr, range(0xF0000, 0xFFFFE)) if sign not in used), frozenset(special))
+
+    def text(self, text: str) -> str:
+        """Return a text with a seam inside whatever would become a special token."""
+        found = sorted((token for token in self.special if len(token) > 1 and token in text), key=len, reverse=True)
+        if not found:
+            return text
+        return re.sub("|".join(map(re.escape, found)), lambda match: match[0][0] + self.seam + match[0][1:], text)
+
+    def json(self, value: Any) -> Any:
+        """Return a JSON value with every text in it escaped, keys included."""
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, Mapping):
+            return {self.text(str(key)): self.json(inner) for key, inner in value.items()}
+        if isinstance(value, Sequence):
+            return [self.json(inner) for inner in value]
+        return value
 
 
-def seam_for(texts: Iterable[str]) -> str:
-    """Return a sign that none of the texts holds."""
-    used = set().union(*texts)
-    return next(sign for sign in map(chr, range(0xF0000, 0xFFFFE)) if sign not in used)
-
-
-def taken_apart(text: str, special: set[str], seam: str) -> str:
-    """Return `text` with a seam inside whatever would become a special token."""
-    spelled_out = sorted((token for token in special if len(token) > 1 and token in text), key=len, reverse=True)
-    if not spelled_out:
-        return text
-    return re.sub("|".join(map(re.escape, spelled_out)), lambda match: match[0][0] + seam + match[0][1:], text)
+def escape_turns(
+    turns: Sequence[Turn], escaper: Escaper, tokenizer: PreTrainedTokenizerBase, *, template: str | None
+) -> list[Turn]:
+    """Return turns whose special tokens are ordinary text, but for a beginning of text where the template begins."""
+    if template is not None and template.startswith("{}"):
+        turns = [Turn(turns[0].role, without_lead(turns[0].content, tokenizer)), *turns[1:]]
+    return [Turn(turn.role, escaper.text(turn.content), escaper.json(turn.fields)) for turn in turns]
 
 
 def lead_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

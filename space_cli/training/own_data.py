@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from space_cli.chat.templates import DEFAULT_TEMPLATE, Turn, render, seam_for, split_template
+from space_cli.chat.templates import DEFAULT_TEMPLATE, Escaper, Turn, has_own_template, render, split_template
 from space_cli.core.choose import mix
 from space_cli.core.stream import is_repetitive
 from space_cli.errors import UsageProblem, unwritten
@@ -97,8 +97,8 @@ def own_examples(
 
 def _turn_of_a_user(loaded: LoadedModel, template: str | None) -> tuple[list[int], str]:
     """Return the token ids up to where a user begins, and the text that ends the turn."""
-    if template is None and loaded.tokenizer.chat_template:
-        seam = seam_for([])
+    if has_own_template(loaded.tokenizer, template):
+        seam = Escaper.of((), loaded.tokenizer).seam
         opening, _, closing = render([Turn("user", seam)], loaded.tokenizer, OWN_DATA, asks=True).partition(seam)
         ids = list(loaded.tokenizer(opening, add_special_tokens=False)["input_ids"])
     else:
