@@ -19,10 +19,10 @@ from space_cli.api.settings import GenerationSettings, Mode, Options, SamplingSe
 from space_cli.api.tools import CallReader, Tool, call_form, check_tools
 from space_cli.chat.templates import Role, Turn, ids_of, request
 from space_cli.core.cache import KVCache
-from space_cli.core.choose import Chooser
 from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.decoder import decode
 from space_cli.core.drafting.ngrams import LONGEST_MATCH
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.errors import UsageProblem
 from space_cli.models.engines import EngineName, measured, prepare
@@ -192,7 +192,7 @@ class Model:
             self.loaded.model,
             token_ids,
             stop=stop,
-            chooser=Chooser.from_sampling(settings.sampling(), prompt_length=len(token_ids), first=first),
+            sampler=Sampler.from_sampling(settings.sampling(), prompt_length=len(token_ids), first=first),
             drafts=drafts,
             mask_token_ids=self.loaded.mask_token_ids,
             program=self.loaded.program,

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from space_cli.compile.export import why_not
 from space_cli.compile.fingerprint import fingerprint, weights_digest
-from space_cli.core.choose import Sampling
+from space_cli.core.sampling import Sampling
 from space_cli.errors import RunFailed, UsageProblem, unwritten
 from space_cli.models.gguf_file import read_gguf
 from space_cli.models.loading import LoadedModel

@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from space_cli.bench import llama_cpp
-from space_cli.core.choose import Sampling
 from space_cli.core.drafting import Strategy
 from space_cli.core.engine import embedding_rows
+from space_cli.core.sampling import Sampling
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
 from space_cli.models.loading import LoadedModel

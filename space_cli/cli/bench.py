@@ -131,7 +131,7 @@ def run(
     from space_cli.bench.methods import choose_methods
     from space_cli.bench.quality import check
     from space_cli.cli.live import run_view
-    from space_cli.core.choose import Sampling
+    from space_cli.core.sampling import Sampling
     from space_cli.models.loading import load_model
     from space_cli.tasks.plan import Settings, check_candidates, most_tokens, plan, suites_for
 

@@ -108,7 +108,7 @@ def verify_lossless(
     quiet_libraries()
 
     from space_cli.cli.live import run_view
-    from space_cli.core.choose import Sampling
+    from space_cli.core.sampling import Sampling
     from space_cli.models.engines import prepare
     from space_cli.models.loading import load_model
     from space_cli.tasks.plan import Settings, most_tokens, plan, suites_for

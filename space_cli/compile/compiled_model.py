@@ -32,8 +32,8 @@ from space_cli.compile.packing import Adapter, packed_layers
 from space_cli.compile.toolchain import load_kernels
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
-from space_cli.core.choose import Likely
 from space_cli.core.engine import EagerEngine
+from space_cli.core.sampling import TopK
 
 
 class Program:
@@ -71,7 +71,7 @@ class Program:
 
     def run(
         self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache, *, wanted: int
-    ) -> tuple[torch.Tensor, Likely]:
+    ) -> tuple[torch.Tensor, TopK]:
         """Run a block behind what a cache holds; return logits, and which are largest. The cache then holds all slots.
 
         Args:
@@ -85,10 +85,10 @@ class Program:
         call.parents, call.length, call.tokens = _parents(block), cache.length, block.num_tokens
         self._kernels.space_begin(ctypes.byref(call))
         inputs = [input_ids, position_ids, _mask_like(block.num_slots), first_slots(wanted)]
-        logits, tokens, shares = self._package.boxed_run(inputs)
+        logits, tokens, probs = self._package.boxed_run(inputs)
         for layer in cache.layers:
             layer.length += block.num_slots
-        return logits, Likely(tokens, shares)
+        return logits, TopK(tokens, probs)
 
     def engine(self, model: PreTrainedModel, **arguments: Any) -> EagerEngine:
         """Return the engine that runs the model by this; arguments as of `EagerEngine`."""
@@ -168,7 +168,7 @@ class CompiledEngine(EagerEngine):
         inputs.ids[:] = slot_ids
         np.add(block.offset_ids, self.length, out=inputs.positions)
         np.minimum(inputs.positions, self._last_position, out=inputs.positions)
-        logits, self.likely = self._program.run(block, *inputs.tensors, self.cache, wanted=wanted)
+        logits, self.top_k = self._program.run(block, *inputs.tensors, self.cache, wanted=wanted)
         return logits
 
 

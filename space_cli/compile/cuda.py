@@ -30,8 +30,8 @@ from space_cli.compile.cuda_attention import NAME, NOTING, BlockTensors, LayerSh
 from space_cli.core.attention import has_replaceable_attention
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
-from space_cli.core.choose import LIKELY, Likely
 from space_cli.core.engine import EagerEngine
+from space_cli.core.sampling import TOP_K, TopK
 from space_cli.errors import RunFailed
 
 TILES = (32, 64)
@@ -124,7 +124,7 @@ class GraphProgram:
     @torch.inference_mode()
     def run(
         self, block: Block, slot_ids: Sequence[int], cache: KVCache, *, rows: int, last_position: int
-    ) -> tuple[torch.Tensor, Likely]:
+    ) -> tuple[torch.Tensor, TopK]:
         """Run a block behind what a cache holds; return logits, and which are largest. The cache then holds all slots.
 
         Args:
@@ -148,11 +148,11 @@ class GraphProgram:
             step.graph.replay()
         else:
             self._first(step, has_masks)
-        found = step.likely.fetch()[: block.num_slots]
+        found = step.top_k.fetch()[: block.num_slots]
         for layer in cache.layers:
             layer.length = length + block.num_slots
-        tokens, shares = found[:, :LIKELY].long(), found[:, LIKELY:].contiguous().view(torch.float32)
-        return step.logits[: block.num_slots].clone(), Likely(tokens, shares)
+        tokens, probs = found[:, :TOP_K].long(), found[:, TOP_K:].contiguous().view(torch.float32)
+        return step.logits[: block.num_slots].clone(), TopK(tokens, probs)
 
     @torch.inference_mode()
     def keep(self, cache: KVCache, start: int, slots: Sequence[int]) -> None:
@@ -216,7 +216,7 @@ class GraphProgram:
         mask = torch.empty(1, 1, 1, 1, dtype=self.model.dtype, device=self.device).expand(1, 1, step.rows, step.rows)
         call = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask, "use_cache": False}
         step.logits = self.model(**call).logits[0]
-        step.likely.hold(_likeliest(step.logits))
+        step.top_k.hold(_top_k(step.logits))
 
     @contextmanager
     def _bound(self, step: _Step, has_masks: bool) -> Iterator[None]:
@@ -247,7 +247,7 @@ class _Step:
         position_ids: (R) int32.
         block: what the attention must know.
         logits: (R, V), of the last call.
-        likely: (R, 2 * LIKELY) int32: tokens, and the bits of their shares.
+        top_k: (R, 2 * TOP_K) int32: tokens, and the bits of their probabilities.
         graph: of the call, where it is one.
     """
 
@@ -258,7 +258,7 @@ class _Step:
             [1, rows, rows, rows, rows * rows]
         )
         self.block = BlockTensors(length, depths, ancestors.view(rows, rows))
-        self.likely = _Fetched((rows, 2 * LIKELY), device)
+        self.top_k = _Fetched((rows, 2 * TOP_K), device)
         self.logits = torch.empty(0)
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -313,22 +313,22 @@ class _Fetched:
         return self._on_host.clone()
 
 
-def _likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """Return (R, 2 * LIKELY) int32 of (R, V) logits: the likeliest tokens, and their shares of the softmax as bits.
+def _top_k(logits: torch.Tensor) -> torch.Tensor:
+    """Return (R, 2 * TOP_K) int32 of (R, V) logits: the likeliest tokens, and their probabilities as bits.
 
     Of equal logits the first comes first, which `topk` does not promise.
     """
     left = logits.float()
     total = left.logsumexp(dim=-1, keepdim=True)
     tokens, scores = [], []
-    for _ in range(LIKELY):
+    for _ in range(TOP_K):
         # not `max`: it may return any of equal ones
         token = left.argmax(dim=-1, keepdim=True)
         tokens.append(token)
         scores.append(left.gather(1, token))
         left = left.scatter(1, token, -torch.inf)
-    shares = (torch.cat(scores, dim=1) - total).exp()
-    return torch.cat([torch.cat(tokens, dim=1).int(), shares.view(torch.int32)], dim=1)
+    probs = (torch.cat(scores, dim=1) - total).exp()
+    return torch.cat([torch.cat(tokens, dim=1).int(), probs.view(torch.int32)], dim=1)
 
 
 @lru_cache(maxsize=4096)

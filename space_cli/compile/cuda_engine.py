@@ -41,7 +41,7 @@ class GraphEngine(EagerEngine):
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
         """Run a block behind the settled prefix; return (Q, V) logits. The cache then holds all slots."""
         self._slot_ids = slot_ids
-        logits, self.likely = self._program.run(
+        logits, self.top_k = self._program.run(
             block,
             slot_ids,
             self.cache,

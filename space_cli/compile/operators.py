@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from space_cli.core import quantized  # noqa: F401  # defines two of the operators below
-from space_cli.core.choose import LIKELY
+from space_cli.core.sampling import TOP_K
 
 
 def _attention_shape(query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, *_: float) -> torch.Tensor:
@@ -16,7 +16,7 @@ def _attention_shape(query: torch.Tensor, _key: torch.Tensor, value: torch.Tenso
 
 
 def _likely_shape(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (logits.shape[0], LIKELY)
+    shape = (logits.shape[0], TOP_K)
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
 
 

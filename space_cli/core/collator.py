@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from space_cli.core.block import Block
-from space_cli.core.choose import mix
+from space_cli.core.sampling import mix
 
 IGNORED = -100
 """The label that carries no loss, as in transformers."""

@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 
 from space_cli.core.block import Block
-from space_cli.core.choose import largest
 from space_cli.core.engine import EagerEngine
+from space_cli.core.sampling import largest
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 """Q of the blocks that are run: few, since kernels are prepared for a size when it is first met. None measured pays

@@ -1,7 +1,7 @@
 """Auto-correct decoding: every model call verifies the last guesses and drafts the next ones.
 
 The autoregressive (AR) baseline is the same loop with the block of one slot, `AR_BLOCK`: it shares the model object,
-the cache, the chooser and the stop rules with SPACE, and differs in the block alone.
+the cache, the sampler and the stop rules with SPACE, and differs in the block alone.
 
 Source: SPACE paper (arXiv 2402.11809), section 3.3 and algorithm 1.
 """
@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.cache import KVCache
-from space_cli.core.choose import Chooser, Rows
 from space_cli.core.drafting import ChainDrafter, Drafter, Verified
 from space_cli.core.engine import Compiled, Numerics, context_length, engine_for
+from space_cli.core.sampling import Sampler, StepLogits
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Parts, Step
 from space_cli.errors import UsageProblem
@@ -40,7 +40,7 @@ def decode(
     prompt_ids: Sequence[int],
     *,
     stop: StopRule,
-    chooser: Chooser,
+    sampler: Sampler,
     mask_token_ids: Sequence[int] = (),
     drafts: Drafter | None = None,
     program: Compiled | None = None,
@@ -54,7 +54,7 @@ def decode(
         model: a causal LM that takes a 4-D attention mask and position ids.
         prompt_ids: at least one token id.
         stop: when it ends.
-        chooser: how tokens are chosen, drafts included.
+        sampler: how tokens are chosen, drafts included.
         mask_token_ids: one shared id, or one per mask of a group.
         drafts: proposes a block and candidates for each step; None is plain AR decoding. Whatever it proposes, the
             output stays the same.
@@ -81,19 +81,19 @@ def decode(
     state = stop.begin(prompt_ids)
     # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head comes with the first step
     computed = engine.prefill(tokens[:-1])
-    rows: Rows | None = None
+    step_logits: StepLogits | None = None
     group = range(0)
     try:
         while True:
             drafting = time.perf_counter()
-            proposal = drafts.draft(tokens, rows, group)
+            proposal = drafts.draft(tokens, step_logits, group)
             block, candidates = proposal.block, proposal.candidates
             mask_ids = block.mask_token_ids(mask_token_ids) if block.anchors else []
             began = time.perf_counter()
             logits = engine.run(block, [tokens[-1], *candidates, *mask_ids])
             ran = time.perf_counter()
-            rows = chooser.rows(logits, engine.likely)
-            path, emitted = _verify(rows, block, candidates, tokens)
+            step_logits = sampler.step_logits(logits, engine.top_k)
+            path, emitted = _verify(step_logits, block, candidates, tokens)
             chose = time.perf_counter()
             engine.settle(path)
             settled = time.perf_counter()
@@ -113,7 +113,9 @@ def decode(
                 prefilled=computed,
                 parts=Parts(ran - began, chose - ran, settled - chose, began - drafting),
                 depth=max(block.offsets[: block.num_tokens]),
-                logprobs=() if logprobs is None else tuple(rows.logprobs(path[:count], emitted[:count], logprobs)),
+                logprobs=()
+                if logprobs is None
+                else tuple(step_logits.logprobs(path[:count], emitted[:count], logprobs)),
             )
             if reason is not None:
                 return
@@ -122,7 +124,9 @@ def decode(
         engine.abandon()
 
 
-def _verify(rows: Rows, block: Block, candidates: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+def _verify(
+    step_logits: StepLogits, block: Block, candidates: Sequence[int], tokens: Sequence[int]
+) -> tuple[list[int], list[int]]:
     """Walk from the head along candidates that equal the chosen token.
 
     Returns:
@@ -130,7 +134,7 @@ def _verify(rows: Rows, block: Block, candidates: Sequence[int], tokens: Sequenc
     """
     path, emitted, history = [0], [], list(tokens)
     while True:
-        token = rows.token(path[-1], history)
+        token = step_logits.token(path[-1], history)
         emitted.append(token)
         history.append(token)
         following = next((slot for slot in block.children[path[-1]] if candidates[slot - 1] == token), None)

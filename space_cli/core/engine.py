@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from space_cli.core.attention import KEY_TILE, can_be_invariant, invariant_attention_of
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache, cache_arguments
-from space_cli.core.choose import Likely
+from space_cli.core.sampling import TopK
 from space_cli.core.stream import in_common
 
 Numerics = Literal["plain", "invariant"]
@@ -71,7 +71,7 @@ class EagerEngine:
         cache: of an earlier generation with the same model, to go on from; None starts with an empty one.
 
     Attributes:
-        likely: the likeliest tokens of the last call, where they are known without looking at its logits.
+        top_k: the likeliest tokens of the last call, where they are known without looking at its logits.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class EagerEngine:
         # slots beyond the context hold nothing that can still be emitted, and learned positions have no row for them
         self._last_position = (context_length(model.config) or max_length + max_slots) - 1
         self._slot_ids: Sequence[int] = ()
-        self.likely: Likely | None = None
+        self.top_k: TopK | None = None
 
     @property
     def length(self) -> int:

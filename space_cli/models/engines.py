@@ -19,12 +19,12 @@ from space_cli.compile.export import compile_program, why_not
 from space_cli.compile.fingerprint import fingerprint
 from space_cli.compile.toolchain import build_kernels, load_kernels, machine
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser
 from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, Drafter
 from space_cli.core.engine import Compiled, EagerEngine, engine_for
 from space_cli.core.quantized import has_quantized_layers
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
 from space_cli.errors import RunFailed, UsageProblem
@@ -97,7 +97,7 @@ def _steps(loaded: LoadedModel, drafts: Drafter) -> list[Step]:
         loaded.model,
         [index % 7 for index in range(_PROBE_LENGTH)],
         stop=StopRule(_PROBE_TOKENS),
-        chooser=Chooser(),
+        sampler=Sampler(),
         drafts=drafts,
         mask_token_ids=loaded.mask_token_ids,
         program=loaded.program,

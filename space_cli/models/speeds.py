@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from space_cli.core.block import AR_BLOCK
-from space_cli.core.choose import largest
 from space_cli.core.engine import EagerEngine
+from space_cli.core.sampling import largest
 from space_cli.files import write_whole
 
 PROMPT = 64

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from space_cli.chat.conversation import Chat
 from space_cli.chat.templates import Turn
-from space_cli.core.choose import Sampling
 from space_cli.core.engine import Numerics
+from space_cli.core.sampling import Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
 from space_cli.errors import UsageProblem

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import Drafter
 from space_cli.core.engine import Numerics
+from space_cli.core.sampling import Sampler, Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, Step
 from space_cli.models.loading import LoadedModel
@@ -48,7 +48,7 @@ def run_decode(task: Task, drafts: Drafter | None, on_step: OnStep) -> Generatio
         task.loaded.model,
         task.prompt_ids,
         stop=task.stop,
-        chooser=Chooser.from_sampling(task.sampling),
+        sampler=Sampler.from_sampling(task.sampling),
         drafts=drafts,
         mask_token_ids=task.loaded.mask_token_ids,
         program=task.loaded.program,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from space_cli.core.choose import mix
+from space_cli.core.sampling import mix
 from space_cli.core.stream import is_repetitive
 from space_cli.errors import unwritten
 from space_cli.training.batch import Request, answer_in_batches

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from space_cli.chat.templates import DEFAULT_TEMPLATE, Escaper, Turn, has_own_template, render, split_template
-from space_cli.core.choose import mix
+from space_cli.core.sampling import mix
 from space_cli.core.stream import is_repetitive
 from space_cli.errors import UsageProblem, unwritten
 from space_cli.models.loading import LoadedModel

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from space_cli.core.choose import mix
 from space_cli.core.collator import IGNORED, SARCollator, mask_index
+from space_cli.core.sampling import mix
 from space_cli.models.adapter import adapter_of, load_adapter_weights, save_adapter
 from space_cli.models.checkpoint import SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.loading import unpack

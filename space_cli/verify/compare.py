@@ -13,11 +13,11 @@ import torch
 
 from space_cli.core.attention import invariant_attention_of
 from space_cli.core.block import Block
-from space_cli.core.choose import Chooser, Rows
 from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, ChainDrafter, Proposal, Verified
 from space_cli.core.drafting.chain import Substitute
 from space_cli.core.engine import embedding_rows
+from space_cli.core.sampling import Sampler, StepLogits
 from space_cli.core.stream import Generation, Step, in_common
 from space_cli.models.loading import LoadedModel
 from space_cli.tasks.plan import Planned, View
@@ -74,7 +74,7 @@ class _Case:
     def __init__(self, planned: Planned, comparison: Comparison, anatomist: Anatomist, view: View) -> None:
         self._planned, self._task = planned, planned.task
         self._comparison, self._anatomist, self._view = comparison, anatomist, view
-        self._chooser = Chooser.from_sampling(self._task.sampling)
+        self._sampler = Sampler.from_sampling(self._task.sampling)
         self._seed = self._task.sampling.seed if self._task.sampling.temperature else None
 
     def answer(self) -> Answer:
@@ -144,11 +144,13 @@ class _Case:
             done = [token for step in space.steps[: index + 1] for token in step.tokens]
             input_ids = [*self._task.prompt_ids, *done[:-1], *masks]
             call = torch.tensor([input_ids], device=loaded.model.device)
-            rows = self._chooser.rows(loaded.model(input_ids=call, use_cache=False).logits[0, -len(masks) :])
+            step_logits = self._sampler.step_logits(
+                loaded.model(input_ids=call, use_cache=False).logits[0, -len(masks) :]
+            )
             history = [*self._task.prompt_ids, *done]
             checked += 1
             for mask, got in enumerate(guesses[index + 1]):
-                expected = rows.token(mask, history)
+                expected = step_logits.token(mask, history)
                 if expected != got:
                     seen = input_ids[: len(input_ids) - len(masks) + mask + 1]
                     wrong.append(self._examined("drafts", len(done) + mask, seen, history, expected, got))
@@ -185,7 +187,7 @@ class _Case:
         )
         if expected is None or got is None:
             return divergence
-        finding = self._anatomist.examine(input_ids, history, self._chooser, expected=expected, got=got)
+        finding = self._anatomist.examine(input_ids, history, self._sampler, expected=expected, got=got)
         divergence.gap, divergence.noise = finding.gap, finding.noise
         divergence.exact_dtype, divergence.verdict = finding.exact_dtype, finding.verdict
         divergence.reason = _reason(divergence, self._task.loaded.dtype)
@@ -241,8 +243,8 @@ class _Watched(AdaptiveDrafter):
         super().__init__(stats, loaded.masks_per_group, sources=loaded.sources())
         self._noted = guesses
 
-    def draft(self, tokens: Sequence[int], rows: Rows | None = None, group: range = range(0)) -> Proposal:
-        proposal = super().draft(tokens, rows, group)
+    def draft(self, tokens: Sequence[int], step_logits: StepLogits | None = None, group: range = range(0)) -> Proposal:
+        proposal = super().draft(tokens, step_logits, group)
         self._noted.append([row[0][0] for row in proposal.predictions])
         return proposal
 

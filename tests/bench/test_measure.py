@@ -10,7 +10,7 @@ from space_cli.bench.measure import measure
 from space_cli.bench.methods import METHODS, Method, chains, choose_methods, methods_named
 from space_cli.bench.report import Report
 from space_cli.bench.results import results
-from space_cli.core.choose import Sampling
+from space_cli.core.sampling import Sampling
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
 from space_cli.models.loading import load_model

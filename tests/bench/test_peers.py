@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from space_cli.bench import llama_cpp
 from space_cli.bench.measure import measure
 from space_cli.bench.methods import METHODS, choose_methods, methods_named
-from space_cli.core.choose import Sampling
+from space_cli.core.sampling import Sampling
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.models.loading import load_model
 from space_cli.tasks.plan import Settings, plan

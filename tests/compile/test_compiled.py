@@ -16,10 +16,10 @@ from space_cli.compile.compiled_model import CompiledEngine, Program
 from space_cli.compile.export import MOST_SLOTS, compile_program, why_not
 from space_cli.compile.fingerprint import fingerprint, weights_digest
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import EagerEngine
+from space_cli.core.sampling import Sampler, Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.errors import RunFailed
@@ -74,7 +74,7 @@ def generate(model, program, *, prompt=PROMPT, drafts=None, sampling=None, token
         model,
         prompt,
         stop=StopRule(tokens),
-        chooser=Chooser.from_sampling(sampling or Sampling()),
+        sampler=Sampler.from_sampling(sampling or Sampling()),
         mask_token_ids=MASK_IDS[:1],
         drafts=drafts,
         program=program,

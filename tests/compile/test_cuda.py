@@ -16,11 +16,11 @@ from space_cli.compile.cuda_attention import BlockTensors, attend_plainly
 from space_cli.compile.cuda_engine import GraphEngine
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache
-from space_cli.core.choose import LIKELY, Chooser, Sampling
 from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, ChainDrafter
 from space_cli.core.engine import EagerEngine, engine_for
+from space_cli.core.sampling import TOP_K, Sampler, Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.errors import RunFailed
 from space_cli.models.adapter import attach_adapter, low_rank
@@ -43,7 +43,7 @@ def generate(model, program, *, prompt=PROMPT, drafts=None, sampling=None, token
         model,
         prompt,
         stop=StopRule(tokens),
-        chooser=Chooser.from_sampling(sampling or Sampling()),
+        sampler=Sampler.from_sampling(sampling or Sampling()),
         mask_token_ids=masks,
         drafts=drafts,
         program=program,
@@ -125,7 +125,7 @@ def test_branches_that_were_accepted_are_moved_in_all_layers_at_once(model, prog
             model,
             PROMPT,
             stop=StopRule(30),
-            chooser=Chooser(),
+            sampler=Sampler(),
             mask_token_ids=MASK_IDS,
             drafts=ChainDrafter(tree, second_branch),
             program=program,
@@ -149,11 +149,11 @@ def test_the_likeliest_tokens_are_the_first_of_equal_ones_with_their_shares(mode
             logits = engine.run(Block.chain(5, 0), [5, 9, 7, 1, 2, 3])
     finally:
         model.lm_head.weight.data = own
-    tokens, shares = engine.likely
+    tokens, probs = engine.top_k
 
-    assert tokens.shape == shares.shape == (6, LIKELY)
+    assert tokens.shape == probs.shape == (6, TOP_K)
     assert torch.equal(tokens[:, 0], logits.argmax(dim=-1))
-    assert torch.allclose(shares, logits.softmax(dim=-1).topk(LIKELY).values, atol=1e-6)
+    assert torch.allclose(probs, logits.softmax(dim=-1).topk(TOP_K).values, atol=1e-6)
     assert any(row[:3] == [5, 7, 9] for row in tokens.tolist())
 
 
@@ -180,7 +180,7 @@ def test_two_texts_in_turn_do_not_disturb_each_other(model, program):
             model,
             prompt,
             stop=StopRule(20),
-            chooser=Chooser(),
+            sampler=Sampler(),
             mask_token_ids=MASK_IDS,
             drafts=ChainDrafter(Block.chain(2, 2)),
             program=program,
@@ -281,7 +281,7 @@ def test_an_adapter_drafts_in_graphs_and_leaves_the_text_to_its_base(tiny_models
         return ChainDrafter(block, lambda _, candidates: seen.append(list(candidates)) or candidates)
 
     seen = []
-    arguments = {"stop": StopRule(40), "chooser": Chooser(), "mask_token_ids": ids}
+    arguments = {"stop": StopRule(40), "sampler": Sampler(), "mask_token_ids": ids}
     found = [
         token
         for step in decode(adapted, PROMPT, drafts=drafts(), program=program, **arguments)

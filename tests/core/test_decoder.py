@@ -7,9 +7,9 @@ from strategies import blocks
 from tiny import MASK_IDS, VOCABULARY, in_all, tiny_configs
 
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
+from space_cli.core.sampling import Sampler, Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.errors import UsageProblem
@@ -28,7 +28,7 @@ def generate(model, block=AR_BLOCK, *, prompt=PROMPT, stop=None, sampling=SAMPLI
         model,
         prompt,
         stop=stop or StopRule(24),
-        chooser=Chooser.from_sampling(sampling),
+        sampler=Sampler.from_sampling(sampling),
         mask_token_ids=masks if block.masks <= len(masks) else masks[:1],
         drafts=ChainDrafter(block, drafter),
     )
@@ -211,7 +211,7 @@ def test_an_empty_prompt_is_refused(tiny_models):
 
 
 def test_inference_mode_does_not_leak_between_steps(tiny_models):
-    steps = decode(tiny_models["llama"], PROMPT, stop=StopRule(4), chooser=Chooser())
+    steps = decode(tiny_models["llama"], PROMPT, stop=StopRule(4), sampler=Sampler())
 
     next(steps)
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from tiny import MASK_IDS
 
 from space_cli.core.block import Block
-from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.costs import ASSUMED_COSTS, MOST_SLOTS, SIZES, StepCosts
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Strategy, Verified
+from space_cli.core.sampling import Sampler, Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 
@@ -30,7 +30,7 @@ def generate(model, drafts, *, sampling=SAMPLINGS[0], tokens=24):
         model,
         PROMPT,
         stop=StopRule(tokens),
-        chooser=Chooser.from_sampling(sampling),
+        sampler=Sampler.from_sampling(sampling),
         mask_token_ids=MASK_IDS,
         drafts=drafts,
     )

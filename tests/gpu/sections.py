@@ -19,10 +19,10 @@ from space_cli.compile.cuda import GraphProgram, _ancestry
 from space_cli.compile.cuda_attention import BlockTensors, attend, attend_plainly
 from space_cli.compile.cuda_engine import GraphEngine
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import EagerEngine
+from space_cli.core.sampling import Sampler, Sampling
 from space_cli.core.stopping import StopRule
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class _Steps:
 
             def step(block: Block = block) -> None:
                 logits = engine.run(block, [5] * block.num_slots)
-                if engine.likely is None:
+                if engine.top_k is None:
                     logits.argmax(dim=-1).tolist()
                 engine.abandon()
 
@@ -347,7 +347,7 @@ def _tokens(
         model,
         prompt,
         stop=StopRule(tokens),
-        chooser=Chooser.from_sampling(Sampling()),
+        sampler=Sampler.from_sampling(Sampling()),
         mask_token_ids=[3],
         drafts=drafts,
         program=program,

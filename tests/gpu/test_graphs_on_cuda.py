@@ -10,10 +10,10 @@ from tiny import MASK_IDS, lively
 from space_cli.compile.cuda import GraphProgram
 from space_cli.compile.cuda_engine import GraphEngine
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import EagerEngine
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -41,7 +41,7 @@ def program(request, model):
 
 
 def generate(model, program, drafts=None):
-    arguments = {"stop": StopRule(200), "chooser": Chooser(), "mask_token_ids": MASK_IDS}
+    arguments = {"stop": StopRule(200), "sampler": Sampler(), "mask_token_ids": MASK_IDS}
     steps = decode(model, PROMPT, drafts=drafts, program=program, **arguments)
     return [token for step in steps for token in step.tokens]
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from space_cli.bench.measure import measure
 from space_cli.bench.methods import METHODS
 from space_cli.core.block import Block
-from space_cli.core.choose import Sampling
 from space_cli.core.engine import EagerEngine, engine_for
+from space_cli.core.sampling import Sampling
 from space_cli.models.engines import measured, prepare
 from space_cli.models.loading import load_model
 from space_cli.tasks.plan import Settings, plan

@@ -15,11 +15,11 @@ from space_cli.compile import toolchain
 from space_cli.compile.compiled_model import CompiledEngine
 from space_cli.compile.toolchain import build_kernels
 from space_cli.core.block import Block
-from space_cli.core.choose import Chooser
 from space_cli.core.costs import ASSUMED_COSTS, SIZES
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import EagerEngine, engine_for
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
 from space_cli.errors import RunFailed, UsageProblem
@@ -90,7 +90,7 @@ def tokens_of(loaded):
         loaded.model,
         [5, 9, 33],
         stop=StopRule(20),
-        chooser=Chooser(),
+        sampler=Sampler(),
         drafts=ChainDrafter(Block.chain(2, 2)),
         mask_token_ids=MASK_IDS,
         program=loaded.program,

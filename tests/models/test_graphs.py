@@ -8,9 +8,9 @@ from tiny import MASK_IDS, lively
 from space_cli.compile import cuda
 from space_cli.compile.cuda import GraphProgram
 from space_cli.core.block import Block
-from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.models import graphs
@@ -48,7 +48,7 @@ def tokens_of(loaded):
         loaded.model,
         [5, 9, 33],
         stop=StopRule(20),
-        chooser=Chooser(),
+        sampler=Sampler(),
         drafts=ChainDrafter(Block.chain(2, 2)),
         mask_token_ids=MASK_IDS,
         program=loaded.program,
@@ -94,8 +94,8 @@ def test_graphs_that_compute_something_else_are_never_used(monkeypatch):
         logits.mul_(-1)
         return own(logits)
 
-    own = cuda._likeliest
-    monkeypatch.setattr(cuda, "_likeliest", wrong)
+    own = cuda._top_k
+    monkeypatch.setattr(cuda, "_top_k", wrong)
 
     with pytest.raises(RunFailed, match="computes something else"):
         graph_program(loaded_model(), fused=False, required=True)

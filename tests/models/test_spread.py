@@ -7,9 +7,9 @@ import torch
 
 from space_cli.compile import cuda
 from space_cli.core.block import Block
-from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.models import loading
 from space_cli.models.engines import prepare
@@ -37,7 +37,7 @@ def tokens_of(loaded):
         loaded.model,
         [5, 9, 33],
         stop=StopRule(20),
-        chooser=Chooser(),
+        sampler=Sampler(),
         drafts=ChainDrafter(Block.chain(2, 2)),
         mask_token_ids=loaded.mask_token_ids,
         program=loaded.program,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from space_cli.cli.app import run
-from space_cli.core import cache, choose, decoder, engine
+from space_cli.core import cache, decoder, engine, sampling
 from space_cli.core.block import Block, SlotKind
 from space_cli.models import support
 
@@ -69,14 +69,14 @@ def one_candidate_too_many(monkeypatch):
     """The first wrong candidate is accepted too."""
     verify = decoder._verify
 
-    def generous(rows, block, candidates, tokens):
-        path, emitted = verify(rows, block, candidates, tokens)
+    def generous(step_logits, block, candidates, tokens):
+        path, emitted = verify(step_logits, block, candidates, tokens)
         children = block.children[path[-1]]
         if not children:
             return path, emitted
         wrong = candidates[children[0] - 1]
         history = [*tokens, *emitted[:-1], wrong]
-        return [*path, children[0]], [*emitted[:-1], wrong, rows.token(children[0], history)]
+        return [*path, children[0]], [*emitted[:-1], wrong, step_logits.token(children[0], history)]
 
     monkeypatch.setattr(decoder, "_verify", generous)
 
@@ -108,13 +108,13 @@ def rollback_one_short(monkeypatch):
 
 def noise_keyed_by_step(monkeypatch):
     """The noise counts draws instead of positions."""
-    at, step = choose._Noise.at, count()
-    monkeypatch.setattr(choose._Noise, "at", lambda self, _, *where: at(self, next(step), *where))
+    at, step = sampling._Noise.at, count()
+    monkeypatch.setattr(sampling._Noise, "at", lambda self, _, *where: at(self, next(step), *where))
 
 
 def greedy_instead_of_sampled(monkeypatch):
     """The noise is forgotten, in AR and SPACE alike."""
-    monkeypatch.setattr(choose._Noise, "at", lambda _, __, size, ___: torch.zeros(size))
+    monkeypatch.setattr(sampling._Noise, "at", lambda _, __, size, ___: torch.zeros(size))
 
 
 def masks_in_wrong_order(monkeypatch):

@@ -27,7 +27,7 @@ from transformers import (
 
 from space_cli.errors import RunFailed
 
-LIKELY = 4
+TOP_K = 4
 _NONE = -1
 _INFINITE = 0x7F80
 """The exponent's bits of a bfloat16 that is infinite or no number."""
@@ -37,16 +37,16 @@ _MASK64 = (1 << 64) - 1
 _STEP, _FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
-class Likely(NamedTuple):
-    """The `LIKELY` likeliest tokens of each row of a call, largest first, where the engine finds them on its way.
+class TopK(NamedTuple):
+    """The `TOP_K` likeliest tokens of each row of a call, largest first, where the engine finds them on its way.
 
     Attributes:
-        tokens: (Q, LIKELY) int64, of equal logits the first.
-        shares: (Q, LIKELY) float32, of the softmax.
+        tokens: (Q, TOP_K) int64, of equal logits the first.
+        probs: (Q, TOP_K) float32, of the softmax.
     """
 
     tokens: torch.Tensor
-    shares: torch.Tensor
+    probs: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class _CountPenalty(LogitsProcessor):
         return cast(torch.FloatTensor, scores - taken)
 
 
-class Chooser:
+class Sampler:
     """Chooses tokens; holds no state that changes an answer.
 
     Args:
@@ -134,8 +134,8 @@ class Chooser:
     @classmethod
     def from_sampling(
         cls, sampling: Sampling, *, prompt_length: int = 0, first: Sequence[LogitsProcessor] = ()
-    ) -> Chooser:
-        """Return the chooser that `sampling` describes.
+    ) -> Sampler:
+        """Return the sampler that `sampling` describes.
 
         Args:
             sampling: how.
@@ -146,14 +146,14 @@ class Chooser:
         processors = LogitsProcessorList([*first, *sampling.processors(prompt_length)])
         return cls(processors, seed=seed, reads_history=bool(first) or sampling.reads_history)
 
-    def rows(self, logits: torch.Tensor, likely: Likely | None = None) -> Rows:
+    def step_logits(self, logits: torch.Tensor, top_k: TopK | None = None) -> StepLogits:
         """Return the rows of one model call, to choose from one by one.
 
         Args:
             logits: (Q, V) of any float type.
-            likely: what is known of them already.
+            top_k: what is known of them already.
         """
-        return Rows(logits, likely, self._processors, self._noise)
+        return StepLogits(logits, top_k, self._processors, self._noise)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,18 +174,16 @@ class _Processors:
         return scores
 
 
-class Rows:
+class StepLogits:
     """The logits of one model call; a row is processed only when its token is asked for."""
 
-    def __init__(
-        self, logits: torch.Tensor, likely: Likely | None, processors: _Processors, noise: _Noise | None
-    ) -> None:
+    def __init__(self, logits: torch.Tensor, top_k: TopK | None, processors: _Processors, noise: _Noise | None) -> None:
         self._logits, self._processors, self._noise = logits, processors, noise
         plain = not processors.own and noise is None
-        self._likely = likely if plain else None
+        self._top_k = top_k if plain else None
         self._greedy: list[int] | None = None
         if plain:
-            self._greedy = largest(logits) if likely is None else _first(likely)
+            self._greedy = largest(logits) if top_k is None else _first(top_k)
 
     def token(self, row: int, history: Sequence[int]) -> int:
         """Return the token that follows `history` (prompt included) by the logits of `row`.
@@ -230,14 +228,14 @@ class Rows:
             for row, (token, value) in enumerate(zip(tokens, own, strict=True))
         ]
 
-    def likely(self, rows: range, history: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
-        """Return for consecutive rows the `count` likeliest tokens with their shares, largest first.
+    def top_k(self, rows: range, history: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
+        """Return for consecutive rows the `count` likeliest tokens with their probabilities, largest first.
 
         The first row's token follows `history`, the next one's the token after it, and so on. Drafts, not verdicts:
         processors see `history` alone.
         """
-        if self._likely is not None and count <= LIKELY:
-            known = (each[rows.start : rows.stop, :count].tolist() for each in self._likely)
+        if self._top_k is not None and count <= TOP_K:
+            known = (each[rows.start : rows.stop, :count].tolist() for each in self._top_k)
             return [list(zip(*pair, strict=True)) for pair in zip(*known, strict=True)]
         scores = self._logits[rows.start : rows.stop]
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -245,8 +243,8 @@ class Rows:
         if self._noise is not None:
             places = range(len(history), len(history) + len(rows))
             scores = scores + torch.stack([self._noise.at(at, scores.shape[-1], scores.device) for at in places])
-        shares, tokens = scores.softmax(dim=-1).topk(min(count, scores.shape[-1]), dim=-1)
-        return [list(zip(*pair, strict=True)) for pair in zip(tokens.tolist(), shares.tolist(), strict=True)]
+        probs, tokens = scores.softmax(dim=-1).topk(min(count, scores.shape[-1]), dim=-1)
+        return [list(zip(*pair, strict=True)) for pair in zip(tokens.tolist(), probs.tolist(), strict=True)]
 
 
 def largest(logits: torch.Tensor) -> list[int]:
@@ -270,9 +268,9 @@ def largest(logits: torch.Tensor) -> list[int]:
     return cast(list[int], np.where(finite, places, _NONE).tolist())
 
 
-def _first(likely: Likely) -> list[int]:
-    """Return the likeliest token of each row, -1 where the shares are no numbers."""
-    return cast(list[int], torch.where(likely.shares[:, 0].isfinite(), likely.tokens[:, 0], _NONE).tolist())
+def _first(top_k: TopK) -> list[int]:
+    """Return the likeliest token of each row, -1 where the probabilities are no numbers."""
+    return cast(list[int], torch.where(top_k.probs[:, 0].isfinite(), top_k.tokens[:, 0], _NONE).tolist())
 
 
 class _Noise:

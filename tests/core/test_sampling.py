@@ -3,24 +3,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from space_cli.core.choose import Chooser, Sampling
+from space_cli.core.sampling import Sampler, Sampling
 
 
 def one_row(sampling, logits, history):
-    return Chooser.from_sampling(sampling).rows(logits[None]).token(0, history)
+    return Sampler.from_sampling(sampling).step_logits(logits[None]).token(0, history)
 
 
 @given(st.integers(0, 2**63), st.integers(1, 50))
 def test_a_choice_depends_on_logits_history_length_and_seed_alone(seed, length):
     logits = torch.randn(40, generator=torch.Generator().manual_seed(length))
     sampling = Sampling(temperature=0.9, seed=seed)
-    busy = Chooser.from_sampling(sampling)
-    rows = busy.rows(logits.repeat(3, 1))
+    busy = Sampler.from_sampling(sampling)
+    step_logits = busy.step_logits(logits.repeat(3, 1))
 
     for position in range(1, 100):
-        rows.token(0, [1] * position)
+        step_logits.token(0, [1] * position)
 
-    assert rows.token(2, [3] * length) == one_row(sampling, logits, [7] * length)
+    assert step_logits.token(2, [3] * length) == one_row(sampling, logits, [7] * length)
 
 
 def test_sampling_has_the_softmax_distribution():
@@ -29,9 +29,9 @@ def test_sampling_has_the_softmax_distribution():
     counts = torch.zeros(4)
 
     for seed in range(40):
-        rows = Chooser.from_sampling(Sampling(temperature=0.7, seed=seed)).rows(logits[None])
+        step_logits = Sampler.from_sampling(Sampling(temperature=0.7, seed=seed)).step_logits(logits[None])
         for position in range(1, 101):
-            counts[rows.token(0, [0] * position)] += 1
+            counts[step_logits.token(0, [0] * position)] += 1
 
     # chi-squared with 3 degrees of freedom: 16.3 is exceeded once in a thousand
     assert ((counts - expected) ** 2 / expected).sum() < 16.3
@@ -40,7 +40,7 @@ def test_sampling_has_the_softmax_distribution():
 def test_neighbouring_seeds_and_positions_are_independent():
     logits = torch.zeros(1, 1000)
     seen = {
-        Chooser.from_sampling(Sampling(temperature=1.0, seed=seed)).rows(logits).token(0, [0] * position)
+        Sampler.from_sampling(Sampling(temperature=1.0, seed=seed)).step_logits(logits).token(0, [0] * position)
         for seed in range(10)
         for position in range(1, 11)
     }
@@ -53,19 +53,21 @@ def test_greedy_takes_the_first_of_equal_logits():
 
 
 def test_repetition_penalty_sees_each_rows_own_history():
-    rows = Chooser.from_sampling(Sampling(repetition_penalty=5.0)).rows(torch.tensor([[2.0, 1.0], [2.0, 1.0]]))
+    step_logits = Sampler.from_sampling(Sampling(repetition_penalty=5.0)).step_logits(
+        torch.tensor([[2.0, 1.0], [2.0, 1.0]])
+    )
 
-    assert rows.token(0, [1]) == 0
-    assert rows.token(1, [0]) == 1
+    assert step_logits.token(0, [1]) == 0
+    assert step_logits.token(1, [0]) == 1
 
 
 @pytest.mark.parametrize(
     "sampling", [Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.8), Sampling(1.0, min_p=0.2), Sampling(0.05)]
 )
 def test_filters_keep_to_the_likely_tokens(sampling):
-    rows = Chooser.from_sampling(sampling).rows(torch.tensor([[4.0, 3.5, -2.0, -3.0]]))
+    step_logits = Sampler.from_sampling(sampling).step_logits(torch.tensor([[4.0, 3.5, -2.0, -3.0]]))
 
-    assert {rows.token(0, [0] * position) for position in range(1, 60)} <= {0, 1}
+    assert {step_logits.token(0, [0] * position) for position in range(1, 60)} <= {0, 1}
 
 
 def test_negative_temperature_is_refused():
