@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
 
 from space_cli.errors import unwritten
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 
 SCHEMA_VERSION = 2
 
@@ -36,7 +36,7 @@ class JsonRecord(BaseModel):
             RunFailed: the file cannot be written.
         """
         try:
-            write_whole(file, self.to_json())
+            atomic_write(file, self.to_json())
         except OSError as error:
             raise unwritten(file, error) from error
 

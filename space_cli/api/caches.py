@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from space_cli.core.cache import KVCache
-from space_cli.core.stream import in_common
+from space_cli.core.stream import common_prefix_length
 
 MOST_BYTES, MOST_CACHES = 2**30, 16
 # tokens that are copied rather than computed again
@@ -35,7 +35,7 @@ class CachePool:
             return KVCache()
         # of those that have the same of it, the one that loses least
         shared, _, best = max(
-            ((in_common(cache.token_ids, token_ids), -len(cache.token_ids), cache) for cache in self._idle),
+            ((common_prefix_length(cache.token_ids, token_ids), -len(cache.token_ids), cache) for cache in self._idle),
             key=lambda each: each[:2],
         )
         if 2 * shared >= len(best.token_ids):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from space_cli.chat.templates import Known, Role, Turn, request
 from space_cli.core.stopping import text_behind
 from space_cli.errors import UsageProblem
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 from space_cli.models.registry import located
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Chat:
             OSError: it could not be written.
         """
         turns = [_SavedTurn(role=turn.role, content=turn.content) for turn in self.turns]
-        write_whole(file, _SavedChat(model=located(self.loaded.name), turns=turns).model_dump_json(indent=1) + "\n")
+        atomic_write(file, _SavedChat(model=located(self.loaded.name), turns=turns).model_dump_json(indent=1) + "\n")
 
 
 def load_turns(file: Path) -> tuple[list[Turn], str]:

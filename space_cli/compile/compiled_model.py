@@ -99,7 +99,7 @@ class Program:
         if self._known is not None:
             known, allocations, call = self._known
             fits = cache.length + slots <= call.capacity
-            if known() is cache and cache.extent.allocations == allocations and fits:
+            if known() is cache and cache.capacity.allocations == allocations and fits:
                 return call
         layers = [cache.layer(index) for index in range(len(self._states))]
         for layer, (heads, width, value_width) in zip(layers, self._states, strict=True):
@@ -113,7 +113,7 @@ class Program:
             values=addresses(*[layer.values.data_ptr() for layer in layers]),
             capacity=layers[0].keys.shape[2],
         )
-        self._known = weakref.ref(cache), cache.extent.allocations, call
+        self._known = weakref.ref(cache), cache.capacity.allocations, call
         return call
 
 
@@ -147,7 +147,7 @@ class CompiledEngine(EagerEngine):
     def __init__(self, model: PreTrainedModel, program: Program, **arguments: Any) -> None:
         super().__init__(model, **arguments)
         self._program = program
-        self.cache.extent.multiple = 1
+        self.cache.capacity.multiple = 1
         self._inputs: dict[int, _Inputs] = {}
 
     def _extend(self, token_ids: Sequence[int]) -> None:
@@ -157,7 +157,7 @@ class CompiledEngine(EagerEngine):
             self._run(Block.chain(len(some) - 1, 0), some, wanted=1)
 
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
-        """Run a block behind the settled prefix; return (Q, V) logits. The cache then holds all slots."""
+        """Run a block behind the committed prefix; return (Q, V) logits. The cache then holds all slots."""
         self._slot_ids = slot_ids
         return self._run(block, slot_ids, wanted=block.num_slots)
 

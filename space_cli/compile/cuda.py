@@ -39,7 +39,7 @@ TILES = (32, 64)
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 36, 64)
 """Rows of a call in plain numerics: those of the CPU's engine, the paper's largest chain, and the last tile."""
 MOST_MOVED = 1024
-"""Tokens that a step can settle."""
+"""Tokens that a step can commit."""
 _LEAST_CAPACITY = 2048
 _WARM_UPS = 2
 # kinds of layers that are compiled, times sizes
@@ -102,7 +102,7 @@ class GraphProgram:
 
         Another cache that had them gets its part of them copied out first.
         """
-        slots = max(slots, cache.extent.capacity)
+        slots = max(slots, cache.capacity.slots)
         if self._lent_to(cache) and slots <= self._states.shape[3]:
             return
         self._take_back()
@@ -117,9 +117,9 @@ class GraphProgram:
                 states[1, :, : layer.length] = layer.values[0, :, : layer.length]
             layer.keys, layer.values = states[0][None], states[1][None]
             layer.dtype, layer.device, layer.is_initialized = states.dtype, states.device, True
-        cache.extent.capacity = capacity
-        cache.extent.allocations += 1
-        self._owner = weakref.ref(cache), cache.extent.allocations
+        cache.capacity.slots = capacity
+        cache.capacity.allocations += 1
+        self._owner = weakref.ref(cache), cache.capacity.allocations
 
     @torch.inference_mode()
     def run(
@@ -155,15 +155,15 @@ class GraphProgram:
         return step.logits[: block.num_slots].clone(), TopK(tokens, probs)
 
     @torch.inference_mode()
-    def keep(self, cache: KVCache, start: int, slots: Sequence[int]) -> None:
-        """Keep of a block that begins at `start` the ascending `slots` alone: `KVCache.keep` for all layers at once."""
+    def commit(self, cache: KVCache, start: int, slots: Sequence[int]) -> None:
+        """Keep these ascending slots alone of a block that begins at `start`: `KVCache.commit`, all layers at once."""
         if slots and slots[-1] != len(slots) - 1:
             if not self._lent_to(cache):
-                cache.keep(start, slots)
+                cache.commit(start, slots)
                 return
             source = self._moves.put([start + slot for slot in slots])
             self._states[:, :, :, start : start + len(slots)] = self._states.index_select(3, source)
-        cache.rollback(start + len(slots))
+        cache.crop(start + len(slots))
 
     def engine(self, model: PreTrainedModel, **arguments: Any) -> EagerEngine:
         """Return the engine that runs the model by this; arguments as of `EagerEngine`."""
@@ -177,7 +177,7 @@ class GraphProgram:
         return torch.zeros(shape, dtype=self.model.dtype, device=self.device)
 
     def _lent_to(self, cache: KVCache) -> bool:
-        return self._owner is not None and self._owner[0]() is cache and self._owner[1] == cache.extent.allocations
+        return self._owner is not None and self._owner[0]() is cache and self._owner[1] == cache.capacity.allocations
 
     def _take_back(self) -> None:
         """Give the cache that has the buffers a copy of its part of them."""
@@ -186,7 +186,7 @@ class GraphProgram:
             return
         for layer in owner.layers:
             layer.keys, layer.values = (each[:, :, : layer.length].clone() for each in (layer.keys, layer.values))
-        owner.extent.allocations += 1
+        owner.capacity.allocations += 1
 
     def _first(self, step: _Step, has_masks: bool) -> None:
         """Run a step and, on a GPU, keep it as a graph."""

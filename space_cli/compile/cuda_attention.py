@@ -1,13 +1,13 @@
 """Attention of a step that is captured in a CUDA graph: behind a cache whose length only the device knows.
 
-A graph's shapes and addresses never change, so what does change lies in tensors: the number of settled tokens, and for
-every slot of the block its ancestors by depth. The operator appends the block's keys and values to the cache and
+A graph's shapes and addresses never change, so what does change lies in tensors: the number of committed tokens, and
+for every slot of the block its ancestors by depth. The operator appends the block's keys and values to the cache and
 attends over its used part.
 
 A row gets the same bits alone, in a chain and in a tree. Keys are taken in tiles of fixed size that begin at fixed
 positions of the text, each tile's share is computed apart and the shares are put together in the order of the text
-(`cuda_kernels`); keys of the block stand in a row's tiles where they would stand in the settled text, whichever slot of
-the cache they are in. The model's other layers see rows padded to a fixed number (`cuda`).
+(`cuda_kernels`); keys of the block stand in a row's tiles where they would stand in the committed text, whichever slot
+of the cache they are in. The model's other layers see rows padded to a fixed number (`cuda`).
 
 On a CPU, and as the oracle of the kernels, `attend_plainly` computes the same in plain PyTorch.
 """
@@ -124,16 +124,16 @@ def attend_plainly(
     scaling: float,
 ) -> torch.Tensor:
     """Compute what `attend` does in float32 and plain PyTorch; reads the length off the device."""
-    settled, rows = int(block.length), query.shape[2]
-    end = settled + rows
-    states[0, :, settled:end], states[1, :, settled:end] = key[0], value[0]
+    committed, rows = int(block.length), query.shape[2]
+    end = committed + rows
+    states[0, :, committed:end], states[1, :, committed:end] = key[0], value[0]
     per_group = query.shape[1] // key.shape[1]
     keys, values = (each[:, :end].float().repeat_interleave(per_group, dim=0) for each in states)
     ancestors = block.ancestors.long()
     seen = torch.zeros(rows, rows + 1, dtype=torch.bool, device=query.device)
     # those that are not there are noted in a column of their own
     seen.scatter_(1, torch.where(ancestors < 0, rows, ancestors), torch.ones_like(seen[:, :rows]))
-    hidden = torch.cat([torch.zeros(rows, settled, dtype=torch.bool, device=query.device), ~seen[:, :rows]], dim=1)
+    hidden = torch.cat([torch.zeros(rows, committed, dtype=torch.bool, device=query.device), ~seen[:, :rows]], dim=1)
     scores = (query[0].float() @ keys.transpose(1, 2) * scaling).masked_fill(hidden, -torch.inf)
     output: torch.Tensor = (scores.softmax(dim=-1) @ values).transpose(0, 1)[None].to(query.dtype).contiguous()
     return output

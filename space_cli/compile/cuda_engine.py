@@ -36,10 +36,10 @@ class GraphEngine(EagerEngine):
         self._sizes = SIZES if numerics == "plain" else TILES
         super().__init__(model, max_slots=rows_of(max_slots, self._sizes), numerics="plain", **arguments)
         self._program = program
-        program.lend(self.cache, self.cache.extent.capacity)
+        program.lend(self.cache, self.cache.capacity.slots)
 
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
-        """Run a block behind the settled prefix; return (Q, V) logits. The cache then holds all slots."""
+        """Run a block behind the committed prefix; return (Q, V) logits. The cache then holds all slots."""
         self._slot_ids = slot_ids
         logits, self.top_k = self._program.run(
             block,
@@ -50,7 +50,7 @@ class GraphEngine(EagerEngine):
         )
         return logits
 
-    def settle(self, slots: Sequence[int]) -> None:
-        """End a step: of the block's slots only `slots` (head and accepted candidates) join the settled prefix."""
-        self._program.keep(self.cache, self.length - len(self._slot_ids), slots)
+    def commit(self, slots: Sequence[int]) -> None:
+        """End a step: of the block's slots only `slots` (head and accepted candidates) join the committed prefix."""
+        self._program.commit(self.cache, self.length - len(self._slot_ids), slots)
         self.cache.token_ids += [self._slot_ids[slot] for slot in slots]

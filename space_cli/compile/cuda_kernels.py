@@ -1,9 +1,9 @@
 """The Triton kernels of `cuda_attention`: shares of tiles of keys, each computed alike whoever asks, then their sum.
 
-One kernel computes all shares. Tiles that the settled text fills are computed for many rows at once; a tile that
+One kernel computes all shares. Tiles that the committed text fills are computed for many rows at once; a tile that
 reaches into the block is computed for one row (and its heads) at a time, since rows of a tree have different keys at
 the same position. Both go through the same instructions with the same shapes, only addresses differ: a row's share of a
-tile has the same bits either way, and so it does not matter how much of its text was settled when the row ran.
+tile has the same bits either way, and so it does not matter how much of its text was committed when the row ran.
 
 Source: split attention as in Flash-Decoding, with splits of fixed size as Thinking Machines' "Defeating Nondeterminism
 in LLM Inference" has them.
@@ -92,7 +92,7 @@ def _append(
     width: tl.tensor,
     padded: tl.constexpr,
 ) -> None:
-    """Write one row of one head behind what is settled."""
+    """Write one row of one head behind what is committed."""
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     slot = tl.load(length).to(tl.int64) + row
     at = tl.arange(0, padded)
@@ -134,10 +134,10 @@ def _shares(
 ) -> None:
     """Compute the share of one tile of keys for 16 rows of one key head.
 
-    The first programs take the tiles that are settled throughout, the others those that are not, row by row.
+    The first programs take the tiles that are committed throughout, the others those that are not, row by row.
     """
     program, key_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    settled = tl.load(length)
+    committed = tl.load(length)
     lane = tl.arange(0, lanes)
     is_apart = program >= together * tiles
     own = tl.maximum(program - together * tiles, 0)
@@ -145,18 +145,18 @@ def _shares(
     stacked = (program % together) * lanes + lane
     row = tl.where(is_apart, own_row, stacked // per_group)
     member = tl.where(is_apart, (own % apart) * lanes + lane, stacked % per_group)
-    tile = tl.where(is_apart, settled // tile_size + (own // apart) % reached, program // together)
+    tile = tl.where(is_apart, committed // tile_size + (own // apart) % reached, program // together)
     valid = (row < rows) & (member < per_group)
     first_row = tl.where(is_apart, own_row, (program % together) * lanes // per_group)
     own_depth = tl.load(depths + tl.minimum(first_row, rows - 1))
-    last = tl.where(is_apart, settled + own_depth, settled - tile_size)
+    last = tl.where(is_apart, committed + own_depth, committed - tile_size)
     if (tile * tile_size <= last) & (own_depth >= 0):
         position = tile * tile_size + tl.arange(0, tile_size)
-        depth = position - settled
+        depth = position - committed
         in_block = depth >= 0
         ancestor = tl.load(ancestors + own_row * rows + depth, mask=in_block & (depth < rows), other=-1)
         visible = (depth < 0) | (ancestor >= 0)
-        slot = tl.where(in_block, settled + ancestor, position).to(tl.int64)
+        slot = tl.where(in_block, committed + ancestor, position).to(tl.int64)
         at = tl.arange(0, padded)
         inside = at < width
         head = key_head * per_group + member

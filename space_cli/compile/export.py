@@ -72,7 +72,7 @@ def compile_program(model: PreTrainedModel, package: Path, adapter: Adapter | No
             stack.enter_context(torch.no_grad())
             stack.enter_context(warnings.catch_warnings(action="ignore"))  # torch warns of its own parts
             groups = fused_groups(model, adapter, own)
-            stack.enter_context(packed_layers(model, groups, adapter, hollow=True))
+            stack.enter_context(packed_layers(model, groups, adapter, meta=True))
             # one slot is a size like any other
             stack.enter_context(torch_private.sizes_of_one_are_dynamic())
             exported = torch.export.export(

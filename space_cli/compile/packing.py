@@ -97,7 +97,7 @@ def fused_groups(model: PreTrainedModel, adapter: Adapter | None, attention: str
 
 @contextmanager
 def packed_layers(
-    model: nn.Module, groups: Sequence[Sequence[str]], adapter: Adapter | None, *, hollow: bool = False
+    model: nn.Module, groups: Sequence[Sequence[str]], adapter: Adapter | None, *, meta: bool = False
 ) -> Iterator[None]:
     """Put packed layers in place of a model's own for a while.
 
@@ -105,13 +105,13 @@ def packed_layers(
         model: whose layers they are.
         groups: of layers, as `fused_groups` found them.
         adapter: that the model carries.
-        hollow: the layers have shapes, but no weights.
+        meta: the layers have shapes, but no weights.
     """
     updates = {} if adapter is None else adapter.updates
     own = {path: model.get_submodule(path) for path in chain(*groups)}
     for group in groups:
         bases = [_base(model, path) for path in group]
-        layers = _PackedLinears(bases, [updates[path] for path in group if path in updates], hollow=hollow)
+        layers = _PackedLinears(bases, [updates[path] for path in group if path in updates], meta=meta)
         for index, path in enumerate(group):
             model.set_submodule(path, _PackedLinear(layers, index))
     if adapter is not None:
@@ -128,12 +128,12 @@ def packed_layers(
 class _PackedLinears(nn.Module):
     """Linear layers over one input, their weights in the tiles of `kernels/linear.cpp` or `kernels/quantized.cpp`."""
 
-    def __init__(self, linears: Sequence[nn.Linear], updates: Sequence[LowRank], *, hollow: bool) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], updates: Sequence[LowRank], *, meta: bool) -> None:
         super().__init__()
         self._type = _weight_type(linears[0])
         if self._type != _PLAIN:
-            packed = _one_tensor(linears, hollow=hollow)
-        elif hollow:  # memory that is not written to takes no room
+            packed = _one_tensor(linears, meta=meta)
+        elif meta:  # memory that is not written to takes no room
             weight, depth = linears[0].weight, _DEPTH[linears[0].weight.dtype]
             tiles = sum(linear.out_features for linear in linears) // LANES
             packed = weight.new_empty(tiles, weight.shape[1] // depth, LANES, depth)
@@ -215,11 +215,11 @@ def _tiles(weight: torch.Tensor, depth: int) -> torch.Tensor:
     return weight.view(-1, LANES, weight.shape[1] // depth, depth).transpose(1, 2).contiguous()
 
 
-def _one_tensor(linears: Sequence[nn.Linear], *, hollow: bool) -> torch.Tensor:
+def _one_tensor(linears: Sequence[nn.Linear], *, meta: bool) -> torch.Tensor:
     """Return the packed weights of quantised layers as one tensor, of which each layer's own becomes a part."""
     if len(linears) == 1:
         return linears[0].weight.detach()
-    if hollow:
+    if meta:
         return torch.empty(sum(linear.weight.numel() for linear in linears), dtype=torch.uint8)
     packed = torch.cat([linear.weight.detach() for linear in linears])
     parts = packed.split([linear.weight.numel() for linear in linears])

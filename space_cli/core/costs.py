@@ -76,7 +76,7 @@ def measure_costs(engine: EagerEngine, prefix_length: int) -> StepCosts:
             # the chosen tokens off the device: a step ends when they are known
             largest(engine.run(block, [0] * size))
             ended = time.perf_counter()
-            engine.abandon()
+            engine.rollback()
             if call >= _WARM_UP or ended - began > _SECONDS:
                 found[size].append(ended - began)
             if found[size] and ended - started > _SECONDS:

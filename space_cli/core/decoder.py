@@ -60,7 +60,7 @@ def decode(
             output stays the same.
         program: the model, compiled; None runs it as it is.
         numerics: how calls are shaped; None is the model's default.
-        cache: of earlier generations with this model; only what is new of the prompt is computed, and what is settled
+        cache: of earlier generations with this model; only what is new of the prompt is computed, and what is committed
             when the generation ends, or is left, stays in it.
         logprobs: so many likeliest tokens are told of each place; None tells no log-probabilities.
 
@@ -95,12 +95,12 @@ def decode(
             step_logits = sampler.step_logits(logits, engine.top_k)
             path, emitted = _verify(step_logits, block, candidates, tokens)
             chose = time.perf_counter()
-            engine.settle(path)
-            settled = time.perf_counter()
+            engine.commit(path)
+            committed = time.perf_counter()
             count, reason = state.push_all(emitted)
             tokens += emitted[:count]
             if reason is None:
-                drafts.observe(Verified(proposal, path, emitted, settled - drafting))
+                drafts.observe(Verified(proposal, path, emitted, committed - drafting))
             group = block.group(path[-1])
             yield Step(
                 tokens=tuple(emitted[:count]),
@@ -111,7 +111,7 @@ def decode(
                 seconds=time.perf_counter() - started,
                 finish_reason=reason,
                 prefilled=computed,
-                parts=Parts(ran - began, chose - ran, settled - chose, began - drafting),
+                parts=Parts(ran - began, chose - ran, committed - chose, began - drafting),
                 depth=max(block.offsets[: block.num_tokens]),
                 logprobs=()
                 if logprobs is None
@@ -121,7 +121,7 @@ def decode(
                 return
             started, computed = time.perf_counter(), 0
     finally:
-        engine.abandon()
+        engine.rollback()
 
 
 def _verify(

@@ -1,4 +1,4 @@
-"""How a step is run: prefill, run a block, settle what was accepted."""
+"""How a step is run: prefill, run a block, commit what was accepted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from space_cli.core.attention import KEY_TILE, can_be_invariant, invariant_atten
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache, cache_arguments
 from space_cli.core.sampling import TopK
-from space_cli.core.stream import in_common
+from space_cli.core.stream import common_prefix_length
 
 Numerics = Literal["plain", "invariant"]
 """plain: the model's own attention over the used part of the cache. invariant: calls of one inner shape whatever the
@@ -103,8 +103,8 @@ class EagerEngine:
         What an earlier generation left of them is kept. No logits are computed.
         """
         held = self.cache.token_ids
-        start = in_common(held, token_ids)
-        self.cache.rollback(start)
+        start = common_prefix_length(held, token_ids)
+        self.cache.crop(start)
         if start < len(token_ids):
             self._extend(token_ids[start:])
             held += token_ids[start:]
@@ -113,7 +113,7 @@ class EagerEngine:
     def _extend(self, token_ids: Sequence[int]) -> None:
         """Compute tokens behind what the cache holds."""
         start = self.length
-        self.cache.extent.multiple = 1
+        self.cache.capacity.multiple = 1
         with self._attention():
             self.model.base_model(
                 input_ids=torch.tensor([list(token_ids)], device=self.model.device),
@@ -122,14 +122,14 @@ class EagerEngine:
             )
 
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
-        """Run a block behind the settled prefix; return (Q, V) logits. The cache then holds all slots.
+        """Run a block behind the committed prefix; return (Q, V) logits. The cache then holds all slots.
 
         Args:
             block: its shape.
             slot_ids: the token id in each slot, Q of them.
         """
         self._slot_ids = slot_ids
-        self.cache.extent.multiple = self._tile
+        self.cache.capacity.multiple = self._tile
         with self._attention():
             logits: torch.Tensor = self.model(
                 input_ids=torch.tensor([slot_ids], device=self.model.device),
@@ -148,7 +148,7 @@ class EagerEngine:
         if block.num_slots == 1 and self._tile == 1:
             # one query that sees all keys needs none, and transformers then takes its faster grouped-query path
             return None
-        length, shown = self.length, self.cache.extent.of(self.length + block.num_slots)
+        length, shown = self.length, self.cache.capacity.shown(self.length + block.num_slots)
         shape, dtype, device = (1, 1, block.num_slots, shown), self.model.dtype, self.model.device
         mask = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
         mask[..., :length] = 0
@@ -158,14 +158,14 @@ class EagerEngine:
     def _attention(self) -> AbstractContextManager[None]:
         return invariant_attention_of(self.model) if self._tile > 1 else nullcontext()
 
-    def settle(self, slots: Sequence[int]) -> None:
-        """End a step: of the block's slots only `slots` (head and accepted candidates) join the settled prefix."""
-        self.cache.keep(self.length - len(self._slot_ids), slots)
+    def commit(self, slots: Sequence[int]) -> None:
+        """End a step: of the block's slots only `slots` (head and accepted candidates) join the committed prefix."""
+        self.cache.commit(self.length - len(self._slot_ids), slots)
         self.cache.token_ids += [self._slot_ids[slot] for slot in slots]
 
-    def abandon(self) -> None:
-        """Forget the slots of a block that was not settled."""
-        self.cache.rollback(len(self.cache.token_ids))
+    def rollback(self) -> None:
+        """Forget the slots of a block that was not committed."""
+        self.cache.crop(len(self.cache.token_ids))
 
 
 class Compiled(Protocol):

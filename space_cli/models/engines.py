@@ -28,7 +28,7 @@ from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
 from space_cli.errors import RunFailed, UsageProblem
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 from space_cli.models.adapter import adapter_updates
 from space_cli.models.graphs import graph_program
 from space_cli.models.kernels import engine_folder
@@ -219,7 +219,7 @@ def _checked(loaded: LoadedModel, package: Path) -> Program:
             engine: EagerEngine = engine_for(model, run_by, max_length=len(prefix) + 8, max_slots=8)
             engine.prefill(prefix)
             alone = engine.run(AR_BLOCK, tokens[:1])
-            engine.abandon()
+            engine.rollback()
             logits.append(torch.cat([alone, engine.run(Block.tree([0, 0, 2], 0), tokens)]).float())
     except RuntimeError as error:
         package.unlink(missing_ok=True)
@@ -252,6 +252,6 @@ def _read_costs(file: Path) -> StepCosts | None:
 def _write_costs(costs: StepCosts, file: Path) -> None:
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(file, json.dumps(asdict(costs)))
+        atomic_write(file, json.dumps(asdict(costs)))
     except OSError:  # measured again the next time
         return

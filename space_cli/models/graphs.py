@@ -64,7 +64,7 @@ def _checked(loaded: LoadedModel, program: GraphProgram) -> GraphProgram:
         engine = engine_for(model, run_by, max_length=len(_PREFIX) + 8, max_slots=8)
         engine.prefill(list(_PREFIX))
         alone = engine.run(AR_BLOCK, _TOKENS[:1])
-        engine.abandon()
+        engine.rollback()
         logits.append(torch.cat([alone, engine.run(_TREE, _TOKENS)]).float())
     own, found = logits
     # kernels round differently; a wrong program is off by whole spreads

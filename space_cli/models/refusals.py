@@ -11,7 +11,7 @@ import shutil
 import time
 from pathlib import Path
 
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 from space_cli.models.memory import available_memory
 
 _SECONDS = 7 * 24 * 3600
@@ -23,7 +23,7 @@ def note_refusal(file: Path, reason: str) -> None:
     """Keep why a model was not compiled, where that can be written."""
     told = {"reason": reason, "compiler": _compiler(), "room": _room(file.parent), "time": time.time()}
     try:
-        write_whole(file, json.dumps(told))
+        atomic_write(file, json.dumps(told))
     except OSError:
         return
 

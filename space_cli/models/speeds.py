@@ -13,7 +13,7 @@ import torch
 from space_cli.core.block import AR_BLOCK
 from space_cli.core.engine import EagerEngine
 from space_cli.core.sampling import largest
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 
 PROMPT = 64
 """Tokens of the prompt that is timed."""
@@ -64,7 +64,7 @@ def measure_speed(engine: EagerEngine, prompt: int = PROMPT) -> Speed:
 
     def step() -> None:
         largest(engine.run(AR_BLOCK, [0]))
-        engine.abandon()
+        engine.rollback()
 
     return Speed(prompt=_fastest(read), step=_fastest(step))
 
@@ -94,6 +94,6 @@ def read_speeds(file: Path) -> Speeds | None:
 def write_speeds(speeds: Speeds, file: Path) -> None:
     """Keep what was measured, where that can be written."""
     try:
-        write_whole(file, json.dumps(asdict(speeds)))
+        atomic_write(file, json.dumps(asdict(speeds)))
     except OSError:  # measured again the next time
         return

@@ -60,7 +60,7 @@ def check_block(model: PreTrainedModel, name: str) -> None:
         engine = EagerEngine(model, max_length=length, max_slots=_PROBE_BLOCK.num_slots)
         engine.prefill(prefix)
         expected = torch.cat([engine.run(AR_BLOCK, [token]) for token in tokens]).float()
-        engine.abandon()
+        engine.rollback()
         head, *candidates = tokens
         masks = prefix[: _PROBE_BLOCK.num_slots - _PROBE_BLOCK.num_tokens]
         found = engine.run(_PROBE_BLOCK, [head, prefix[0], *candidates, *masks])[_PROBE_PATH].float()

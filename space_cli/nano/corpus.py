@@ -31,7 +31,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 
 SOURCES = Path(__file__).with_name("sources.toml")
 HELD_OUT = 1500
@@ -214,7 +214,7 @@ def _download(requirement: str, folder: Path) -> None:
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:
-    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from space_cli.core.collator import IGNORED, SARCollator
 from space_cli.core.stopping import StopRule
 from space_cli.errors import UsageProblem
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 from space_cli.models.checkpoint import SpaceConfig
 from space_cli.models.loading import LoadedModel
 from space_cli.training.acceptance import Acceptance, measure_acceptance
@@ -115,7 +115,7 @@ def train(
         if not resume:
             empty(output, loaded)
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+        atomic_write(output / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
     stop = StopRule(recipe.answer_tokens, loaded.eos_token_ids)
     before = _acceptance(
         loaded, prepared, loaded.mask_token_ids, min(recipe.candidates, loaded.masks_per_group), stop, view
@@ -153,8 +153,8 @@ def train(
     if processes.is_main_process:
         space.save(output)
         history = trainer.state.log_history
-        write_whole(output / LOG_FILE, "".join(json.dumps(row) + "\n" for row in history))
-        write_whole(output / CARD_FILE, card(space, output.name))
+        atomic_write(output / LOG_FILE, "".join(json.dumps(row) + "\n" for row in history))
+        atomic_write(output / CARD_FILE, card(space, output.name))
         if not draw_curves(history, output / CURVES_FILE):
             view.note(f"no {CURVES_FILE}: pip install 'space-decoding[plot]'")
     return space

@@ -18,11 +18,11 @@ from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, ChainDraft
 from space_cli.core.drafting.chain import Substitute
 from space_cli.core.engine import embedding_rows
 from space_cli.core.sampling import Sampler, StepLogits
-from space_cli.core.stream import Generation, Step, in_common
+from space_cli.core.stream import Generation, Step, common_prefix_length
 from space_cli.models.loading import LoadedModel
 from space_cli.tasks.plan import Planned, View
 from space_cli.tasks.task import Task, run_decode, run_generate
-from space_cli.verify.divergence import Anatomist
+from space_cli.verify.divergence import DivergenceAnalyzer
 from space_cli.verify.record import Answer, Divergence
 
 DraftsName = Literal["adaptive", "model", "mixed"]
@@ -56,13 +56,13 @@ class Comparison:
 
 def compare(planned: Sequence[Planned], comparison: Comparison, view: View) -> Iterator[Answer]:
     """Yield what is found for each prompt, seed and turn, in order; later turns follow SPACE's answers."""
-    anatomist = Anatomist(planned[0].task.loaded.model)
+    analyzer = DivergenceAnalyzer(planned[0].task.loaded.model)
     for first in planned:
         begin = first.task.sampling.seed
         for seed in range(begin, begin + comparison.seeds):
             each: Planned | None = first.under_seed(seed)
             while each is not None:
-                answer = _Case(each, comparison, anatomist, view).answer()
+                answer = _Case(each, comparison, analyzer, view).answer()
                 each.task.loaded.remember(answer.token_ids)
                 yield answer
                 each = each.following(answer.token_ids)
@@ -71,9 +71,9 @@ def compare(planned: Sequence[Planned], comparison: Comparison, view: View) -> I
 class _Case:
     """One prompt under one seed."""
 
-    def __init__(self, planned: Planned, comparison: Comparison, anatomist: Anatomist, view: View) -> None:
+    def __init__(self, planned: Planned, comparison: Comparison, analyzer: DivergenceAnalyzer, view: View) -> None:
         self._planned, self._task = planned, planned.task
-        self._comparison, self._anatomist, self._view = comparison, anatomist, view
+        self._comparison, self._analyzer, self._view = comparison, analyzer, view
         self._sampler = Sampler.from_sampling(self._task.sampling)
         self._seed = self._task.sampling.seed if self._task.sampling.temperature else None
 
@@ -118,7 +118,7 @@ class _Case:
 
     def _parting(self, against: str, expected: list[int], got: list[int]) -> Divergence:
         """Examine the first place where two answers differ."""
-        position = in_common(expected, got)
+        position = common_prefix_length(expected, got)
         history = [*self._task.prompt_ids, *got[:position]]
         one, other = (answer[position] if position < len(answer) else None for answer in (expected, got))
         return self._examined(against, position, history, history, one, other)
@@ -187,7 +187,7 @@ class _Case:
         )
         if expected is None or got is None:
             return divergence
-        finding = self._anatomist.examine(input_ids, history, self._sampler, expected=expected, got=got)
+        finding = self._analyzer.examine(input_ids, history, self._sampler, expected=expected, got=got)
         divergence.gap, divergence.noise = finding.gap, finding.noise
         divergence.exact_dtype, divergence.verdict = finding.exact_dtype, finding.verdict
         divergence.reason = _reason(divergence, self._task.loaded.dtype)

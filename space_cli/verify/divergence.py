@@ -38,7 +38,7 @@ class Finding:
     verdict: Verdict
 
 
-class Anatomist:
+class DivergenceAnalyzer:
     """Examines divergences of one model; makes a copy of it in a wider type the first time it is asked.
 
     Args:

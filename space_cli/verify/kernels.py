@@ -44,12 +44,12 @@ def check_kernels(task: Task, block: Block, *, same_shape: bool) -> Kernels:
     for token in following:
         wrong = [token] * block.num_candidates
         alone.append(engine.run(block, [token, *wrong, *masks])[0] if same_shape else engine.run(AR_BLOCK, [token])[0])
-        engine.settle([0])
+        engine.commit([0])
     engine.prefill(prefix)
     for start in range(0, len(following), block.num_tokens):
         rows = engine.run(block, [*following[start : start + block.num_tokens], *masks])[: block.num_tokens]
         together += list(rows)
-        engine.settle(range(block.num_tokens))
+        engine.commit(range(block.num_tokens))
     if not all(row.isfinite().all() for row in (*alone, *together)):
         raise RunFailed("the model's logits are not finite, so nothing can be said of its answers", hint=_HINT)
     differences = [(one - other).abs().max().item() for one, other in zip(alone, together, strict=True)]

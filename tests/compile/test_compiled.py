@@ -194,7 +194,7 @@ def test_packed_weights_multiply_as_torch_does_and_each_row_as_if_alone(
     torch.manual_seed(seed)
     # two layers over one input
     linears = [torch.nn.Linear(2 * width, 16 * count, bias=has_bias).to(dtype) for count in (tiles, 3)]
-    packed, outputs = packing._PackedLinears(linears, [], hollow=False), 16 * (tiles + 3)
+    packed, outputs = packing._PackedLinears(linears, [], meta=False), 16 * (tiles + 3)
     call = kernels.space_linear_bfloat16 if dtype == torch.bfloat16 else kernels.space_linear_float32
 
     def multiply(states):
@@ -262,7 +262,7 @@ def test_a_cache_goes_on_from_one_engine_to_the_other(pair):
         for block in blocks_run:
             pairs = [engine.run(block, [9] * block.num_slots).float() for engine in (second, fresh)]
             for engine in (second, fresh):
-                engine.abandon()
+                engine.rollback()
             assert (pairs[0] - pairs[1]).abs().max() <= pairs[1].std() * 0.3
 
 

@@ -163,7 +163,7 @@ def test_a_longer_text_gets_longer_buffers_and_keeps_what_it_holds(model):
         engine = GraphEngine(model, program, max_length=60, max_slots=4)
         engine.prefill(prompt)
         kept = engine.run(Block.chain(3, 0), [1, 2, 3, 4])
-        engine.abandon()
+        engine.rollback()
         program.lend(engine.cache, 5000)
         again = engine.run(Block.chain(3, 0), [1, 2, 3, 4])
 

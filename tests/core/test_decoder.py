@@ -120,7 +120,7 @@ def test_rollback_leaves_the_cache_as_if_never_drafted(tiny_models):
         for engine in (drafted, fresh):
             engine.prefill(PROMPT)
         drafted.run(block, [5, 6, 7, *[296] * 6])
-        drafted.settle([])
+        drafted.commit([])
         after, expected = (engine.run(block, [9, 8, 7, *[296] * 6]) for engine in (drafted, fresh))
 
     assert drafted.length == fresh.length
@@ -137,7 +137,7 @@ def test_a_branch_of_a_tree_is_moved_to_the_front_of_the_cache(tiny_models):
         for engine in (branched, straight):
             engine.prefill(PROMPT)
         branched.run(block, [5, 99, 6, 7])
-        branched.settle([0, 2, 3])
+        branched.commit([0, 2, 3])
         straight.prefill([*PROMPT, 5, 6, 7])
         after, expected = (engine.run(block, [1, 2, 3, 4]) for engine in (branched, straight))
 

@@ -211,7 +211,7 @@ class _Steps:
                 logits = engine.run(block, [5] * block.num_slots)
                 if engine.top_k is None:
                     logits.argmax(dim=-1).tolist()
-                engine.abandon()
+                engine.rollback()
 
             began = time.perf_counter()
             step()
@@ -236,7 +236,7 @@ def _profile(run: Run, name: str, engine: GraphEngine, program: GraphProgram) ->
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             engine.run(AR_BLOCK, [5])
-            engine.settle([0])
+            engine.commit([0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     # the one is the wait for the likeliest tokens
@@ -315,7 +315,7 @@ def _logits(
     for start in range(0, len(following), block.num_tokens):
         ids = [*following[start : start + block.num_tokens], *[3] * (block.num_slots - block.num_tokens)]
         rows += engine.run(block, ids)[: block.num_tokens].float()
-        engine.settle(range(block.num_tokens))
+        engine.commit(range(block.num_tokens))
     return rows
 
 

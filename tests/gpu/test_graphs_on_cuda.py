@@ -64,13 +64,13 @@ def test_a_graph_computes_what_the_model_computes(model, program):
         EagerEngine(model, max_length=200, max_slots=32),
         GraphEngine(model, program, max_length=200, max_slots=32),
     ]
-    for block, settled in ((AR_BLOCK, [0]), (Block.tree([0, 0, 2], 2), [0, 2]), (Block.chain(7, 3), [0, 1, 2])):
+    for block, committed in ((AR_BLOCK, [0]), (Block.tree([0, 0, 2], 2), [0, 2]), (Block.chain(7, 3), [0, 1, 2])):
         logits = []
         for engine in engines:
             engine.prefill(list(range(70)))
             for _ in range(3):  # captured, then replayed
                 found = engine.run(block, list(range(block.num_slots))).float()
-                engine.settle(settled)
+                engine.commit(committed)
             logits.append(found)
         assert (logits[0] - logits[1]).abs().max() <= logits[0].std() * (1e-3 if model.dtype == torch.float32 else 0.3)
 
@@ -80,14 +80,14 @@ def test_a_step_waits_once(model, program):
     engine = GraphEngine(model, program, max_length=100, max_slots=8)
     engine.prefill(PROMPT)
     engine.run(AR_BLOCK, [5])
-    engine.settle([0])
+    engine.commit([0])
 
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             engine.run(Block.tree([0, 0], 0), [5, 6, 7])
-            engine.settle([0, 2])
+            engine.commit([0, 2])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

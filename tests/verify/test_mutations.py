@@ -82,28 +82,28 @@ def one_candidate_too_many(monkeypatch):
 
 
 def rollback_one_too_far(monkeypatch):
-    """A step that accepted something forgets its last settled token."""
-    keep = cache.KVCache.keep
+    """A step that accepted something forgets its last committed token."""
+    commit = cache.KVCache.commit
 
     def forgetful(self, start, slots):
-        keep(self, start, slots)
+        commit(self, start, slots)
         if len(slots) > 1:
-            self.rollback(start + len(slots) - 1)
+            self.crop(start + len(slots) - 1)
 
-    monkeypatch.setattr(cache.KVCache, "keep", forgetful)
+    monkeypatch.setattr(cache.KVCache, "commit", forgetful)
 
 
 def rollback_one_short(monkeypatch):
     """The first rejected slot of an answer stays in the cache."""
-    rollback, slipped = cache.KVCache.rollback, set()
+    crop, slipped = cache.KVCache.crop, set()
 
     def lazy(self, length):
         nonlocal slipped
-        slips = id(self.extent) not in slipped and length < self.length
-        rollback(self, length + slips)
-        slipped |= {id(self.extent)} if slips else set()
+        slips = id(self.capacity) not in slipped and length < self.length
+        crop(self, length + slips)
+        slipped |= {id(self.capacity)} if slips else set()
 
-    monkeypatch.setattr(cache.KVCache, "rollback", lazy)
+    monkeypatch.setattr(cache.KVCache, "crop", lazy)
 
 
 def noise_keyed_by_step(monkeypatch):
