@@ -24,7 +24,7 @@ class SARCollator:
     """Batch examples for a Hugging Face causal LM, with mask groups added.
 
     A feature is a mapping with `input_ids` and, where part of it carries no loss (a prompt), `labels` of the same
-    length with -100 there. With a number `draw` in it, its anchors depend on that and the seed alone and not on
+    length with -100 there. With an `example_index` in it, its anchors depend on that and the seed alone and not on
     what was collated before, so that an interrupted training goes on with the very same batches. The batch holds
     `input_ids` and `position_ids` (B, S) int64, `attention_mask` (B, 1, S, S) bool, True = may attend, and `labels`
     (B, S) int64 placed as transformers' loss expects them: `labels[:, q + 1]` is what slot q learns, which is why a
@@ -81,9 +81,9 @@ class SARCollator:
     def row(self, feature: Mapping[str, Any]) -> tuple[Block, list[int], list[int]]:
         """Return the block of one example, the ids in its slots and what each slot learns."""
         tokens, labels = list(feature["input_ids"]), list(feature.get("labels", feature["input_ids"]))
-        draw = feature.get("draw")
-        if draw is not None:
-            self._generator.manual_seed(mix(self.seed, draw))
+        example_index = feature.get("example_index")
+        if example_index is not None:
+            self._generator.manual_seed(mix(self.seed, example_index))
         if not tokens or len(tokens) != len(labels):
             raise ValueError(f"an example needs tokens and as many labels, not {len(tokens)} and {len(labels)}")
         anchors = self._draw_anchors(labels)

@@ -50,7 +50,7 @@ class Epochs(Dataset[dict[str, Any]]):
         if self._drawn[0] != epoch:
             generator = torch.Generator().manual_seed(mix(self._seed, epoch))
             self._drawn = (epoch, torch.randperm(len(self._examples), generator=generator).tolist())
-        return {**self._examples[self._drawn[1][place]], "draw": index}
+        return {**self._examples[self._drawn[1][place]], "example_index": index}
 
 
 class SARTrainer(Trainer):

@@ -1,4 +1,4 @@
-"""A rehearsal: a few steps of the real training, to know what it needs before it begins."""
+"""A dry run: a few steps of the real training, to know what it needs before it begins."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsal:
+class DryRun:
     """What a training would take.
 
     Attributes:
@@ -41,7 +41,7 @@ class Rehearsal:
     memory_bytes: int
 
 
-def rehearse(loaded: LoadedModel, prepared: Prepared, recipe: Recipe, *, base_model: str) -> Rehearsal:
+def dry_run(loaded: LoadedModel, prepared: Prepared, recipe: Recipe, *, base_model: str) -> DryRun:
     """Run a few steps with and without masks in a folder that is then forgotten.
 
     The model given is trained by it.
@@ -73,7 +73,7 @@ def rehearse(loaded: LoadedModel, prepared: Prepared, recipe: Recipe, *, base_mo
     a_step = recipe.arguments["per_device_train_batch_size"] * recipe.arguments["gradient_accumulation_steps"]
     examples = (len(prepared.examples) + min(recipe.distill, len(prepared.prompts))) * recipe.epochs
     wanted = recipe.arguments.get("max_steps", -1)
-    return Rehearsal(
+    return DryRun(
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         parameters=sum(parameter.numel() for parameter in parameters),
         steps=wanted if wanted > 0 else math.ceil(examples / a_step),
