@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from space_cli.core.cache import KVCache
 from space_cli.core.stream import common_prefix_length
 
-MOST_BYTES, MOST_CACHES = 2**30, 16
+MAX_BYTES, MAX_CACHES = 2**30, 16
 # tokens that are copied rather than computed again
 _WORTH_COPYING = 32
 
@@ -20,7 +20,7 @@ class CachePool:
         most: how many.
     """
 
-    def __init__(self, *, most_bytes: int = MOST_BYTES, most: int = MOST_CACHES) -> None:
+    def __init__(self, *, most_bytes: int = MAX_BYTES, most: int = MAX_CACHES) -> None:
         self._most_bytes, self._most = most_bytes, most
         self._idle: list[KVCache] = []
 

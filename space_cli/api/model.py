@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, cast, get_args
 
 from space_cli.api.answers import Answer, AnswerText, Message, Piece
-from space_cli.api.caches import MOST_BYTES, CachePool
+from space_cli.api.caches import MAX_BYTES, CachePool
 from space_cli.api.grammar import Grammar, grammar_for
 from space_cli.api.settings import GenerationSettings, Mode, Options, SamplingSettings
 from space_cli.api.tools import CallReader, Tool, call_form, check_tools
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 Prompt = str | Sequence[Message]
 # tokens that there must be room for: an answer of nothing helps nobody
-_LEAST_ROOM = 16
+_MIN_ROOM = 16
 
 
 def load(
@@ -49,7 +49,7 @@ def load(
     engine: EngineName = "auto",
     revision: str | None = None,
     template: str | None = None,
-    cache_bytes: int = MOST_BYTES,
+    cache_bytes: int = MAX_BYTES,
     on_compile: Callable[[], None] = lambda: None,
 ) -> Model:
     """Load a model that answers.
@@ -91,7 +91,7 @@ class Model:
         cache_bytes: of keys and values kept from answer to answer.
     """
 
-    def __init__(self, loaded: LoadedModel, *, template: str | None = None, cache_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, loaded: LoadedModel, *, template: str | None = None, cache_bytes: int = MAX_BYTES) -> None:
         self.loaded = loaded
         self._template = template or loaded.prompt_template
         self._caches = CachePool(most_bytes=cache_bytes)
@@ -137,7 +137,7 @@ class Model:
             UsageProblem: the prompt leaves no room.
         """
         limit = self.loaded.context_length
-        if limit is not None and len(token_ids) + min(max_new_tokens, _LEAST_ROOM) > limit:
+        if limit is not None and len(token_ids) + min(max_new_tokens, _MIN_ROOM) > limit:
             raise UsageProblem(
                 f"the prompt of {len(token_ids)} tokens leaves no room in the context of {limit}",
                 hint="shorten it",

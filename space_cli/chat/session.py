@@ -23,7 +23,7 @@ from space_cli.models.loading import LoadedModel
 from space_cli.records import JsonRecord
 
 # AR steps timed behind an answer, to compare with: more of them where they are quick
-_LEAST_AR_STEPS, _MOST_AR_STEPS, _AR_SECONDS, _LARGEST_GAIN = 4, 12, 0.05, 1.25
+_MIN_AR_STEPS, _MAX_AR_STEPS, _AR_SECONDS, _LARGEST_GAIN = 4, 12, 0.05, 1.25
 
 
 class ChatSettings(SamplingSettings):
@@ -183,7 +183,7 @@ class Session:
             return None
         asked, generation = self.last
         token_ids, limit = asked.token_ids + generation.tokens, self.loaded.context_length
-        if len(generation.steps) < 2 or (limit is not None and len(token_ids) + _MOST_AR_STEPS > limit):
+        if len(generation.steps) < 2 or (limit is not None and len(token_ids) + _MAX_AR_STEPS > limit):
             return None
         timed, own = self._ar_seconds(token_ids), [step.seconds for step in generation.steps[1:]]
         if not _are_comparable(timed, own):
@@ -197,9 +197,9 @@ class Session:
         """Return the seconds of a few AR steps, less the first, which has the prefill in it."""
         timed: list[float] = []
         began = time.perf_counter()
-        for step in self._decode(token_ids, StopRule(_MOST_AR_STEPS), "ar", self.cache):
+        for step in self._decode(token_ids, StopRule(_MAX_AR_STEPS), "ar", self.cache):
             timed.append(step.seconds)
-            if len(timed) >= _LEAST_AR_STEPS and time.perf_counter() - began > _AR_SECONDS:
+            if len(timed) >= _MIN_AR_STEPS and time.perf_counter() - began > _AR_SECONDS:
                 break
         return timed[1:]
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from space_cli.cli.console import echo_json, err, is_screen, out, plain
 from space_cli.cli.live import histogram, without_masks
 from space_cli.core.stream import Parts
-from space_cli.verify.record import LEAST_P_VALUE
+from space_cli.verify.record import MIN_P_VALUE
 
 if TYPE_CHECKING:
     from space_cli.bench.compare import Change
@@ -344,7 +344,7 @@ def verdict(record: Verification) -> str:
     places = [place[0] for place in by_place(record.divergences)]
     ties = sum(found.verdict == "tie" for found in places)
     violations = len(places) - ties
-    unlikely = [test for test in record.distributions if test.p_value < LEAST_P_VALUE]
+    unlikely = [test for test in record.distributions if test.p_value < MIN_P_VALUE]
     scope = f"{record.tokens} tokens of {len(record.answers)} answers"
     if record.lossless is None:
         return f"NO VERDICT: an error ended the run behind {scope}"

@@ -29,7 +29,7 @@ EPILOG = (
     "Example: space verify-lossless --model ./mine --drafts mixed --report proof.html"
 )
 
-_UNTRAINED_CANDIDATES, _MOST_CANDIDATES = 5, 31
+_UNTRAINED_CANDIDATES, _MAX_CANDIDATES = 5, 31
 
 _Against = Annotated[
     str | None,
@@ -214,8 +214,8 @@ def _block(loaded: LoadedModel, drafts: str, candidates: int | None) -> Block:
     if drafts == "model":
         raise UsageProblem(f"{loaded.name} has no masks to draft with", hint="use --drafts adaptive or mixed")
     k = _UNTRAINED_CANDIDATES if candidates is None else candidates
-    if not 1 <= k <= _MOST_CANDIDATES:
-        raise UsageProblem(f"--candidates {k}: out of range", hint=f"choose 1 to {_MOST_CANDIDATES}")
+    if not 1 <= k <= _MAX_CANDIDATES:
+        raise UsageProblem(f"--candidates {k}: out of range", hint=f"choose 1 to {_MAX_CANDIDATES}")
     return Block.chain(k, 0)
 
 

@@ -27,7 +27,7 @@ import torch
 from transformers import PreTrainedModel
 
 from space_cli.compile import torch_private
-from space_cli.compile.export import GROUPS, MOST_SLOTS, STATES, CompiledCall, first_slots
+from space_cli.compile.export import GROUPS, MAX_CALL_SLOTS, STATES, CompiledCall, first_slots
 from space_cli.compile.packing import Adapter, packed_layers
 from space_cli.compile.toolchain import load_kernels
 from space_cli.core.block import Block
@@ -151,8 +151,8 @@ class CompiledEngine(EagerEngine):
         self._inputs: dict[int, _Inputs] = {}
 
     def _extend(self, token_ids: Sequence[int]) -> None:
-        for start in range(0, len(token_ids), MOST_SLOTS):
-            some = token_ids[start : start + MOST_SLOTS]
+        for start in range(0, len(token_ids), MAX_CALL_SLOTS):
+            some = token_ids[start : start + MAX_CALL_SLOTS]
             # what a prompt's tokens are followed by is known
             self._run(Block.chain(len(some) - 1, 0), some, wanted=1)
 

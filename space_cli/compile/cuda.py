@@ -38,12 +38,12 @@ TILES = (32, 64)
 """Rows of a call in invariant numerics; what needs more is rounded up to a multiple of the last."""
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 36, 64)
 """Rows of a call in plain numerics: those of the CPU's engine, the paper's largest chain, and the last tile."""
-MOST_MOVED = 1024
+MAX_MOVED = 1024
 """Tokens that a step can commit."""
-_LEAST_CAPACITY = 2048
+_MIN_CAPACITY = 2048
 _WARM_UPS = 2
 # kinds of layers that are compiled, times sizes
-_MOST_COMPILATIONS = 64
+_MAX_COMPILATIONS = 64
 
 
 @runtime_checkable
@@ -94,7 +94,7 @@ class GraphProgram:
         self._owner: tuple[weakref.ref[KVCache], int] | None = None
         embedding = model.get_input_embeddings()
         self._tells = embedding if isinstance(embedding, TellsMasks) else None
-        self._moves = _Staged(MOST_MOVED, torch.int64, self.device)
+        self._moves = _Staged(MAX_MOVED, torch.int64, self.device)
 
     @torch.inference_mode()
     def lend(self, cache: KVCache, slots: int) -> None:
@@ -108,7 +108,7 @@ class GraphProgram:
         self._take_back()
         if slots > self._states.shape[3]:
             self._steps.clear()
-            self._states = self._buffers(max(_LEAST_CAPACITY, 1 << (slots - 1).bit_length()))
+            self._states = self._buffers(max(_MIN_CAPACITY, 1 << (slots - 1).bit_length()))
         capacity = self._states.shape[3]
         for index, states in enumerate(self._states):
             layer = cache.layer(index)
@@ -235,7 +235,7 @@ class GraphProgram:
                 tells.masks_known = has_masks
                 stack.callback(setattr, tells, "masks_known", None)
             if self._compiled:
-                stack.enter_context(torch_private.recompile_limit(_MOST_COMPILATIONS))
+                stack.enter_context(torch_private.recompile_limit(_MAX_COMPILATIONS))
             yield
 
 

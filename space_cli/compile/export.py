@@ -23,7 +23,7 @@ from space_cli.compile.packing import LANES, Adapter, fused_groups, packed_layer
 from space_cli.core.attention import has_replaceable_attention
 from space_cli.errors import RunFailed
 
-MOST_SLOTS = 128
+MAX_CALL_SLOTS = 128
 """Q of the largest block that a program takes."""
 _ATTENTION = "space_compiled"
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)
@@ -56,7 +56,7 @@ def why_not(model: PreTrainedModel) -> str | None:
 
 
 def compile_program(model: PreTrainedModel, package: Path, adapter: Adapter | None = None) -> None:
-    """Compile a model for blocks of 1 to `MOST_SLOTS` slots; takes from 10 seconds up.
+    """Compile a model for blocks of 1 to `MAX_CALL_SLOTS` slots; takes from 10 seconds up.
 
     Raises:
         RunFailed: it cannot be exported, or there is no C++ compiler.
@@ -65,7 +65,7 @@ def compile_program(model: PreTrainedModel, package: Path, adapter: Adapter | No
     own, config._attn_implementation = config._attn_implementation, _ATTENTION
     slots = 8
     example = (torch.ones(1, slots, dtype=torch.int64), torch.arange(slots)[None], torch.zeros(1, 1, slots, slots))
-    size, wanted = (torch.export.Dim(name, min=1, max=MOST_SLOTS) for name in ("slots", "wanted"))
+    size, wanted = (torch.export.Dim(name, min=1, max=MAX_CALL_SLOTS) for name in ("slots", "wanted"))
     shapes = ({1: size}, {1: size}, {2: size, 3: size}, {0: wanted})
     try:
         with ExitStack() as stack:

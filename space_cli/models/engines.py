@@ -19,7 +19,7 @@ from space_cli.compile.export import compile_program, why_not
 from space_cli.compile.fingerprint import fingerprint
 from space_cli.compile.toolchain import build_kernels, load_kernels, machine
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
+from space_cli.core.costs import MAX_BLOCK_SLOTS, SIZES, StepCosts, measure_costs
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, Drafter
 from space_cli.core.engine import Compiled, EagerEngine, engine_for
@@ -76,9 +76,11 @@ def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
     file = engine_folder() / f"costs-{_speed_key(loaded, program)}.json"
     costs = None if fresh else _read_costs(file)
     if costs is None:
-        limit = loaded.context_length or _PREFIX_LENGTH + MOST_SLOTS
-        length = max(1, min(_PREFIX_LENGTH, limit - MOST_SLOTS))
-        costs = measure_costs(engine_for(loaded.model, loaded.program, max_length=length, max_slots=MOST_SLOTS), length)
+        limit = loaded.context_length or _PREFIX_LENGTH + MAX_BLOCK_SLOTS
+        length = max(1, min(_PREFIX_LENGTH, limit - MAX_BLOCK_SLOTS))
+        costs = measure_costs(
+            engine_for(loaded.model, loaded.program, max_length=length, max_slots=MAX_BLOCK_SLOTS), length
+        )
         drafting = _steps(
             loaded, AdaptiveDrafter(AcceptanceStats(costs, loaded.masks_per_group), loaded.masks_per_group)
         )

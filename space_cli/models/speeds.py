@@ -19,7 +19,7 @@ PROMPT = 64
 """Tokens of the prompt that is timed."""
 # an answer as many are: 128 tokens to a prompt of 256
 _ANSWER_STEPS, _ANSWER_PROMPTS = 128, 4
-_MOST_CALLS, _SECONDS = 12, 0.15
+_MAX_CALLS, _SECONDS = 12, 0.15
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _fastest(call: Callable[[], None]) -> float:
     """Return the shortest time of some calls, the first apart, in which a call's parts are made ready."""
     call()
     began, found = time.perf_counter(), list[float]()
-    while len(found) < _MOST_CALLS and (not found or time.perf_counter() - began < _SECONDS):
+    while len(found) < _MAX_CALLS and (not found or time.perf_counter() - began < _SECONDS):
         started = time.perf_counter()
         call()
         found.append(time.perf_counter() - started)

@@ -25,7 +25,7 @@ from space_cli.training.data import OWN_DATA, Conversation
 from space_cli.training.start import identity
 
 _QUESTION_TOKENS = 96
-_LEAST_QUESTION = 4
+_MIN_QUESTION = 4
 _TEMPERATURE = 0.8
 _FRUITLESS_ROUNDS = 8
 
@@ -123,7 +123,7 @@ def _questions(
         text = loaded.decode(ids[:-1] if ended else ids)
         text, sign, _ = text.partition(closing) if closing else (text, "", "")
         # what was cut off by length is no question
-        if (ended or sign) and len(ids) >= _LEAST_QUESTION and not is_repetitive(ids):
+        if (ended or sign) and len(ids) >= _MIN_QUESTION and not is_repetitive(ids):
             questions.append(text.strip())
     return [question for question in questions if question]
 

@@ -14,7 +14,7 @@ from space_cli.tasks.plan import Planned
 from space_cli.tasks.task import Task, next_token_probabilities
 from space_cli.verify.record import Distribution
 
-_LEAST_EXPECTED, _MOST_BINS = 5.0, 40
+_MIN_EXPECTED, _MAX_BINS = 5.0, 40
 _FIRST_TOKENS = 16
 
 _Cell = tuple[int, ...]
@@ -52,7 +52,7 @@ def _bins(chances: dict[_Cell, float], draws: int) -> tuple[list[_Cell], list[fl
 
     Likely tokens are not kept apart from unlikely ones, so that a flat distribution still makes many bins.
     """
-    least = max(_LEAST_EXPECTED, draws / _MOST_BINS)
+    least = max(_MIN_EXPECTED, draws / _MAX_BINS)
     bounds: list[_Cell] = []
     expected: list[float] = []
     pooled = 0.0

@@ -13,7 +13,7 @@ from space_cli.records import Record
 Verdict = Literal["tie", "violation"]
 AGAINST = ("ar", "hf", "base")
 """What SPACE is compared with: our AR baseline, transformers' `generate`, an adapter's base without the adapter."""
-LEAST_P_VALUE = 1e-4
+MIN_P_VALUE = 1e-4
 """A distribution test below this counts as a violation."""
 
 
@@ -163,7 +163,7 @@ class Verification(Record):
         self.rows = _rows(self.answers)
         counted = {"tie", "violation"} if strict else {"violation"}
         self.lossless = not any(divergence.verdict in counted for divergence in self.divergences) and all(
-            test.p_value >= LEAST_P_VALUE for test in self.distributions
+            test.p_value >= MIN_P_VALUE for test in self.distributions
         )
         if self.broken and self.lossless:
             self.lossless = None

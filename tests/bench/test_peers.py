@@ -195,7 +195,7 @@ def test_llama_cpp_runs_bfloat16_weights_and_ends_at_stop_strings(tiny_model_dir
 
 @pytest.mark.usefixtures("_llama_cpp", "cache")
 def test_llama_cpp_is_loaded_again_where_an_answer_needs_more_room(loaded, monkeypatch):
-    monkeypatch.setattr(llama_cpp, "_LEAST_CONTEXT", 16)
+    monkeypatch.setattr(llama_cpp, "_MIN_CONTEXT", 16)
     other = llama(loaded)
     suite = replace(SUITE, prompts=(*SUITE.prompts, Prompt("small/long", ("def add(a, b):\n" * 12,))))
 

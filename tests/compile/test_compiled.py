@@ -13,7 +13,7 @@ from tiny import MASK_IDS, lively
 
 from space_cli.compile import packing, toolchain
 from space_cli.compile.compiled_model import CompiledEngine, Program
-from space_cli.compile.export import MOST_SLOTS, compile_program, why_not
+from space_cli.compile.export import MAX_CALL_SLOTS, compile_program, why_not
 from space_cli.compile.fingerprint import fingerprint, weights_digest
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.decoder import decode
@@ -243,7 +243,7 @@ def test_a_prompt_longer_than_the_largest_block_and_a_prompt_of_one_token(pair):
     model, program = pair
     if model.dtype != torch.float32:
         pytest.skip("half precision rounds otherwise in transformers' kernels")
-    for length in (1, 2, MOST_SLOTS, MOST_SLOTS + 2, 300):
+    for length in (1, 2, MAX_CALL_SLOTS, MAX_CALL_SLOTS + 2, 300):
         prompt = [(7 * index) % 299 + 1 for index in range(length)]
 
         assert generate(model, program, prompt=prompt) == hf_greedy(model, prompt, 40)

@@ -363,5 +363,5 @@ SECTIONS = {
     "trained": trained,
     "quantized": quantized,
 }
-LEAST_SECONDS = {"bandwidth": 5, "kernels": 20, "steps": 60, "exact": 40, "trained": 40, "quantized": 30}
+MIN_SECONDS = {"bandwidth": 5, "kernels": 20, "steps": 60, "exact": 40, "trained": 40, "quantized": 30}
 """What a section needs to be worth beginning."""

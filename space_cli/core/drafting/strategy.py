@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.costs import MOST_SLOTS, SIZES
+from space_cli.core.costs import MAX_BLOCK_SLOTS, SIZES
 from space_cli.core.drafting.acceptance import AcceptanceStats
 from space_cli.core.drafting.chain import Proposal, Verified
 from space_cli.core.drafting.ngrams import LONGEST_MATCH, MAX_COPIED, Continuation, NgramIndex, Source
@@ -60,7 +60,7 @@ class AdaptiveDrafter:
         guide: candidates are what it allows; None allows everything.
     """
 
-    max_slots = MOST_SLOTS
+    max_slots = MAX_BLOCK_SLOTS
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class AdaptiveDrafter:
         )
         tree = TokenTree(asked, texts, self._stats.copy_probability, allows)
         # a node whose gain is below the cheapest slot's cost may only fill a free padding slot
-        tree.grow(self._stats.cheapest, MOST_SLOTS - 1)
+        tree.grow(self._stats.cheapest, MAX_BLOCK_SLOTS - 1)
         taken, masks, anchors = most_worth(tree.nodes, self._stats.values[:masks], self._stats.prices)
         slots = 1 + taken + masks * len(anchors)
         taken += next(size for size in SIZES if size >= slots) - slots
