@@ -28,7 +28,7 @@ class Change:
         ratio: of the speedups, after over before; without AR, of the tokens per second.
         interval: 95 % of that ratio for resampled prompts lie in it; None for too few prompts.
         tokens_per_step: before and after.
-        quality: before and after; None where one was not judged.
+        quality: before and after; None where one was not scored.
         other_answers: how many answers are not token for token what they were.
     """
 

@@ -28,7 +28,7 @@ _LONGEST_NUMBER = 40
 
 
 def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, str]:
-    """Return the metrics by which answers will not be judged, and why.
+    """Return the metrics by which answers will not be scored, and why.
 
     Args:
         metrics: of the suites.
@@ -49,8 +49,8 @@ def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, 
     return missing
 
 
-def judge_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: Collection[Metric]) -> None:
-    """Give samples their scores; answers with the same text to the same prompt are judged once.
+def score_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: Collection[Metric]) -> None:
+    """Give samples their scores; answers with the same text to the same prompt are scored once.
 
     Args:
         samples: of finished answers.
@@ -66,15 +66,17 @@ def judge_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: 
     # each waits for a process of its own
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     try:
-        for group, (score, outcome) in zip(alike.values(), pool.map(lambda key: judge(*key), alike), strict=True):
+        for group, (score, outcome) in zip(
+            alike.values(), pool.map(lambda key: score_answer(*key), alike), strict=True
+        ):
             for sample in group:
                 sample.score, sample.outcome = score, outcome
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def judge(prompt: Prompt, metric: Metric, text: str) -> tuple[float, str | None]:
-    """Return the score of an answer, 0 to 1, and how the judging went in one printable line.
+def score_answer(prompt: Prompt, metric: Metric, text: str) -> tuple[float, str | None]:
+    """Return the score of an answer, 0 to 1, and how the scoring went in one printable line.
 
     Runs the answer where the metric is "pass@1": ask `check` first. May be called from several threads.
     """

@@ -24,8 +24,8 @@ class Sample(BaseModel):
         repetitive: tokens over distinct tokens above 3.5.
         identical: token for token AR's answer; None where that is not defined.
         joules: used by the machine's processors meanwhile, other work included; None where no platform tells.
-        score: 0 to 1 by the suite's metric; None where it was not judged.
-        outcome: how the judging went, as "passed", "timed out" or "NameError: name 'x' is not defined".
+        score: 0 to 1 by the suite's metric; None where it was not scored.
+        outcome: how the scoring went, as "passed", "timed out" or "NameError: name 'x' is not defined".
     """
 
     suite: str
@@ -69,7 +69,7 @@ class Result(BaseModel):
         step_tokens: how many steps brought 1, 2, 3, ... tokens.
         acceptance_by_position: share of the steps that reached that many tokens ahead in which all candidates up to
             there were accepted.
-        metric: by which answers were judged; None where they were not.
+        metric: by which answers were scored; None where they were not.
         quality: mean score; with several seeds, of all their answers (pass@1).
         pass_at_k: by k, unbiased, where there are several seeds; None elsewhere.
         identical: whether every answer is AR's; identical_prompts counts them. None where that is not defined.

@@ -24,7 +24,7 @@ def results(
     Args:
         samples: of all suites.
         methods: in the order of the rows.
-        metrics: by which the answers of a suite were judged.
+        metrics: by which the answers of a suite were scored.
     """
     rows = []
     for suite in dict.fromkeys(sample.suite for sample in samples):
@@ -62,9 +62,9 @@ def _row(samples: list[Sample], baseline: dict[tuple[str, int, int], Sample], **
     compared = [sample.identical for sample in samples if sample.identical is not None]
     behind = sum(sample.seconds - sample.first_step_seconds for sample in samples)
     later = sum(sum(sample.tokens_by_step[1:]) for sample in samples)
-    judged = [sample for sample in samples if sample.score is not None]
+    scored = [sample for sample in samples if sample.score is not None]
     return Result(
-        **group | {"metric": group["metric"] if judged else None},
+        **group | {"metric": group["metric"] if scored else None},
         prompts=len(samples),
         tokens=tokens,
         steps=steps,
@@ -81,8 +81,8 @@ def _row(samples: list[Sample], baseline: dict[tuple[str, int, int], Sample], **
         acceptance_by_position=_acceptance(samples),
         identical=all(compared) if compared else None,
         identical_prompts=sum(compared) if compared else None,
-        quality=statistics.fmean(sample.score or 0.0 for sample in judged) if judged else None,
-        pass_at_k=_pass_at_k(judged) if group["metric"] == "pass@1" else None,
+        quality=statistics.fmean(sample.score or 0.0 for sample in scored) if scored else None,
+        pass_at_k=_pass_at_k(scored) if group["metric"] == "pass@1" else None,
     )
 
 

@@ -135,7 +135,7 @@ def run(
     from space_cli.models.loading import load_model
     from space_cli.tasks.plan import Settings, check_candidates, most_tokens, plan, suites_for
 
-    not_judged = check([each.metric for each in suites], execute=execute)
+    not_scored = check([each.metric for each in suites], execute=execute)
     view = run_view(quiet=quiet)
     model = options.named_model(model, quiet=quiet)
     view.loading(model)
@@ -159,7 +159,7 @@ def run(
         "seeds": seeds,
         "sweep": sweep,
         "corpus": [str(path) for path in corpus or ()],
-        "left_out": left_out | planned.left_out | not_judged | _no_pictures(report_file),
+        "left_out": left_out | planned.left_out | not_scored | _no_pictures(report_file),
     }
     view.left_out(report.settings["left_out"])
     journal = _journal(json, report, planned, resume=resume)
@@ -167,7 +167,7 @@ def run(
     view.begin(loaded, report.settings["methods"], planned.turns * seeds)
     try:
         _fill(report, planned, chosen, view, journal)
-        _add(report, loaded, suites, view, not_judged=not_judged, with_profile=with_profile)
+        _add(report, loaded, suites, view, not_scored=not_scored, with_profile=with_profile)
         report.complete = True
     except KeyboardInterrupt:
         return 130
@@ -266,7 +266,7 @@ def _journal(json: str | None, report: Report, planned: Plan, *, resume: bool) -
     # a device or a pipe has no folder of ours beside it
     if json in (None, "-") or (Path(json).exists() and not Path(json).is_file()):
         return None
-    # neither when it was, nor what costs were measured then; answers can be judged whether they were to be or not
+    # neither when it was, nor what costs were measured then; answers can be scored whether they were to be or not
     told = report.environment | report.settings
     run = {name: value for name, value in told.items() if name not in ("date", "step_costs", "left_out")}
     journal = Journal(Path(json), run | {"prompts": prompts_digest(planned)})
@@ -300,7 +300,7 @@ def _add(
     suites: list[Suite],
     view: RunView,
     *,
-    not_judged: Collection[Metric],
+    not_scored: Collection[Metric],
     with_profile: bool,
 ) -> None:
     """Add what has no place between answers that are timed."""
@@ -309,11 +309,11 @@ def _add(
 
         view.note("timing model calls")
         report.profile = profile(loaded)
-    if any(suite.metric is not None and suite.metric not in not_judged for suite in suites):
-        from space_cli.bench.quality import judge_all
+    if any(suite.metric is not None and suite.metric not in not_scored for suite in suites):
+        from space_cli.bench.quality import score_all
 
         view.note("judging answers")
-        judge_all(report.samples, suites, missing=not_judged)
+        score_all(report.samples, suites, missing=not_scored)
 
 
 def _no_pictures(report_file: Path | None) -> dict[str, str]:

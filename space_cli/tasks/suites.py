@@ -1,4 +1,4 @@
-"""Suites: named sets of prompts with the rules by which an answer ends and is judged."""
+"""Suites: named sets of prompts with the rules by which an answer ends and is scored."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Suite:
         prompts: in file order.
         stop_strings: an answer ends where one of them appears.
         chat: its turns are what a person asks: they go through the model's chat template where it has one.
-        metric: by which its answers are judged, or None.
+        metric: by which its answers are scored, or None.
         instruction: with one {}, asks a chat model for what other models complete; None where all get the same.
     """
 
@@ -89,7 +89,7 @@ Read: TypeAlias = Callable[[Iterator[SourceRow]], Iterator[tuple[SourceRow, Prom
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How rows become prompts, and how their answers end and are judged.
+    """How rows become prompts, and how their answers end and are scored.
 
     Attributes:
         description: what the suite is, in a line.
