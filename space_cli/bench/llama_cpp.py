@@ -21,7 +21,7 @@ import torch
 from platformdirs import user_cache_path
 from transformers import PreTrainedModel
 
-from space_cli.compile.export import why_not
+from space_cli.compile.export import unsupported_reason
 from space_cli.compile.fingerprint import fingerprint, weights_digest
 from space_cli.core.sampling import Sampling
 from space_cli.errors import RunFailed, UsageProblem, unwritten
@@ -73,7 +73,7 @@ def _why_not(model: PreTrainedModel) -> str | None:
         return f"its activation is {model.config.hidden_act}"
     if model.config.rope_parameters["rope_type"] not in _ROPE_TYPES:
         return f"its rotary positions are scaled by {model.config.rope_parameters['rope_type']}"
-    return why_not(model)
+    return unsupported_reason(model)
 
 
 def greedy(loaded: LoadedModel, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Iterator[int]:

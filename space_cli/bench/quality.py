@@ -40,7 +40,7 @@ def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, 
     missing: dict[Metric, str] = {}
     if execute and "pass@1" not in metrics:
         raise UsageProblem("--execute: no suite here has tests", hint="leave it out")
-    if execute and (problem := sandbox.why_not()) is not None:
+    if execute and (problem := sandbox.unsupported_reason()) is not None:
         raise UsageProblem(problem, hint="leave --execute out")
     if not execute and "pass@1" in metrics:
         missing["pass@1"] = "answers are run under --execute alone"
@@ -92,7 +92,7 @@ def score_answer(prompt: Prompt, metric: Metric, text: str) -> tuple[float, str 
 def _passes(prompt: Prompt, text: str) -> tuple[float, str]:
     if prompt.code is None:
         raise ValueError(f"{prompt.task_id} has no tests")
-    outcome = sandbox.run_program(prompt.code.before + code_of(text) + prompt.code.after)
+    outcome = sandbox.run_submission(prompt.code.before + code_of(text) + prompt.code.after)
     return float(outcome.passed), outcome.told
 
 

@@ -70,7 +70,7 @@ class Program:
         self._known: tuple[weakref.ref[KVCache], int, _Call] | None = None
 
     def run(
-        self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache, *, wanted: int
+        self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache, *, logits_to_keep: int
     ) -> tuple[torch.Tensor, TopK]:
         """Run a block behind what a cache holds; return logits, and which are largest. The cache then holds all slots.
 
@@ -79,12 +79,12 @@ class Program:
             input_ids: (1, Q) int64.
             position_ids: (1, Q) int64.
             cache: with room for the block.
-            wanted: W, of how many slots logits (W, V) are to be computed, from the first one on.
+            logits_to_keep: W, of how many slots logits (W, V) are to be computed, from the first one on.
         """
         call = self._call(cache, block.num_slots)
         call.parents, call.length, call.tokens = _parents(block), cache.length, block.num_tokens
         self._kernels.space_begin(ctypes.byref(call))
-        inputs = [input_ids, position_ids, _mask_like(block.num_slots), first_slots(wanted)]
+        inputs = [input_ids, position_ids, _mask_like(block.num_slots), first_slots(logits_to_keep)]
         logits, tokens, probs = self._package.boxed_run(inputs)
         for layer in cache.layers:
             layer.length += block.num_slots
@@ -154,21 +154,21 @@ class CompiledEngine(EagerEngine):
         for start in range(0, len(token_ids), MAX_CALL_SLOTS):
             some = token_ids[start : start + MAX_CALL_SLOTS]
             # what a prompt's tokens are followed by is known
-            self._run(Block.chain(len(some) - 1, 0), some, wanted=1)
+            self._run(Block.chain(len(some) - 1, 0), some, logits_to_keep=1)
 
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
         """Run a block behind the committed prefix; return (Q, V) logits. The cache then holds all slots."""
         self._slot_ids = slot_ids
-        return self._run(block, slot_ids, wanted=block.num_slots)
+        return self._run(block, slot_ids, logits_to_keep=block.num_slots)
 
-    def _run(self, block: Block, slot_ids: Sequence[int], *, wanted: int) -> torch.Tensor:
+    def _run(self, block: Block, slot_ids: Sequence[int], *, logits_to_keep: int) -> torch.Tensor:
         inputs = self._inputs.get(block.num_slots)
         if inputs is None:
             inputs = self._inputs[block.num_slots] = _Inputs(block.num_slots)
         inputs.ids[:] = slot_ids
         np.add(block.offset_ids, self.length, out=inputs.positions)
         np.minimum(inputs.positions, self._last_position, out=inputs.positions)
-        logits, self.top_k = self._program.run(block, *inputs.tensors, self.cache, wanted=wanted)
+        logits, self.top_k = self._program.run(block, *inputs.tensors, self.cache, logits_to_keep=logits_to_keep)
         return logits
 
 

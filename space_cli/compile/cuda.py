@@ -54,7 +54,7 @@ class TellsMasks(Protocol):
     masks_known: bool | None
 
 
-def why_not(model: PreTrainedModel) -> str | None:
+def unsupported_reason(model: PreTrainedModel) -> str | None:
     """Return in a few words why a model's steps cannot be graphs, or None where they may be."""
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "its layers are on several devices"

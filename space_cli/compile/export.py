@@ -39,7 +39,7 @@ INDUCTOR_CONFIGS = {
 STATES, GROUPS = "space_states", "space_groups"
 
 
-def why_not(model: PreTrainedModel) -> str | None:
+def unsupported_reason(model: PreTrainedModel) -> str | None:
     """Return in a few words why a model cannot be compiled, or None where it may be."""
     if model.device.type != "cpu":
         return "it is not on a CPU"
@@ -65,8 +65,8 @@ def compile_program(model: PreTrainedModel, package: Path, adapter: Adapter | No
     own, config._attn_implementation = config._attn_implementation, _ATTENTION
     slots = 8
     example = (torch.ones(1, slots, dtype=torch.int64), torch.arange(slots)[None], torch.zeros(1, 1, slots, slots))
-    size, wanted = (torch.export.Dim(name, min=1, max=MAX_CALL_SLOTS) for name in ("slots", "wanted"))
-    shapes = ({1: size}, {1: size}, {2: size, 3: size}, {0: wanted})
+    size, logits_to_keep = (torch.export.Dim(name, min=1, max=MAX_CALL_SLOTS) for name in ("slots", "logits_to_keep"))
+    shapes = ({1: size}, {1: size}, {2: size, 3: size}, {0: logits_to_keep})
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -122,15 +122,15 @@ class CompiledCall(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, logits_to_keep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return (W, V) logits of the slots wanted, the likeliest tokens of each and their probabilities.
+        """Return (W, V) logits of the slots to keep, the likeliest tokens of each and their probabilities.
 
         The mask's shape alone is read. A model that cannot leave logits out computes those of all slots.
         """
         call = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask, "use_cache": False}
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            call["logits_to_keep"] = wanted
+            call["logits_to_keep"] = logits_to_keep
         logits = self.model(**call).logits[0].contiguous()
         return logits, *torch.ops.space.likely(logits)
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from space_cli.compile.compiled_model import Program
-from space_cli.compile.export import compile_program, why_not
+from space_cli.compile.export import compile_program, unsupported_reason
 from space_cli.compile.fingerprint import fingerprint
 from space_cli.compile.toolchain import build_kernels, load_kernels, machine
 from space_cli.core.block import AR_BLOCK, Block
@@ -116,7 +116,7 @@ def _program(loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: C
         required = engine == "compiled"
         fused = required or _is_worth_compiling(loaded, tokens)
         return graph_program(loaded, fused=fused, required=required, on_compile=on_compile)
-    reason = why_not(loaded.model)
+    reason = unsupported_reason(loaded.model)
     if reason is not None:
         if engine == "compiled":
             raise UsageProblem(f"--engine compiled: {loaded.name}: {reason}", hint="use --engine eager")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from space_cli.compile.cuda import GraphProgram, why_not
+from space_cli.compile.cuda import GraphProgram, unsupported_reason
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.engine import engine_for
 from space_cli.errors import RunFailed, UsageProblem
@@ -32,7 +32,7 @@ def graph_program(
         UsageProblem: required, and the model cannot have graphs.
         RunFailed: required, and they could not be made, or compute something else.
     """
-    reason = why_not(loaded.model)
+    reason = unsupported_reason(loaded.model)
     if reason is not None:
         if required:
             raise UsageProblem(f"--engine compiled: {loaded.name}: {reason}", hint="use --engine eager")

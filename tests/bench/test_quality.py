@@ -6,7 +6,9 @@ from space_cli.bench.quality import check, code_of, score_all, score_answer
 from space_cli.errors import UsageProblem
 from space_cli.tasks.suites import Code, Prompt, Suite
 
-contained = pytest.mark.skipif(sandbox.why_not() is not None, reason=f"programs are refused here: {sandbox.why_not()}")
+contained = pytest.mark.skipif(
+    sandbox.unsupported_reason() is not None, reason=f"programs are refused here: {sandbox.unsupported_reason()}"
+)
 
 DOUBLE = 'def double(x):\n    """Return twice x."""\n'
 ADD = Prompt("add/0", (DOUBLE,), code=Code(DOUBLE, "\nassert double(3) == 6\n"))
@@ -89,7 +91,7 @@ def test_a_summary_is_scored_by_its_longest_common_subsequence(text, score):
 
 
 def test_nothing_is_executed_unless_asked(monkeypatch):
-    monkeypatch.setattr(sandbox, "run_program", lambda *_, **__: pytest.fail("executed"))
+    monkeypatch.setattr(sandbox, "run_submission", lambda *_, **__: pytest.fail("executed"))
 
     assert check(["pass@1", "exact match", None], execute=False) == {"pass@1": "answers are run under --execute alone"}
 
@@ -139,7 +141,7 @@ def test_the_same_answer_is_judged_once_and_all_samples_have_its_score(monkeypat
 
 
 def test_a_machine_that_cannot_contain_programs_is_told_before_the_run(monkeypatch):
-    monkeypatch.setattr(sandbox, "why_not", lambda: "generated code can be contained on Linux alone")
+    monkeypatch.setattr(sandbox, "unsupported_reason", lambda: "generated code can be contained on Linux alone")
 
     with pytest.raises(UsageProblem, match="on Linux alone; leave --execute out"):
         check(["pass@1"], execute=True)

@@ -13,7 +13,7 @@ from tiny import MASK_IDS, lively
 
 from space_cli.compile import packing, toolchain
 from space_cli.compile.compiled_model import CompiledEngine, Program
-from space_cli.compile.export import MAX_CALL_SLOTS, compile_program, why_not
+from space_cli.compile.export import MAX_CALL_SLOTS, compile_program, unsupported_reason
 from space_cli.compile.fingerprint import fingerprint, weights_digest
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.decoder import decode
@@ -279,11 +279,11 @@ def test_what_cannot_be_compiled_is_told_beforehand(changed, reason):
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     model = tf.LlamaForCausalLM(config)
-    assert why_not(model) is None
+    assert unsupported_reason(model) is None
 
     changed(model)
 
-    assert reason in why_not(model)
+    assert reason in unsupported_reason(model)
 
 
 def test_heads_that_the_kernel_cannot_take_are_refused_while_compiling(tmp_path):

@@ -11,7 +11,7 @@ from strategies import blocks
 from tiny import MASK_IDS, more_tiny_configs, tiny_configs
 from transformers import AutoModelForCausalLM
 
-from space_cli.compile.cuda import SIZES, TILES, GraphProgram, _ancestry, rows_of, why_not
+from space_cli.compile.cuda import SIZES, TILES, GraphProgram, _ancestry, rows_of, unsupported_reason
 from space_cli.compile.cuda_attention import BlockTensors, attend_plainly
 from space_cli.compile.cuda_engine import GraphEngine
 from space_cli.core.block import Block
@@ -102,8 +102,8 @@ def test_space_equals_ar_and_the_eager_engine(model, program, block, sampling):
 @pytest.mark.parametrize("family", sorted(tiny_configs()))
 def test_every_family_gives_what_generate_gives(tiny_models, family):
     model = tiny_models[family]
-    if why_not(model) is not None:
-        pytest.skip(why_not(model))
+    if unsupported_reason(model) is not None:
+        pytest.skip(unsupported_reason(model))
     drafts = AdaptiveDrafter(AcceptanceStats(ASSUMED_COSTS, 3), 3)
 
     assert generate(model, GraphProgram(model), drafts=drafts) == hf_greedy(model, PROMPT, 40)
@@ -229,10 +229,10 @@ def test_blocks_are_filled_up_to_few_sizes(slots, sizes, rows):
 
 
 def test_a_model_with_an_attention_of_its_own_is_told_beforehand(model):
-    assert why_not(model) is None
+    assert unsupported_reason(model) is None
     model.set_attn_implementation("eager")
     try:
-        assert why_not(model) == "its attention is its own"
+        assert unsupported_reason(model) == "its attention is its own"
     finally:
         model.set_attn_implementation("sdpa")
 

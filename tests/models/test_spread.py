@@ -52,7 +52,7 @@ def test_layers_in_different_places_decode_as_one_model(spread, tiny_model_dir):
 
 
 def test_layers_on_several_devices_are_left_to_transformers(spread):
-    assert cuda.why_not(spread.model) == "its layers are on several devices"
+    assert cuda.unsupported_reason(spread.model) == "its layers are on several devices"
     assert prepare(spread).program is None
 
 
