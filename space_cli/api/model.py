@@ -63,7 +63,7 @@ def load(
         quantization: none, int8, nf4 or fp4 (bitsandbytes).
         engine: auto, eager or compiled.
         revision: branch, tag or commit of a Hub id.
-        template: a form with one {} in place of the tokenizer's chat template.
+        template: a template with one {} in place of the tokenizer's own.
         cache_bytes: of keys and values kept from answer to answer.
         on_compile: called before a compilation, which takes from ten seconds up.
 
@@ -87,7 +87,7 @@ class Model:
 
     Args:
         loaded: with its engine.
-        template: a form with one {} in place of the tokenizer's chat template, or None.
+        template: a template with one {} in place of the tokenizer's own, or None.
         cache_bytes: of keys and values kept from answer to answer.
     """
 
@@ -195,7 +195,7 @@ class Model:
             sampler=Sampler.from_sampling(settings.sampling(), prompt_length=len(token_ids), first=first),
             drafts=drafts,
             mask_token_ids=self.loaded.mask_token_ids,
-            program=self.loaded.program,
+            compiled=self.loaded.compiled,
             cache=cache,
             logprobs=logprobs,
         )

@@ -8,7 +8,7 @@ from functools import partial
 
 from space_cli.bench.energy import joules
 from space_cli.bench.methods import Method
-from space_cli.bench.report import Sample
+from space_cli.bench.record import Sample
 from space_cli.core.sampling import Sampling
 from space_cli.core.stopping import TextStream, cut_at_stop, text_behind
 from space_cli.core.stream import Generation, Parts, is_repetitive

@@ -43,7 +43,7 @@ def profile(loaded: LoadedModel) -> Profile:
     lengths.append(limit)
     seconds = {}
     for length in lengths:
-        engine = engine_for(loaded.model, loaded.program, max_length=length, max_slots=MAX_BLOCK_SLOTS)
+        engine = engine_for(loaded.model, loaded.compiled, max_length=length, max_slots=MAX_BLOCK_SLOTS)
         seconds[length] = dict(measure_costs(engine, length).seconds)
     size, rate = weight_bytes(loaded), read_bandwidth(loaded.model.device)
     return Profile(weight_bytes=size, bytes_per_second=rate, roofline_seconds=size / rate, seconds=seconds)

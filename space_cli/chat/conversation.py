@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from space_cli.chat.templates import Known, Role, Turn, request
+from space_cli.chat.templates import Prefix, Role, Turn, request
 from space_cli.core.stopping import text_behind
 from space_cli.errors import UsageProblem
 from space_cli.files import atomic_write
@@ -41,7 +41,7 @@ class Chat:
 
     Args:
         loaded: the model that answers.
-        template: a form with one {} in place of the tokenizer's chat template, or None.
+        template: a template with one {} in place of the tokenizer's own, or None.
         turns: what was said before.
     """
 
@@ -49,7 +49,7 @@ class Chat:
         self.loaded = loaded
         self.template = template
         self.turns = list(turns)
-        self._known: list[Known] = []
+        self._prefixes: list[Prefix] = []
 
     @property
     def system(self) -> str:
@@ -61,20 +61,20 @@ class Chat:
         said = self.turns[1:] if self.system else self.turns
         self.turns = [Turn("system", text), *said] if text else said
 
-    def request(self) -> Known:
+    def request(self) -> Prefix:
         """Return what the model is given to answer the last turn.
 
         Raises:
             UsageProblem: the chat template refuses the conversation.
         """
-        return request(self.turns, self.loaded.tokenizer, template=self.template, known=self._known)
+        return request(self.turns, self.loaded.tokenizer, template=self.template, prefixes=self._prefixes)
 
-    def answered(self, asked: Known, token_ids: Sequence[int]) -> None:
+    def answered(self, asked: Prefix, token_ids: Sequence[int]) -> None:
         """Add the model's answer to a request; its tokens are remembered as they are."""
         shown = partial(self.loaded.decode, skip_special_tokens=True)
         self.turns.append(Turn("assistant", text_behind(shown, asked.token_ids, token_ids)))
         said = asked.text + text_behind(self.loaded.decode, asked.token_ids, token_ids)
-        self._known.append(Known(said, [*asked.token_ids, *token_ids]))
+        self._prefixes.append(Prefix(said, [*asked.token_ids, *token_ids]))
 
     def undo(self) -> str | None:
         """Forget the last request and its answer; return the request, or None where there is none."""

@@ -14,7 +14,7 @@ from space_cli.api.grammar import grammar_for
 from space_cli.api.model import Model
 from space_cli.api.settings import SamplingSettings
 from space_cli.chat.conversation import Chat
-from space_cli.chat.templates import Known, Turn
+from space_cli.chat.templates import Prefix, Turn
 from space_cli.core.cache import KVCache
 from space_cli.core.stopping import StopRule, text_behind
 from space_cli.core.stream import Generation, Step
@@ -67,7 +67,7 @@ class Session:
     Args:
         loaded: the model.
         settings: how it answers.
-        template: a form with one {} in place of the tokenizer's chat template, or None.
+        template: a template with one {} in place of the tokenizer's own, or None.
         turns: what was said before.
         schema: that every answer follows, or None.
 
@@ -97,7 +97,7 @@ class Session:
         self.model = Model(loaded, template=self.template)
         self.cache = KVCache()
         self.chat = Chat(loaded, template=self.template or loaded.prompt_template, turns=turns)
-        self.last: tuple[Known, Generation] | None = None
+        self.last: tuple[Prefix, Generation] | None = None
 
     @property
     def loaded(self) -> LoadedModel:
@@ -126,7 +126,7 @@ class Session:
         """Tokens of the conversation so far."""
         return 0 if self.last is None else len(self.last[0].token_ids) + len(self.last[1].tokens)
 
-    def request(self) -> Known:
+    def request(self) -> Prefix:
         """Return the request to be answered next, fitted into the context as the settings say.
 
         Raises:
@@ -143,13 +143,13 @@ class Session:
             asked = self.chat.request()
         return asked
 
-    def _fits(self, asked: Known) -> bool:
+    def _fits(self, asked: Prefix) -> bool:
         limit = self.loaded.context_length
         # room for a word at least: an answer of nothing helps nobody
         return limit is None or len(asked.token_ids) + min(self.settings.max_new_tokens, 16) <= limit
 
     def steps(
-        self, asked: Known, *, mode: Literal["space", "ar"] | None = None, cache: KVCache | None = None
+        self, asked: Prefix, *, mode: Literal["space", "ar"] | None = None, cache: KVCache | None = None
     ) -> Iterator[Step]:
         """Answer a request, in the mode set unless another is given; what the cache holds is not computed again."""
         room = self.model.room(asked.token_ids, self.settings.max_new_tokens)
@@ -163,7 +163,7 @@ class Session:
         drafts = self.model.drafts(mode, self.settings.candidates, grammar=grammar)
         return self.model.steps(token_ids, stop, self.settings, cache=cache, drafts=drafts, grammar=grammar)
 
-    def conclude(self, asked: Known, generation: Generation) -> None:
+    def conclude(self, asked: Prefix, generation: Generation) -> None:
         """Take an answer into the conversation; without a token the request is taken back."""
         if not generation.tokens:
             self.chat.undo()
@@ -229,7 +229,7 @@ class AnswerRecord(JsonRecord):
     tokens_per_second: float
 
 
-def record_of(session: Session, asked: Known, generation: Generation) -> AnswerRecord:
+def record_of(session: Session, asked: Prefix, generation: Generation) -> AnswerRecord:
     """Return the record of an answer, finished or not."""
     token_ids, seconds = generation.tokens, generation.seconds
     return AnswerRecord(

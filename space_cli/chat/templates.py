@@ -1,4 +1,4 @@
-r"""How a conversation becomes what a model is given: the tokenizer's chat template, or a form with one gap.
+r"""How a conversation becomes what a model is given: the tokenizer's chat template, or one with a single gap.
 
 Special tokens come from the tokenizer and the template alone. Where a text spells one out, a seam is put inside it,
 over which no token reaches, so that it is tokenised as ordinary text.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_TEMPLATE = "Human:{}\nAssistant:"
-"""The form where a tokenizer has no chat template of its own: that of the SPACE paper's models."""
+"""The template where a tokenizer has none of its own: that of the SPACE paper's models."""
 
 Role = Literal["system", "user", "assistant", "tool"]
 _TAIL = 64
@@ -39,7 +39,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class Prefix:
     """A beginning of a conversation, as text and as the tokens the model read or wrote."""
 
     text: str
@@ -51,16 +51,16 @@ def request(
     tokenizer: PreTrainedTokenizerBase,
     *,
     template: str | None,
-    known: Iterable[Known] = (),
+    prefixes: Iterable[Prefix] = (),
     tools: Sequence[Mapping[str, Any]] = (),
-) -> Known:
+) -> Prefix:
     """Return what a model is given to answer the last turn.
 
     Args:
         turns: the last one asks.
         tokenizer: of the model.
-        template: a form like `DEFAULT_TEMPLATE` in place of the tokenizer's chat template.
-        known: beginnings whose tokens stay as they were: a model does not always split its own words the way a
+        template: a template like `DEFAULT_TEMPLATE` in place of the tokenizer's chat template.
+        prefixes: beginnings whose tokens stay as they were: a model does not always split its own words the way a
             tokenizer would.
         tools: functions that the model may call, as OpenAI's interface describes them.
 
@@ -80,13 +80,14 @@ def request(
         seamed = "".join(text + end if is_answer else text for text, is_answer in pieces)
         lead = lead_ids(seamed.split(seam)[0], tokenizer)
     text = seamed.replace(seam, "")
-    begun = max((each for each in known if text.startswith(each.text)), key=lambda each: len(each.text), default=None)
+    fitting = [prefix for prefix in prefixes if text.startswith(prefix.text)]
+    begun = max(fitting, key=lambda prefix: len(prefix.text), default=None)
     ids, before = (lead, "") if begun is None else (list(begun.token_ids), begun.text[-_TAIL:])
     for part in _behind(seamed, 0 if begun is None else len(begun.text), seam).split(seam):
         if part:
             ids = ids + ids_behind(before, part, tokenizer)
             before = part
-    return Known(text, ids)
+    return Prefix(text, ids)
 
 
 def _behind(seamed: str, count: int, seam: str) -> str:
@@ -123,7 +124,7 @@ def fill_template(turns: Sequence[Turn], template: str) -> Iterator[tuple[str, b
 
 
 def split_template(template: str) -> tuple[str, str]:
-    """Return what a form has before and behind its gap."""
+    """Return what a template has before and behind its gap."""
     if template.count("{}") != 1:
         raise UsageProblem(f"the template {template!r} must hold {{}} once", hint="the user's text goes there")
     head, tail = template.split("{}")

@@ -20,7 +20,7 @@ from space_cli.errors import UsageProblem
 if TYPE_CHECKING:
     from space_cli.bench.journal import Journal
     from space_cli.bench.methods import Method
-    from space_cli.bench.report import Report
+    from space_cli.bench.record import BenchRecord
     from space_cli.cli.live import RunView
     from space_cli.models.engines import EngineName
     from space_cli.models.loading import LoadedModel
@@ -258,7 +258,7 @@ def _with_engine(
     return with_past_answers(loaded, kept=False)
 
 
-def _journal(json: str | None, report: Report, planned: Plan, *, resume: bool) -> Journal | None:
+def _journal(json: str | None, report: BenchRecord, planned: Plan, *, resume: bool) -> Journal | None:
     """Return where finished prompts go at once; with `resume`, take what is there into the report."""
     from space_cli.bench.journal import Journal
     from space_cli.tasks.plan import prompts_digest
@@ -277,7 +277,7 @@ def _journal(json: str | None, report: Report, planned: Plan, *, resume: bool) -
 
 
 def _fill(
-    report: Report,
+    report: BenchRecord,
     planned: Plan,
     methods: list[Method],
     view: RunView,
@@ -295,7 +295,7 @@ def _fill(
 
 
 def _add(
-    report: Report,
+    report: BenchRecord,
     loaded: LoadedModel,
     suites: list[Suite],
     view: RunView,
@@ -328,8 +328,8 @@ def _list() -> int:
     from space_cli.tasks.suites import SUITES
 
     typer.echo("Suites")
-    for name, form in SUITES.items():
-        typer.echo(f"  {name:<18} {form.description}\n  {'':<18} from {form.needs}")
+    for name, dataset_format in SUITES.items():
+        typer.echo(f"  {name:<18} {dataset_format.description}\n  {'':<18} from {dataset_format.needs}")
     typer.echo(f"  {'NAME=FILE':<18} the same prompts from a file, or from another dataset of the Hub")
     typer.echo(f"  {'FILE':<18} one of these told by its fields, or rows with a prompt (or --field NAME)")
     typer.echo(f"  {'':<18} and, if you like, task_id and category; {', '.join(SUFFIXES)}")
@@ -342,16 +342,16 @@ def _list() -> int:
     return 0
 
 
-def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) -> Report:
+def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) -> BenchRecord:
     """Return the record of a run that has not begun."""
     from dataclasses import asdict
 
     import torch
 
-    from space_cli.bench.report import Report
+    from space_cli.bench.record import BenchRecord
     from space_cli.tasks.environment import environment
 
-    return Report(
+    return BenchRecord(
         environment=environment(loaded, threads=torch.get_num_threads()),
         settings={
             "model": loaded.name,
@@ -364,7 +364,7 @@ def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) 
 
 
 def _hand_out(
-    report: Report, json: str | None, report_file: Path | None, plot_file: Path | None, view: RunView
+    report: BenchRecord, json: str | None, report_file: Path | None, plot_file: Path | None, view: RunView
 ) -> None:
     """Write the files and show the table; with --json - standard output holds the JSON alone."""
     from space_cli.bench.results import results
@@ -382,14 +382,14 @@ def _hand_out(
         stack.callback(write_record, report, json)
 
 
-def _draw(file: Path, report: Report) -> None:
+def _draw(file: Path, report: BenchRecord) -> None:
     from space_cli.cli.drawing import write_plots
     from space_cli.cli.plots import plots
 
     write_plots(file, plots(report))
 
 
-def _write_report(file: Path, report: Report) -> None:
+def _write_report(file: Path, report: BenchRecord) -> None:
     from space_cli.cli.bench_page import bench_page
     from space_cli.cli.headline import headline
     from space_cli.cli.page import write_page

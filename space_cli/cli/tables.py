@@ -21,7 +21,7 @@ from space_cli.verify.record import MIN_P_VALUE
 if TYPE_CHECKING:
     from space_cli.bench.compare import Change
     from space_cli.bench.profile import Profile
-    from space_cli.bench.report import Report, Result, Sample
+    from space_cli.bench.record import BenchRecord, Result, Sample
     from space_cli.records import JsonRecord, Record
     from space_cli.verify.record import Divergence, Row, Verification
 
@@ -40,7 +40,7 @@ def write_record(record: JsonRecord, json: str | None) -> None:
         record.write(Path(json))
 
 
-def show_bench(report: Report, done: str, *, to_stderr: bool) -> None:
+def show_bench(report: BenchRecord, done: str, *, to_stderr: bool) -> None:
     """Print the tables of a benchmark.
 
     Args:
@@ -198,7 +198,7 @@ def identical(result: Result) -> str:
     return "yes" if result.identical else f"no ({result.identical_prompts} of {result.prompts})"
 
 
-def _closing(report: Report) -> Text:
+def _closing(report: BenchRecord) -> Text:
     candidates = report.settings["candidates"]
     k = [f"k = {candidates}"] if candidates else []
     line = " · ".join([*how(report), *k, "identical: token for token the answer of ar"])

@@ -260,10 +260,10 @@ def _run(
     """Fill the record as far as it gets."""
     from space_cli.verify.compare import compare, samplers
     from space_cli.verify.distribution import compare_distributions
-    from space_cli.verify.kernels import check_kernels
+    from space_cli.verify.self_test import self_test
 
     task = planned[0].task
-    record.kernels = check_kernels(task, comparison.block, same_shape=comparison.same_shape)
+    record.kernels = self_test(task, comparison.block, same_shape=comparison.same_shape)
     for answer in compare(planned, comparison, view):
         record.answers.append(answer)
     if task.sampling.temperature and "hf" in comparison.against:

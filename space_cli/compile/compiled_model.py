@@ -1,12 +1,12 @@
-"""A compiled model: one program for blocks of all shapes, with packed weights and an attention of our own.
+"""A compiled model: one call for blocks of all shapes, with packed weights and an attention of our own.
 
 A small model's eager step is spent on dispatch, a large one's on matrix products over weights that are not packed for
 them. `torch.export` and AOTInductor answer the first: the whole call becomes one C++ library, for any number of slots.
 Two operators of our own answer the second. `space::packed_linear` multiplies by packed weights (`kernels/linear.cpp`),
 those of layers with the same input, as of queries, keys and values, in one go. `space::cached_attention` appends to the
-cache and reads its used part only (`kernels/attend.cpp`); so the program knows neither the cache nor its length, and
-one compilation serves prompts and blocks of every size. Both give a row the same bits whatever rows stand beside it.
-The program has no weights in it: they are packed when it is loaded, and models of one architecture share it.
+cache and reads its used part only (`kernels/attend.cpp`); so what is compiled knows neither the cache nor its length,
+and one compilation serves prompts and blocks of all sizes. Both give a row the same bits whatever rows stand beside it.
+No weights are compiled in: they are packed when it is loaded, and models of one architecture share it.
 
 Source: PyTorch's AOTInductor (`torch/_inductor/__init__.py`).
 """
@@ -36,11 +36,11 @@ from space_cli.core.engine import EagerEngine
 from space_cli.core.sampling import TopK
 
 
-class Program:
+class CompiledModel:
     """A compiled model, loaded.
 
     Args:
-        package: what `compile_program` wrote for a model of this architecture.
+        package: what `compile_model` wrote for a model of this architecture.
         kernels: what `build_kernels` wrote.
         model: whose weights it computes with.
         adapter: that the model carries.
@@ -137,16 +137,16 @@ def _parents(block: Block) -> ctypes.Array[ctypes.c_int32]:
 
 @lru_cache
 def _mask_like(slots: int) -> torch.Tensor:
-    """Return a mask of some shape; a program reads nothing else of it."""
+    """Return a mask of which the shape alone is read."""
     return torch.empty(1, 1, 1, 1).expand(1, 1, slots, slots)
 
 
 class CompiledEngine(EagerEngine):
-    """Runs blocks, and the prompt in blocks of its own, through a compiled program of the model."""
+    """Runs blocks, and the prompt in blocks of its own, through a compiled model."""
 
-    def __init__(self, model: PreTrainedModel, program: Program, **arguments: Any) -> None:
+    def __init__(self, model: PreTrainedModel, compiled: CompiledModel, **arguments: Any) -> None:
         super().__init__(model, **arguments)
-        self._program = program
+        self._compiled = compiled
         self.cache.capacity.multiple = 1
         self._inputs: dict[int, _Inputs] = {}
 
@@ -168,7 +168,7 @@ class CompiledEngine(EagerEngine):
         inputs.ids[:] = slot_ids
         np.add(block.offset_ids, self.length, out=inputs.positions)
         np.minimum(inputs.positions, self._last_position, out=inputs.positions)
-        logits, self.top_k = self._program.run(block, *inputs.tensors, self.cache, logits_to_keep=logits_to_keep)
+        logits, self.top_k = self._compiled.run(block, *inputs.tensors, self.cache, logits_to_keep=logits_to_keep)
         return logits
 
 

@@ -1,6 +1,6 @@
 """A model whose steps are CUDA graphs: one launch and one small copy for a whole step, whatever the block.
 
-`GraphProgram` runs a model over buffers that never move, once for every number of rows, and keeps the work of the GPU
+`CudaGraphModel` runs a model over buffers that never move, once for every number of rows, and keeps the work of the GPU
 as a graph: choosing included. Per step the host copies token ids, positions and ancestors to the device, launches the
 graph and copies the likeliest tokens back, which is the only wait.
 
@@ -68,7 +68,7 @@ def rows_of(slots: int, sizes: Sequence[int]) -> int:
     return next((size for size in sizes if size >= slots), -(-slots // sizes[-1]) * sizes[-1])
 
 
-class GraphProgram:
+class CudaGraphModel:
     """The steps of one model.
 
     Args:

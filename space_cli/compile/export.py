@@ -24,7 +24,7 @@ from space_cli.core.attention import has_replaceable_attention
 from space_cli.errors import RunFailed
 
 MAX_CALL_SLOTS = 128
-"""Q of the largest block that a program takes."""
+"""Q of the largest block that a compiled model takes."""
 _ATTENTION = "space_compiled"
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)
 # what attention layers ask of their kernel beyond the plain product of softmaxes
@@ -55,7 +55,7 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     return None
 
 
-def compile_program(model: PreTrainedModel, package: Path, adapter: Adapter | None = None) -> None:
+def compile_model(model: PreTrainedModel, package: Path, adapter: Adapter | None = None) -> None:
     """Compile a model for blocks of 1 to `MAX_CALL_SLOTS` slots; takes from 10 seconds up.
 
     Raises:

@@ -19,7 +19,7 @@ _SOURCES = (
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Return a hash of everything that a compiled program depends on: architecture, versions and machine."""
+    """Return a hash of everything that a compiled model depends on: architecture, versions and machine."""
     tensors = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in _tensors(model)]
     types = [(name, module.weight_type) for name, module in model.named_modules() if hasattr(module, "weight_type")]
     toolchain = toolchain_digest(*_SOURCES)

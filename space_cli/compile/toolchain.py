@@ -97,12 +97,12 @@ def _digest(file: Path) -> bytes | None:
 
 
 def load_kernels(library: Path) -> ctypes.CDLL:
-    """Return the library of our kernels; programs loaded later find them in it.
+    """Return the library of our kernels; compiled models loaded later find them in it.
 
     Raises:
         RunFailed: it is no library for this machine, or lies where none may be loaded from.
     """
-    # programs find what was loaded first, and all libraries of one version are alike
+    # compiled models find what was loaded first, and all libraries of one version are alike
     if "kernels" not in _loaded:
         try:
             _loaded["kernels"] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

@@ -43,7 +43,7 @@ def decode(
     sampler: Sampler,
     mask_token_ids: Sequence[int] = (),
     drafts: Drafter | None = None,
-    program: Compiled | None = None,
+    compiled: Compiled | None = None,
     numerics: Numerics | None = None,
     cache: KVCache | None = None,
     logprobs: int | None = None,
@@ -58,7 +58,7 @@ def decode(
         mask_token_ids: one shared id, or one per mask of a group.
         drafts: proposes a block and candidates for each step; None is plain AR decoding. Whatever it proposes, the
             output stays the same.
-        program: the model, compiled; None runs it as it is.
+        compiled: the model, compiled; None runs it as it is.
         numerics: how calls are shaped; None is the model's default.
         cache: of earlier generations with this model; only what is new of the prompt is computed, and what is committed
             when the generation ends, or is left, stays in it.
@@ -76,7 +76,7 @@ def decode(
     drafts = ChainDrafter(AR_BLOCK) if drafts is None else drafts
     max_length = len(prompt_ids) + stop.max_new_tokens
     engine = engine_for(
-        model, program, max_length=max_length, max_slots=drafts.max_slots, numerics=numerics, cache=cache
+        model, compiled, max_length=max_length, max_slots=drafts.max_slots, numerics=numerics, cache=cache
     )
     state = stop.begin(prompt_ids)
     # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head comes with the first step

@@ -175,6 +175,6 @@ class Compiled(Protocol):
         """Return the engine; arguments as of `EagerEngine`."""
 
 
-def engine_for(model: PreTrainedModel, program: Compiled | None, **arguments: Any) -> EagerEngine:
+def engine_for(model: PreTrainedModel, compiled: Compiled | None, **arguments: Any) -> EagerEngine:
     """Return the engine that runs a model, compiled or as it is; arguments as of `EagerEngine`."""
-    return EagerEngine(model, **arguments) if program is None else program.engine(model, **arguments)
+    return EagerEngine(model, **arguments) if compiled is None else compiled.engine(model, **arguments)

@@ -54,7 +54,7 @@ class LoadedModel:
         mask_token_ids: one shared id or one per mask; empty for a model never trained for SPACE.
         candidates: k to decode with by default; 0 for a model never trained for SPACE.
         masks_per_group: m of the training, the largest k that makes sense.
-        program: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
+        compiled: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
         completes: it is a base model, which goes on with a text, whatever its chat template.
         gguf: the file its weights came from, the first of several shards; None for a folder of safetensors.
         corpora: texts to copy from.
@@ -75,7 +75,7 @@ class LoadedModel:
     candidates: int
     masks_per_group: int
     prompt_template: str | None
-    program: Compiled | None = None
+    compiled: Compiled | None = None
     costs: StepCosts = ASSUMED_COSTS
     completes: bool = False
     gguf: Path | None = None

@@ -1,4 +1,4 @@
-"""Which of two engines is faster for a model on this machine: timed once, kept beside its program."""
+"""Which of two engines is faster for a model on this machine: timed once, kept on disk."""
 
 from __future__ import annotations
 

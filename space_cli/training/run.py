@@ -57,7 +57,7 @@ class Recipe:
     method: Method
     candidates: int
     distinct_masks: bool
-    form: Literal["groups", "paper"]
+    mask_layout: Literal["groups", "paper"]
     groups: int
     p_sar: float
     mask_loss_weight: float
@@ -271,7 +271,7 @@ def make_trainer(
         mask_token_ids=space.mask_token_ids,
         masks_per_group=space.masks_per_group if with_masks else 0,
         pad_token_id=min(loaded.eos_token_ids, default=0) if padding is None else int(padding),
-        form=recipe.form,
+        mask_layout=recipe.form,
         groups=recipe.groups,
         p_sar=recipe.p_sar,
         seed=recipe.seed,

@@ -147,9 +147,9 @@ class SARTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Measure whole examples: the paper's form, which cuts them at their group, would measure others each time."""
-        if self._collator.form == "groups":
+        if self._collator.mask_layout == "groups":
             return super().get_eval_dataloader(eval_dataset)
-        training, self.data_collator = self.data_collator, replace(self._collator, form="groups")
+        training, self.data_collator = self.data_collator, replace(self._collator, mask_layout="groups")
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:

@@ -81,7 +81,7 @@ class Row(BaseModel):
     violations: int
 
 
-class Kernels(BaseModel):
+class KernelSelfTest(BaseModel):
     """Whether this machine gives a token the same bits alone and in a block.
 
     Attributes:
@@ -134,7 +134,7 @@ class Verification(Record):
     never_accepted: list[int] = Field(default_factory=list)
     rows: list[Row] = Field(default_factory=list)
     divergences: list[Divergence] = Field(default_factory=list)
-    kernels: Kernels | None = None
+    kernels: KernelSelfTest | None = None
     distributions: list[Distribution] = Field(default_factory=list)
     answers: list[Answer] = Field(default_factory=list)
 

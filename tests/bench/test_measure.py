@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 import space_cli
 from space_cli.bench.measure import measure
 from space_cli.bench.methods import METHODS, Method, chains, choose_methods, methods_named
-from space_cli.bench.report import Report
+from space_cli.bench.record import BenchRecord
 from space_cli.bench.results import results
 from space_cli.core.sampling import Sampling
 from space_cli.core.stream import Generation, Step
@@ -254,11 +254,11 @@ def test_a_checkout_without_git_has_no_commit(loaded, tmp_path, monkeypatch):
 
 
 def test_report_is_written_whole_or_not_at_all(tmp_path):
-    report = Report(environment={}, settings={}, samples=[sample("1", "ar")])
+    report = BenchRecord(environment={}, settings={}, samples=[sample("1", "ar")])
 
     report.write(tmp_path / "run.json")
 
-    assert Report.model_validate_json((tmp_path / "run.json").read_text()) == report
+    assert BenchRecord.model_validate_json((tmp_path / "run.json").read_text()) == report
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from space_cli.chat import session as module
 from space_cli.chat.session import ChatSettings, Session
-from space_cli.chat.templates import Known
+from space_cli.chat.templates import Prefix
 from space_cli.core.stream import Generation, Step
 
 STEADY = [0.1, 0.1, 0.1, 0.1]
@@ -22,12 +22,12 @@ def told(monkeypatch):
 
     def tell(own, ar, *, tokens=2):
         loaded = SimpleNamespace(
-            model=None, mask_token_ids=(1,), program=None, context_length=None, prompt_template=None
+            model=None, mask_token_ids=(1,), compiled=None, context_length=None, prompt_template=None
         )
         monkeypatch.setattr(module, "Chat", lambda *_, **__: None)
         chat = Session(loaded, ChatSettings(), template=None)
         monkeypatch.setattr(chat.model, "steps", lambda *_, **__: iter([step(1, seconds) for seconds in ar]))
-        chat.last = (Known("", [1, 2]), Generation([step(tokens, seconds) for seconds in own]))
+        chat.last = (Prefix("", [1, 2]), Generation([step(tokens, seconds) for seconds in own]))
         return chat.speedup()
 
     return tell

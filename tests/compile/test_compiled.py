@@ -12,8 +12,8 @@ from strategies import blocks
 from tiny import MASK_IDS, lively
 
 from space_cli.compile import packing, toolchain
-from space_cli.compile.compiled_model import CompiledEngine, Program
-from space_cli.compile.export import MAX_CALL_SLOTS, compile_program, unsupported_reason
+from space_cli.compile.compiled_model import CompiledEngine, CompiledModel
+from space_cli.compile.export import MAX_CALL_SLOTS, compile_model, unsupported_reason
 from space_cli.compile.fingerprint import fingerprint, weights_digest
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.decoder import decode
@@ -65,8 +65,8 @@ def pair(request, library):
     )
     model = lively(tf.LlamaForCausalLM(config), 0.15).to(request.param)
     package = library.parent / f"{fingerprint(model)}.pt2"
-    compile_program(model, package)
-    return model, Program(package, library, model)
+    compile_model(model, package)
+    return model, CompiledModel(package, library, model)
 
 
 def generate(model, program, *, prompt=PROMPT, drafts=None, sampling=None, tokens=40):
@@ -77,7 +77,7 @@ def generate(model, program, *, prompt=PROMPT, drafts=None, sampling=None, token
         sampler=Sampler.from_sampling(sampling or Sampling()),
         mask_token_ids=MASK_IDS[:1],
         drafts=drafts,
-        program=program,
+        compiled=program,
     )
     return Generation(list(steps)).tokens
 
@@ -293,7 +293,7 @@ def test_heads_that_the_kernel_cannot_take_are_refused_while_compiling(tmp_path)
     model = tf.LlamaForCausalLM(config)
 
     with pytest.raises(RunFailed, match="multiple of 16"):
-        compile_program(model, tmp_path / "program.pt2")
+        compile_model(model, tmp_path / "program.pt2")
 
     assert list(tmp_path.iterdir()) == []
     assert model.config._attn_implementation == "sdpa"
@@ -306,7 +306,7 @@ def test_a_program_serves_all_models_of_its_architecture(pair, library):
     assert weights_digest(other) != weights_digest(model)
     own = generate(model, program)
 
-    of_other = Program(library.parent / f"{fingerprint(model)}.pt2", library, other)
+    of_other = CompiledModel(library.parent / f"{fingerprint(model)}.pt2", library, other)
 
     drafts = ChainDrafter(Block.chain(3, 2))
     assert generate(other, of_other) == generate(other, of_other, drafts=drafts) != own

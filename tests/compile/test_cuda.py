@@ -11,7 +11,7 @@ from strategies import blocks
 from tiny import MASK_IDS, more_tiny_configs, tiny_configs
 from transformers import AutoModelForCausalLM
 
-from space_cli.compile.cuda import SIZES, TILES, GraphProgram, _ancestry, rows_of, unsupported_reason
+from space_cli.compile.cuda import SIZES, TILES, CudaGraphModel, _ancestry, rows_of, unsupported_reason
 from space_cli.compile.cuda_attention import BlockTensors, attend_plainly
 from space_cli.compile.cuda_engine import GraphEngine
 from space_cli.core.block import Block
@@ -35,7 +35,7 @@ def model(tiny_models):
 
 @pytest.fixture(scope="module")
 def program(model):
-    return GraphProgram(model)
+    return CudaGraphModel(model)
 
 
 def generate(model, program, *, prompt=PROMPT, drafts=None, sampling=None, tokens=40, masks=MASK_IDS, **arguments):
@@ -46,7 +46,7 @@ def generate(model, program, *, prompt=PROMPT, drafts=None, sampling=None, token
         sampler=Sampler.from_sampling(sampling or Sampling()),
         mask_token_ids=masks,
         drafts=drafts,
-        program=program,
+        compiled=program,
         **arguments,
     )
     return [token for step in steps for token in step.tokens]
@@ -106,7 +106,7 @@ def test_every_family_gives_what_generate_gives(tiny_models, family):
         pytest.skip(unsupported_reason(model))
     drafts = AdaptiveDrafter(AcceptanceStats(ASSUMED_COSTS, 3), 3)
 
-    assert generate(model, GraphProgram(model), drafts=drafts) == hf_greedy(model, PROMPT, 40)
+    assert generate(model, CudaGraphModel(model), drafts=drafts) == hf_greedy(model, PROMPT, 40)
 
 
 def test_branches_that_were_accepted_are_moved_in_all_layers_at_once(model, program):
@@ -128,7 +128,7 @@ def test_branches_that_were_accepted_are_moved_in_all_layers_at_once(model, prog
             sampler=Sampler(),
             mask_token_ids=MASK_IDS,
             drafts=ChainDrafter(tree, second_branch),
-            program=program,
+            compiled=program,
         )
     )
 
@@ -158,7 +158,7 @@ def test_the_likeliest_tokens_are_the_first_of_equal_ones_with_their_shares(mode
 
 
 def test_a_longer_text_gets_longer_buffers_and_keeps_what_it_holds(model):
-    program, prompt = GraphProgram(model), PROMPT
+    program, prompt = CudaGraphModel(model), PROMPT
     with torch.inference_mode():
         engine = GraphEngine(model, program, max_length=60, max_slots=4)
         engine.prefill(prompt)
@@ -183,7 +183,7 @@ def test_two_texts_in_turn_do_not_disturb_each_other(model, program):
             sampler=Sampler(),
             mask_token_ids=MASK_IDS,
             drafts=ChainDrafter(Block.chain(2, 2)),
-            program=program,
+            compiled=program,
             cache=cache,
         )
         for prompt, cache in zip(prompts, caches, strict=True)
@@ -241,7 +241,7 @@ def test_keys_and_values_of_different_widths_are_refused():
     model = AutoModelForCausalLM.from_config(more_tiny_configs()["DeepseekV2"])
 
     with pytest.raises(RunFailed, match="different shapes"):
-        GraphProgram(model)
+        CudaGraphModel(model)
 
 
 @torch.no_grad()
@@ -273,7 +273,7 @@ def test_an_adapter_drafts_in_graphs_and_leaves_the_text_to_its_base(tiny_models
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.3
-    program, block = GraphProgram(adapted.eval()), Block.chain(3, 3)
+    program, block = CudaGraphModel(adapted.eval()), Block.chain(3, 3)
     expected = generate(base, None)
 
     def drafts():
@@ -284,7 +284,7 @@ def test_an_adapter_drafts_in_graphs_and_leaves_the_text_to_its_base(tiny_models
     arguments = {"stop": StopRule(40), "sampler": Sampler(), "mask_token_ids": ids}
     found = [
         token
-        for step in decode(adapted, PROMPT, drafts=drafts(), program=program, **arguments)
+        for step in decode(adapted, PROMPT, drafts=drafts(), compiled=program, **arguments)
         for token in step.tokens
     ]
     guessed = list(seen)

@@ -15,7 +15,7 @@ import torch
 from trained import quantized, trained
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from space_cli.compile.cuda import GraphProgram, _ancestry
+from space_cli.compile.cuda import CudaGraphModel, _ancestry
 from space_cli.compile.cuda_attention import BlockTensors, attend, attend_plainly
 from space_cli.compile.cuda_engine import GraphEngine
 from space_cli.core.block import AR_BLOCK, Block
@@ -180,7 +180,7 @@ def steps(run: Run) -> None:
         table.time("eager", eager, (1, 32))
         for fused in (False, True):
             try:
-                program = GraphProgram(model, fused=fused)
+                program = CudaGraphModel(model, fused=fused)
                 kind = "fused graph" if fused else "graph"
                 for numerics, sizes in (("invariant", SIZES), ("plain", (1, 36) if fused else SIZES)):
                     engine = GraphEngine(model, program, max_length=1500, max_slots=64, numerics=numerics)
@@ -224,7 +224,7 @@ class _Steps:
             run.row(f"{self._name}, {kind}, {size} slots", **numbers, first_s=first)
 
 
-def _profile(run: Run, name: str, engine: GraphEngine, program: GraphProgram) -> None:
+def _profile(run: Run, name: str, engine: GraphEngine, program: CudaGraphModel) -> None:
     """Note the time of a replayed graph alone, which kernels it is spent in, and that nothing else waits."""
     if run.dry:
         return
@@ -274,7 +274,7 @@ def exact(run: Run) -> None:
     for name in [name for name in _shapes(run) if name != "7B"]:
         model = random_model(run, name)
         for fused in (False,) if run.dry else (False, True):
-            program = GraphProgram(model, fused=fused)
+            program = CudaGraphModel(model, fused=fused)
             told = f"{name}{', fused' if fused else ''}"
             _bits(run, told, model, program)
             for block, what in ((Block.tree([0, 0, 2, 2, 1, 4], 3), "tree"), (Block.chain(7, 3), "chain of 32 slots")):
@@ -283,7 +283,7 @@ def exact(run: Run) -> None:
         release()
 
 
-def _bits(run: Run, name: str, model: LlamaForCausalLM, program: GraphProgram) -> None:
+def _bits(run: Run, name: str, model: LlamaForCausalLM, program: CudaGraphModel) -> None:
     """Compare a text's logits alone with those in a block, in tiles of 32, of 64, and in plain sizes."""
     tokens = [(7 * index) % 250 + 1 for index in range(_PREFIX + 24)]
     prefix, following = tokens[:_PREFIX], tokens[_PREFIX:]
@@ -303,7 +303,7 @@ def _bits(run: Run, name: str, model: LlamaForCausalLM, program: GraphProgram) -
 
 def _logits(
     model: LlamaForCausalLM,
-    program: GraphProgram,
+    program: CudaGraphModel,
     prefix: Sequence[int],
     following: Sequence[int],
     block: Block,
@@ -319,7 +319,7 @@ def _logits(
     return rows
 
 
-def _agree(run: Run, name: str, model: LlamaForCausalLM, program: GraphProgram, block: Block) -> None:
+def _agree(run: Run, name: str, model: LlamaForCausalLM, program: CudaGraphModel, block: Block) -> None:
     """Generate with drafts of which half are right, and count the tokens in common with AR."""
     answers, tokens, same, longest = 2 if run.dry else 6, 24 if run.dry else 160, 0, 0
     for answer in range(answers):
@@ -341,7 +341,7 @@ def _agree(run: Run, name: str, model: LlamaForCausalLM, program: GraphProgram, 
 
 
 def _tokens(
-    model: LlamaForCausalLM, program: GraphProgram, prompt: Sequence[int], tokens: int, drafts: ChainDrafter | None
+    model: LlamaForCausalLM, program: CudaGraphModel, prompt: Sequence[int], tokens: int, drafts: ChainDrafter | None
 ) -> list[int]:
     steps = decode(
         model,
@@ -350,7 +350,7 @@ def _tokens(
         sampler=Sampler.from_sampling(Sampling()),
         mask_token_ids=[3],
         drafts=drafts,
-        program=program,
+        compiled=program,
     )
     return [token for step in steps for token in step.tokens]
 

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from tiny import MASK_IDS, lively
 
-from space_cli.compile.cuda import GraphProgram
+from space_cli.compile.cuda import CudaGraphModel
 from space_cli.compile.cuda_engine import GraphEngine
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.decoder import decode
@@ -37,12 +37,12 @@ def model(request):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["graphs", "fused"])
 def program(request, model):
-    return GraphProgram(model, fused=request.param)
+    return CudaGraphModel(model, fused=request.param)
 
 
 def generate(model, program, drafts=None):
     arguments = {"stop": StopRule(200), "sampler": Sampler(), "mask_token_ids": MASK_IDS}
-    steps = decode(model, PROMPT, drafts=drafts, program=program, **arguments)
+    steps = decode(model, PROMPT, drafts=drafts, compiled=program, **arguments)
     return [token for step in steps for token in step.tokens]
 
 

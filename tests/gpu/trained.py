@@ -141,9 +141,9 @@ def _one_quantization(run: Run, name: str, kind: str, folder: str, sizes: tuple[
     read = sum(each.nbytes for each in model.parameters())
     table = _Steps(run, f"{name} {kind}", read, None)
     table.time("eager", EagerEngine(model, max_length=400, max_slots=64), (1, 32))
-    from space_cli.compile.cuda import GraphProgram
+    from space_cli.compile.cuda import CudaGraphModel
 
-    program = GraphProgram(model)
+    program = CudaGraphModel(model)
     for numerics, some in (("invariant", (1, 32, 64)), ("plain", sizes)):
         engine = engine_for(model, program, max_length=400, max_slots=64, numerics=numerics)
         table.time(f"graph, {numerics}", engine, some)

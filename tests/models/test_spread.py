@@ -40,7 +40,7 @@ def tokens_of(loaded):
         sampler=Sampler(),
         drafts=ChainDrafter(Block.chain(2, 2)),
         mask_token_ids=loaded.mask_token_ids,
-        program=loaded.program,
+        compiled=loaded.compiled,
     )
     return [token for step in steps for token in step.tokens]
 
@@ -53,13 +53,13 @@ def test_layers_in_different_places_decode_as_one_model(spread, tiny_model_dir):
 
 def test_layers_on_several_devices_are_left_to_transformers(spread):
     assert cuda.unsupported_reason(spread.model) == "its layers are on several devices"
-    assert prepare(spread).program is None
+    assert prepare(spread).compiled is None
 
 
 def test_a_model_on_all_gpus_of_one_still_runs_as_graphs(tiny_model_dir):
     loaded = loading.load_model(str(tiny_model_dir), dtype="float32", device="cpu")
 
-    assert isinstance(prepare(replace(loaded, device=loading.SPREAD)).program, cuda.GraphProgram)
+    assert isinstance(prepare(replace(loaded, device=loading.SPREAD)).compiled, cuda.CudaGraphModel)
 
 
 def test_without_a_gpu_the_device_is_refused(tiny_model_dir, monkeypatch):

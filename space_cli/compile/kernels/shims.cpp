@@ -1,6 +1,6 @@
-// What a compiled program calls: tensors unpacked for the kernels, and what the running call knows beyond its arguments.
+// What a compiled model calls: tensors unpacked for the kernels, and what the running call knows beyond its arguments.
 //
-// Source: AOTInductor's C shims (`torch/csrc/inductor/aoti_torch/c/shim.h`); a program finds these by name when loaded.
+// Source: AOTInductor's C shims (`torch/csrc/inductor/aoti_torch/c/shim.h`); a compiled model finds these by name when loaded.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 

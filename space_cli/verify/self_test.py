@@ -8,14 +8,14 @@ from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.engine import engine_for
 from space_cli.errors import RunFailed
 from space_cli.tasks.task import Task
-from space_cli.verify.record import Kernels
+from space_cli.verify.record import KernelSelfTest
 
 _PREFIX, _FOLLOWING = 64, 24
 _HINT = "its weights are damaged, or --dtype is too narrow for them: try float32"
 
 
 @torch.inference_mode()
-def check_kernels(task: Task, block: Block, *, same_shape: bool) -> Kernels:
+def self_test(task: Task, block: Block, *, same_shape: bool) -> KernelSelfTest:
     """Evaluate the same tokens one by one and as accepted candidates of a block, and compare the logits' bits.
 
     Args:
@@ -34,7 +34,7 @@ def check_kernels(task: Task, block: Block, *, same_shape: bool) -> Kernels:
 
     engine = engine_for(
         loaded.model,
-        loaded.program,
+        loaded.compiled,
         max_length=length,
         max_slots=block.num_slots,
         numerics=task.numerics,
@@ -53,7 +53,7 @@ def check_kernels(task: Task, block: Block, *, same_shape: bool) -> Kernels:
     if not all(row.isfinite().all() for row in (*alone, *together)):
         raise RunFailed("the model's logits are not finite, so nothing can be said of its answers", hint=_HINT)
     differences = [(one - other).abs().max().item() for one, other in zip(alone, together, strict=True)]
-    return Kernels(
+    return KernelSelfTest(
         positions=len(differences),
         bit_equal=sum(torch.equal(one, other) for one, other in zip(alone, together, strict=True)),
         largest_difference=max(differences, default=0.0),

@@ -100,7 +100,7 @@ class Result(BaseModel):
     pass_at_k: dict[int, float] | None = None
 
 
-class Report(Record):
+class BenchRecord(Record):
     """A benchmark; `profile` is there where it was asked for."""
 
     profile: Profile | None = None
