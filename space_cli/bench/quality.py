@@ -117,8 +117,8 @@ def _exact_match(reference: str, text: str) -> tuple[float, str]:
     if not found:
         return 0.0, "no number in the answer"
     right, answered = _bare(reference), _bare(found[-1])
-    told = f"answered {answered[:_LONGEST_NUMBER]}"
-    return float(answered == right), told
+    message = f"answered {answered[:_LONGEST_NUMBER]}"
+    return float(answered == right), message
 
 
 def _bare(number: str) -> str:

@@ -126,9 +126,9 @@ def _drawn_rates(samples: Sequence[Sample], drawn: np.ndarray) -> np.ndarray:
 
 
 def _joules_per_token(samples: Sequence[Sample]) -> float | None:
-    told = [(sample.joules, sample.tokens) for sample in samples if sample.joules is not None]
-    tokens = sum(count for _, count in told)
-    return sum(used for used, _ in told) / tokens if tokens else None
+    measured = [(sample.joules, sample.tokens) for sample in samples if sample.joules is not None]
+    tokens = sum(count for _, count in measured)
+    return sum(used for used, _ in measured) / tokens if tokens else None
 
 
 def _histogram(samples: Sequence[Sample]) -> list[int]:

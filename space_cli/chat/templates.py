@@ -150,8 +150,8 @@ def render(
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **given))
     except (TemplateError, TypeError, ValueError) as error:
-        told = " ".join(str(error).split())
-        raise UsageProblem(f"{where}: the chat template refuses the conversation: {told}") from error
+        reason = " ".join(str(error).split())
+        raise UsageProblem(f"{where}: the chat template refuses the conversation: {reason}") from error
 
 
 def _texts_in(value: Any) -> Iterator[str]:

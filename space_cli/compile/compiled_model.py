@@ -49,10 +49,10 @@ class CompiledModel:
     def __init__(self, package: Path, kernels: Path, model: PreTrainedModel, adapter: Adapter | None = None) -> None:
         self._kernels = load_kernels(kernels)
         self._package = torch_private.load_package(package)
-        told = self._package.get_metadata()
-        self._states: list[list[int]] = json.loads(told[STATES])
+        metadata = self._package.get_metadata()
+        self._states: list[list[int]] = json.loads(metadata[STATES])
         self._dtype = model.dtype
-        with torch.no_grad(), packed_layers(model, json.loads(told[GROUPS]), adapter):
+        with torch.no_grad(), packed_layers(model, json.loads(metadata[GROUPS]), adapter):
             step = CompiledCall(model)
             tensors = {
                 name: tensor.detach()

@@ -264,14 +264,14 @@ class _Step:
 
     def fill(self, block: Block, slot_ids: Sequence[int], length: int, last_position: int) -> None:
         """Send a block behind `length` tokens to the device; rows it does not need hold its first token."""
-        rows, slots, told = self.rows, block.num_slots, self._inputs.on_host
-        told[0] = length
-        told[1 : 1 + rows] = slot_ids[0]
-        told[1 : 1 + slots] = slot_ids
+        rows, slots, inputs = self.rows, block.num_slots, self._inputs.on_host
+        inputs[0] = length
+        inputs[1 : 1 + rows] = slot_ids[0]
+        inputs[1 : 1 + slots] = slot_ids
         depths, ancestors = _ancestry(block, rows)
-        np.clip(depths + length, 0, last_position, out=told[1 + rows : 1 + 2 * rows])
-        told[1 + 2 * rows : 1 + 3 * rows] = depths
-        told[1 + 3 * rows :] = ancestors
+        np.clip(depths + length, 0, last_position, out=inputs[1 + rows : 1 + 2 * rows])
+        inputs[1 + 2 * rows : 1 + 3 * rows] = depths
+        inputs[1 + 3 * rows :] = ancestors
         self._inputs.send()
 
 

@@ -80,11 +80,11 @@ def compile_model(model: PreTrainedModel, package: Path, adapter: Adapter | None
             )
             scratch = stack.enter_context(TemporaryDirectory(dir=package.parent))
             stack.enter_context(torch_private.inductor_cache_in(scratch))
-            told = {STATES: json.dumps(_states_of(exported)), GROUPS: json.dumps(groups)}
+            metadata = {STATES: json.dumps(_states_of(exported)), GROUPS: json.dumps(groups)}
             settings = {
                 **INDUCTOR_CONFIGS,
                 "aot_inductor.custom_ops_to_c_shims": SHIMS,
-                "aot_inductor.metadata": told,
+                "aot_inductor.metadata": metadata,
             }
             unfinished = torch_private.compile_package(exported, Path(scratch, "program.pt2"), settings)
             unfinished.replace(package)

@@ -23,8 +23,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     tensors = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in _tensors(model)]
     types = [(name, module.weight_type) for name, module in model.named_modules() if hasattr(module, "weight_type")]
     toolchain = toolchain_digest(*_SOURCES)
-    told = (model.config.to_json_string(), toolchain, INDUCTOR_CONFIGS, tensors, types)
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
+    inputs = (model.config.to_json_string(), toolchain, INDUCTOR_CONFIGS, tensors, types)
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()[:32]
 
 
 def weights_digest(model: PreTrainedModel) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,12 +36,13 @@ def inductor_cache_in(folder: str) -> AbstractContextManager[Any]:
     """Let the compiler keep its files in a folder for the time of a compilation."""
     from torch._inductor.utils import fresh_cache  # takes a second to import
 
-    return fresh_cache(dir=folder)
+    return cast(AbstractContextManager[Any], fresh_cache(dir=folder))
 
 
 def sizes_of_one_are_dynamic() -> AbstractContextManager[Any]:
     """Export a dimension that may be 1 as one that may be any size."""
-    return symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    patch = symbolic_shapes.patch  # type: ignore[attr-defined]
+    return cast(AbstractContextManager[Any], patch(backed_size_oblivious=True))
 
 
 def forget_exported() -> None:
@@ -51,7 +52,7 @@ def forget_exported() -> None:
 
 def recompile_limit(limit: int) -> AbstractContextManager[Any]:
     """Let `torch.compile` compile so many versions of a call."""
-    return torch._dynamo.config.patch(recompile_limit=limit)
+    return cast(AbstractContextManager[Any], torch._dynamo.config.patch(recompile_limit=limit))
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any]:
@@ -61,7 +62,7 @@ def compiled_call(module: nn.Module) -> Callable[..., Any]:
 
 def use_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
     """Make a module run this in place of its call; None gives it its own back."""
-    module._compiled_call_impl = call  # type: ignore[assignment]
+    module._compiled_call_impl = call
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

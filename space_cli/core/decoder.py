@@ -1,4 +1,4 @@
-"""Auto-correct decoding: every model call verifies the last guesses and drafts the next ones.
+"""Auto-correct decoding: every model call verifies the last candidates and drafts the next ones.
 
 The autoregressive (AR) baseline is the same loop with the block of one slot, `AR_BLOCK`: it shares the model object,
 the cache, the sampler and the stop rules with SPACE, and differs in the block alone.

@@ -45,8 +45,8 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 def _rope_changes(config: PretrainedConfig) -> list[Any]:
     """Return the lengths at which transformers' long rope takes other factors for all positions."""
-    told = getattr(config, "rope_parameters", None) or {}
-    layers = [each for each in told.values() if isinstance(each, dict)] or [told]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    layers = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
     original = getattr(config, "original_max_position_embeddings", None)
     return [
         each.get("original_max_position_embeddings") or original

@@ -240,15 +240,15 @@ def _checked(loaded: LoadedModel, package: Path) -> CompiledModel:
 def _speed_key(loaded: LoadedModel, compiled: str | None) -> str:
     """Return a hash of what the cost of a step depends on; `compiled` is the fingerprint of the one that runs."""
     config = loaded.model.config.to_json_string()
-    told = (machine(), loaded.device, loaded.dtype, torch.get_num_threads(), compiled, config)
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
+    inputs = (machine(), loaded.device, loaded.dtype, torch.get_num_threads(), compiled, config)
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()[:32]
 
 
 def _read_costs(file: Path) -> StepCosts | None:
     try:
-        told = json.loads(file.read_bytes())
-        seconds = {size: float(told["seconds"][str(size)]) for size in SIZES}
-        return StepCosts(seconds, float(told["overhead"]))
+        saved = json.loads(file.read_bytes())
+        seconds = {size: float(saved["seconds"][str(size)]) for size in SIZES}
+        return StepCosts(seconds, float(saved["overhead"]))
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours
         return None
 

@@ -83,9 +83,9 @@ def _fastest(call: Callable[[], None]) -> float:
 def read_speeds(file: Path) -> Speeds | None:
     """Return what was measured, or None."""
     try:
-        told = json.loads(file.read_bytes())
+        saved = json.loads(file.read_bytes())
         return Speeds(
-            **{name: Speed(float(told[name]["step"]), float(told[name]["prompt"])) for name in ("eager", "compiled")}
+            **{name: Speed(float(saved[name]["step"]), float(saved[name]["prompt"])) for name in ("eager", "compiled")}
         )
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours
         return None

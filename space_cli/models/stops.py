@@ -64,8 +64,8 @@ def repair(config: GenerationConfig) -> str | None:
         try:
             config.validate(strict=True)
         except ValueError as error:
-            told = " ".join(str(error).split())[:300]
-            raise UsageProblem(f"generation_config.json cannot be saved: {told}", hint="mend it first") from error
+            reason = " ".join(str(error).split())[:300]
+            raise UsageProblem(f"generation_config.json cannot be saved: {reason}", hint="mend it first") from error
     return word
 
 

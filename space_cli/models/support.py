@@ -84,10 +84,10 @@ def check_block(model: PreTrainedModel, name: str) -> None:
 
 def _check_quantization(config: PretrainedConfig, name: str) -> None:
     """Refuse checkpoints whose weights were quantised by other means than bitsandbytes'."""
-    told = getattr(config, "quantization_config", None)
-    if told is None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
         return
-    fields = told if isinstance(told, dict) else told.to_dict()
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
     method = str(fields.get("quant_method") or ("bitsandbytes" if is_bitsandbytes(fields) else "unknown"))
     if not is_bitsandbytes(fields):
         raise UsageProblem(

@@ -196,10 +196,10 @@ def _context_needed(planned: Planned) -> int:
 
 def prompts_digest(planned: Plan) -> str:
     """Return a hash of all prompts and of the rules that end an answer."""
-    told = [
+    inputs = [
         (each.suite.name, each.suite.stop_strings, each.prompt.task_id, each.prompt.turns) for each in planned.prompts
     ]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()[:32]
 
 
 def check_candidates(loaded: LoadedModel, candidates: int | None) -> None:

@@ -91,8 +91,8 @@ def distil(
 
 def _request(prompt_ids: Sequence[int], number: int, settings: Distillation) -> _Request:
     temperature = settings.temperatures[number % len(settings.temperatures)]
-    told = json.dumps([list(prompt_ids), temperature, settings.max_new_tokens, settings.seed, settings.fingerprint])
-    return _Request(tuple(prompt_ids), temperature, hashlib.sha256(told.encode()).hexdigest()[:32])
+    inputs = json.dumps([list(prompt_ids), temperature, settings.max_new_tokens, settings.seed, settings.fingerprint])
+    return _Request(tuple(prompt_ids), temperature, hashlib.sha256(inputs.encode()).hexdigest()[:32])
 
 
 def _answer(

@@ -49,8 +49,8 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """Tell these examples from others."""
-        told = json.dumps([self.examples, self.prompts, self.held_out_examples])
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        inputs = json.dumps([self.examples, self.prompts, self.held_out_examples])
+        return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
 
 def prepare_examples(

@@ -179,7 +179,7 @@ def _resumed(output: Path, settings: dict[str, Any]) -> Path | None:
     except (OSError, ValueError) as error:
         raise UsageProblem(f"{output}: no training to resume", hint="leave --resume out") from error
     now = json.loads(json.dumps(settings))
-    then, now = ({**told, **told.get("arguments", {}), "arguments": None} for told in (earlier, now))
+    then, now = ({**each, **each.get("arguments", {}), "arguments": None} for each in (earlier, now))
     if then.get("base_identity") != now["base_identity"]:
         raise UsageProblem(
             f"{output}: was trained on other weights, in another form or of another revision",

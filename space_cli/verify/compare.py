@@ -80,8 +80,10 @@ class _Case:
     def answer(self) -> Answer:
         """Answer by all methods and examine what differs."""
         ar = self._watched("ar", lambda on_step: run_ar(self._task, self._comparison, on_step)).tokens
-        guesses: list[Sequence[int]] = []
-        space = self._watched("space", lambda on_step: run_space(self._task, self._comparison, ar, on_step, guesses))
+        predictions: list[Sequence[int]] = []
+        space = self._watched(
+            "space", lambda on_step: run_space(self._task, self._comparison, ar, on_step, predictions)
+        )
         answers = {"ar": ar} if "ar" in self._comparison.against else {}
         if "hf" in self._comparison.against and self._seed is None:
             answers["hf"] = self._watched("hf", self._run_hf).tokens
@@ -91,7 +93,7 @@ class _Case:
         divergences = [
             self._parting(name, tokens, space.tokens) for name, tokens in answers.items() if tokens != space.tokens
         ]
-        checked, wrong = self._check_drafts(space, guesses)
+        checked, wrong = self._check_drafts(space, predictions)
         return Answer(
             suite=self._planned.suite.name,
             prompt=self._planned.name,
@@ -124,7 +126,7 @@ class _Case:
         return self._examined(against, position, history, history, one, other)
 
     @torch.inference_mode()
-    def _check_drafts(self, space: Generation, guesses: Sequence[Sequence[int]]) -> tuple[int, list[Divergence]]:
+    def _check_drafts(self, space: Generation, predictions: Sequence[Sequence[int]]) -> tuple[int, list[Divergence]]:
         """Recompute what some mask groups guessed by a plain causal call without cache or block.
 
         Wrong drafts change no output, only speed; they are found here or nowhere.
@@ -132,11 +134,11 @@ class _Case:
         loaded = self._task.loaded
         checked, wrong = 0, []
         ids = loaded.mask_token_ids
-        # with a penalty, adaptive drafts leave the guesses before a guess out of its history
+        # with a penalty, adaptive drafts leave the predictions before one out of its history
         skipped = self._comparison.drafts == "adaptive" and self._task.sampling.repetition_penalty != 1.0
         last = len(space.steps) - 1 if ids and not skipped else 0
         for index in sorted({last * part // _DRAFTS_PER_ANSWER for part in range(_DRAFTS_PER_ANSWER)} if last else ()):
-            count = len(guesses[index + 1])
+            count = len(predictions[index + 1])
             if not count:
                 continue
             masks = [ids[0]] * count if len(ids) == 1 else list(ids[:count])
@@ -149,7 +151,7 @@ class _Case:
             )
             history = [*self._task.prompt_ids, *done]
             checked += 1
-            for mask, got in enumerate(guesses[index + 1]):
+            for mask, got in enumerate(predictions[index + 1]):
                 expected = step_logits.token(mask, history)
                 if expected != got:
                     seen = input_ids[: len(input_ids) - len(masks) + mask + 1]
@@ -208,7 +210,7 @@ def run_space(
     comparison: Comparison,
     expected: Sequence[int],
     on_step: Callable[[Step], None],
-    guesses: list[Sequence[int]] | None = None,
+    predictions: list[Sequence[int]] | None = None,
 ) -> Generation:
     """Answer as SPACE.
 
@@ -217,15 +219,15 @@ def run_space(
         comparison: gives block and drafts.
         expected: AR's answer, from which mixed drafts are made.
         on_step: sees each step.
-        guesses: gets the candidates that the model itself drafted for each step.
+        predictions: gets the candidates that the model itself drafted for each step.
     """
     if comparison.drafts == "adaptive":
-        return run_decode(task, _Watched(task.loaded, [] if guesses is None else guesses), on_step)
+        return run_decode(task, _Watched(task.loaded, [] if predictions is None else predictions), on_step)
     mixed = mixed_drafter([*task.prompt_ids, *expected], embedding_rows(task.loaded.model), comparison.turns)
 
     def drafter(tokens: Sequence[int], candidates: Sequence[int]) -> Sequence[int]:
-        if guesses is not None:
-            guesses.append(candidates[: comparison.block.masks])
+        if predictions is not None:
+            predictions.append(candidates[: comparison.block.masks])
         return mixed(tokens, candidates) if comparison.drafts == "mixed" else candidates
 
     return run_decode(task, ChainDrafter(comparison.block, drafter), on_step)
@@ -238,10 +240,10 @@ class _Watched(AdaptiveDrafter):
     is still to be checked.
     """
 
-    def __init__(self, loaded: LoadedModel, guesses: list[Sequence[int]]) -> None:
+    def __init__(self, loaded: LoadedModel, predictions: list[Sequence[int]]) -> None:
         stats = AcceptanceStats(ASSUMED_COSTS, loaded.masks_per_group, trials=math.inf)
         super().__init__(stats, loaded.masks_per_group, sources=loaded.sources())
-        self._noted = guesses
+        self._noted = predictions
 
     def draft(self, tokens: Sequence[int], step_logits: StepLogits | None = None, group: range = range(0)) -> Proposal:
         proposal = super().draft(tokens, step_logits, group)

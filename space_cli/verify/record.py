@@ -18,7 +18,7 @@ MIN_P_VALUE = 1e-4
 
 
 class Divergence(BaseModel):
-    """The first place where two answers part, or a draft that is not what its masks guess.
+    """The first place where two answers part, or a draft that is not what its masks predict.
 
     Attributes:
         prompt: the task id.
@@ -56,7 +56,7 @@ class Answer(BaseModel):
         tokens: in SPACE's answer, whose ids are `token_ids`.
         identical: whether it equals the answer of each method compared with.
         accepted_by_step: acceptance length of each step.
-        drafts_checked: mask groups whose guesses were recomputed by a plain causal call.
+        drafts_checked: mask groups whose predictions were recomputed by a plain causal call.
     """
 
     suite: str
@@ -100,7 +100,7 @@ class Distribution(BaseModel):
 
     Attributes:
         bins: groups of pairs of tokens, each with an expected count of at least five.
-        p_value: chance that a right sampler is at least this far off.
+        p_value: probability that a right sampler is at least this far off.
     """
 
     suite: str
