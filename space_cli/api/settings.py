@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from space_cli import limits
 from space_cli.api.grammar import ANY_OBJECT
-from space_cli.core.choose import Sampling
+from space_cli.core.sampling import Sampling
 from space_cli.errors import UsageProblem, first_invalid
 
 Mode = Literal["space", "ar"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
-    from space_cli.bench.report import Result
+    from space_cli.bench.record import Result
 
 
 def sweep_method(k: int) -> str:

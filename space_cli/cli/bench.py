@@ -20,13 +20,13 @@ from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
     from space_cli.bench.journal import Journal
-    from space_cli.bench.measure import Plan, Settings
     from space_cli.bench.methods import Method
-    from space_cli.bench.report import Report
-    from space_cli.bench.suites import Metric, Suite
+    from space_cli.bench.record import BenchRecord
     from space_cli.cli.live import RunView
     from space_cli.models.engines import EngineName
     from space_cli.models.loading import LoadedModel
+    from space_cli.tasks.plan import Plan, Settings
+    from space_cli.tasks.suites import Metric, Suite
 
 EPILOG = (
     "Example: space bench --limit 10    Example: space bench --suite prompts.jsonl --methods ar,space --json run.json"
@@ -169,12 +169,12 @@ def run(
     wanted = methods.named(candidates, sampled=sampling.temperature > 0)
     suites = prompts.suites()
 
-    from space_cli.bench.measure import Settings, check_candidates, most_tokens, plan, suites_for
     from space_cli.bench.methods import choose_methods
     from space_cli.bench.quality import check
     from space_cli.cli.live import run_view
+    from space_cli.tasks.plan import Settings, check_candidates, most_tokens, plan, suites_for
 
-    not_judged = check([each.metric for each in suites], execute=output.execute)
+    not_scored = check([each.metric for each in suites], execute=output.execute)
     view = run_view(quiet=quiet)
     model = options.named_model(model, quiet=quiet)
     view.loading(model)
@@ -182,7 +182,8 @@ def run(
     draft = methods.loaded_draft(load, loaded)
     settings = Settings(max_new_tokens, sampling.sampling(), candidates)
     chosen, left_out = choose_methods(wanted, loaded, sampling=settings.sampling, draft=draft)
-    check_candidates(loaded, candidates, chosen)
+    if any(method.takes_candidates for method in chosen):
+        check_candidates(loaded, candidates)
     suites = suites_for(loaded, suites)
     tokens = methods.seeds * most_tokens(suites, settings, limit=prompts.limit)
     loaded = with_corpora(_with_engine(loaded, engine, chosen, tokens, view), corpus, quiet=quiet)
@@ -194,9 +195,9 @@ def run(
         "seeds": methods.seeds,
         "sweep": methods.sweep,
         "corpus": [str(path) for path in corpus or ()],
-        "left_out": left_out | planned.left_out | not_judged | _no_pictures(output.report_file),
+        "left_out": left_out | planned.left_out | not_scored | _no_pictures(output.report_file),
     }
-    return _measure(_Run(loaded, suites, chosen, planned, report, not_judged), output, view)
+    return _measure(_Run(loaded, suites, chosen, planned, report, not_scored), output, view)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +208,8 @@ class _Run:
     suites: list[Suite]
     methods: list[Method]
     plan: Plan
-    report: Report
-    not_judged: Collection[Metric]
+    report: BenchRecord
+    not_scored: Collection[Metric]
 
 
 def _measure(run: _Run, output: ResultOptions, view: RunView) -> int:
@@ -260,16 +261,16 @@ def _with_engine(
     return with_past_answers(loaded, kept=False)
 
 
-def _journal(output: ResultOptions, report: Report, planned: Plan) -> Journal | None:
+def _journal(output: ResultOptions, report: BenchRecord, planned: Plan) -> Journal | None:
     """Return where finished prompts go at once; with `resume`, take what is there into the report."""
     from space_cli.bench.journal import Journal
-    from space_cli.bench.measure import prompts_digest
+    from space_cli.tasks.plan import prompts_digest
 
     json = output.json_file
     # a device or a pipe has no folder of ours beside it
     if json is None or json == "-" or (Path(json).exists() and not Path(json).is_file()):
         return None
-    # neither when it was, nor what costs were measured then; answers can be judged whether they were to be or not
+    # neither when it was, nor what costs were measured then; answers can be scored whether they were to be or not
     told = report.environment | report.settings
     run = {name: value for name, value in told.items() if name not in ("date", "step_costs", "left_out")}
     journal = Journal(Path(json), run | {"prompts": prompts_digest(planned)})
@@ -299,11 +300,11 @@ def _add(run: _Run, view: RunView, *, with_profile: bool) -> None:
 
         view.note("timing model calls")
         run.report.profile = profile(run.loaded)
-    if any(suite.metric is not None and suite.metric not in run.not_judged for suite in run.suites):
-        from space_cli.bench.quality import judge_all
+    if any(suite.metric is not None and suite.metric not in run.not_scored for suite in run.suites):
+        from space_cli.bench.quality import score_all
 
         view.note("judging answers")
-        judge_all(run.report.samples, run.suites, missing=run.not_judged)
+        score_all(run.report.samples, run.suites, missing=run.not_scored)
 
 
 def _no_pictures(report_file: Path | None) -> dict[str, str]:
@@ -314,12 +315,12 @@ def _no_pictures(report_file: Path | None) -> dict[str, str]:
 
 
 def _list() -> None:
-    from space_cli.bench.suites import SUITES
     from space_cli.rows import SUFFIXES
+    from space_cli.tasks.suites import SUITES
 
     typer.echo("Suites")
-    for name, form in SUITES.items():
-        typer.echo(f"  {name:<18} {form.description}\n  {'':<18} from {form.needs}")
+    for name, dataset_format in SUITES.items():
+        typer.echo(f"  {name:<18} {dataset_format.description}\n  {'':<18} from {dataset_format.needs}")
     typer.echo(f"  {'NAME=FILE':<18} the same prompts from a file, or from another dataset of the Hub")
     typer.echo(f"  {'FILE':<18} one of these told by its fields, or rows with a prompt (or --field NAME)")
     typer.echo(f"  {'':<18} and, if you like, task_id and category; {', '.join(SUFFIXES)}")
@@ -331,15 +332,16 @@ def _list() -> None:
         typer.echo(f"  {method.name:<12} {method.description}")
 
 
-def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) -> Report:
+def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) -> BenchRecord:
     """Return the record of a run that has not begun."""
     from dataclasses import asdict
 
     import torch
 
-    from space_cli.bench.report import Report, environment
+    from space_cli.bench.record import BenchRecord
+    from space_cli.tasks.environment import environment
 
-    return Report(
+    return BenchRecord(
         environment=environment(loaded, threads=torch.get_num_threads()),
         settings={
             "model": loaded.name,
@@ -351,7 +353,7 @@ def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) 
     )
 
 
-def _hand_out(report: Report, output: ResultOptions, view: RunView) -> None:
+def _hand_out(report: BenchRecord, output: ResultOptions, view: RunView) -> None:
     """Write the files and show the table; with --json - standard output holds the JSON alone."""
     from space_cli.bench.results import results
     from space_cli.cli.tables import show_bench, write_record
@@ -368,14 +370,14 @@ def _hand_out(report: Report, output: ResultOptions, view: RunView) -> None:
         stack.callback(write_record, report, output.json_file)
 
 
-def _draw(file: Path, report: Report) -> None:
+def _draw(file: Path, report: BenchRecord) -> None:
     from space_cli.cli.drawing import write_plots
     from space_cli.cli.plots import plots
 
     write_plots(file, plots(report))
 
 
-def _write_report(file: Path, report: Report) -> None:
+def _write_report(file: Path, report: BenchRecord) -> None:
     from space_cli.cli.bench_page import bench_page
     from space_cli.cli.headline import headline
     from space_cli.cli.page import write_page

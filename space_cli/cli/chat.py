@@ -21,9 +21,9 @@ from space_cli.text import prose, well_formed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from space_cli.cli.session import Session
+    from space_cli.chat.session import Session
+    from space_cli.chat.templates import Turn
     from space_cli.models.loading import LoadedModel
-    from space_cli.models.prompting import Turn
 
 EPILOG = (
     "Example: space chat    Example: space chat --prompt 'def add(a, b):' --raw    Example: cat notes.txt | space chat"
@@ -54,7 +54,7 @@ class AnswerOptions(options.SamplingOptions):
     """How a chat answers, and how it looks: what `/set` changes."""
 
     max_new_tokens: options.MaxNewTokens = 512
-    candidates: options.Candidates = None
+    candidates: Annotated[options.Candidates, Field(ge=1)] = None
     mode: Literal["space", "ar"] = Field("space", description="space, or one token at a time.")
     context: Literal["stop", "shift"] = Field("stop", description="When it is full: stop, or drop the oldest turns.")
     live: Literal["text", "steps"] = Field("text", description="Show the answer, or every step with what was guessed.")
@@ -122,7 +122,7 @@ def chat(
     with loading, _without_collecting():
         quiet_libraries()
 
-        from space_cli.cli.session import ChatSettings, Session
+        from space_cli.chat.session import ChatSettings, Session
 
         def loaded_by(name: str) -> LoadedModel:
             return models.prepared(name, revision=revision if name == chosen else None, quiet=quiet)
@@ -178,7 +178,7 @@ def _saved(file: Path | None) -> tuple[list[Turn], str | None]:
     if file is None:
         return [], None
 
-    from space_cli.models.chat import load_turns
+    from space_cli.chat.conversation import load_turns
 
     return load_turns(file)
 
@@ -220,12 +220,12 @@ def _state_folder() -> Path:
 
 def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, quiet: bool) -> int:
     """Answer one prompt on standard output, or as JSON."""
+    from space_cli.chat.session import record_of
+    from space_cli.chat.templates import Turn
     from space_cli.cli.answer import summary, view_of
     from space_cli.cli.console import err, is_screen, out, plain, print_wrapped
-    from space_cli.cli.session import record_of
     from space_cli.cli.tables import write_record
     from space_cli.core.stream import Generation
-    from space_cli.models.prompting import Turn
 
     session.chat.turns.append(Turn("user", text))
     asked, generation = session.request(), Generation()

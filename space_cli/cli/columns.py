@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from space_cli.bench.report import Result
+    from space_cli.bench.record import Result
 
 
 @dataclass(frozen=True, slots=True)

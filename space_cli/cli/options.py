@@ -17,9 +17,9 @@ from space_cli.files import expanded
 from space_cli.text import well_formed
 
 if TYPE_CHECKING:
-    from space_cli.bench.suites import Suite
-    from space_cli.core.choose import Sampling
+    from space_cli.core.sampling import Sampling
     from space_cli.models.loading import LoadedModel, Weights
+    from space_cli.tasks.suites import Suite
 
 
 def _check_place(option: str, name: str) -> None:
@@ -85,7 +85,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 def _complete_suite(incomplete: str) -> list[str]:
-    from space_cli.bench.suites import SUITES
+    from space_cli.tasks.suites import SUITES
 
     return [name for name in SUITES if name.startswith(incomplete)]
 
@@ -151,7 +151,7 @@ class SamplingOptions(Group):
 
     def sampling(self) -> Sampling:
         """Return how tokens are chosen, for the decoder."""
-        from space_cli.core.choose import Sampling
+        from space_cli.core.sampling import Sampling
 
         return Sampling(**self.model_dump())
 
@@ -183,7 +183,7 @@ class PromptOptions(Group):
         Raises:
             UsageProblem: one is unknown or malformed.
         """
-        from space_cli.bench.suites import load_suite
+        from space_cli.tasks.suites import load_suite
 
         return [load_suite(name, field=self.field) for name in dict.fromkeys(self.suite or ["humaneval"])]
 

@@ -17,11 +17,11 @@ from space_cli.errors import RunFailed, UsageProblem
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from space_cli.bench.measure import Planned, Settings
     from space_cli.cli.live import RunView
     from space_cli.core.block import Block
     from space_cli.core.engine import Numerics
     from space_cli.models.loading import LoadedModel
+    from space_cli.tasks.plan import Planned, Settings
     from space_cli.verify.compare import Comparison
     from space_cli.verify.record import Verification
 
@@ -30,7 +30,7 @@ EPILOG = (
     "Example: space verify-lossless --model ./mine --drafts mixed --report proof.html"
 )
 
-_UNTRAINED_CANDIDATES, _MOST_CANDIDATES = 5, 31
+_UNTRAINED_CANDIDATES, _MAX_CANDIDATES = 5, 31
 
 _Strict = Annotated[bool, typer.Option("--strict", help="Ties fail too.")]
 
@@ -131,9 +131,9 @@ def verify_lossless(
 
     quiet_libraries()
 
-    from space_cli.bench.measure import Settings, most_tokens, plan, suites_for
     from space_cli.cli.live import run_view
     from space_cli.models.engines import prepare
+    from space_cli.tasks.plan import Settings, most_tokens, plan, suites_for
 
     view = run_view(quiet=quiet)
     model = options.named_model(model, quiet=quiet)
@@ -209,19 +209,18 @@ def _base_of(loaded: LoadedModel) -> str | None:
 
 def _block(loaded: LoadedModel, drafts: str, candidates: int | None) -> Block:
     """Return SPACE's block; for a model without masks, candidates alone."""
-    from space_cli.bench.measure import check_candidates
-    from space_cli.bench.methods import METHODS
     from space_cli.core.block import Block
+    from space_cli.tasks.plan import check_candidates
 
     if loaded.candidates:
-        check_candidates(loaded, candidates, [METHODS["space"]])
+        check_candidates(loaded, candidates)
         k = candidates or loaded.candidates
         return Block.chain(k, k)
     if drafts == "model":
         raise UsageProblem(f"{loaded.name} has no masks to draft with", hint="use --drafts adaptive or mixed")
     k = _UNTRAINED_CANDIDATES if candidates is None else candidates
-    if not 1 <= k <= _MOST_CANDIDATES:
-        raise UsageProblem(f"--candidates {k}: out of range", hint=f"choose 1 to {_MOST_CANDIDATES}")
+    if not 1 <= k <= _MAX_CANDIDATES:
+        raise UsageProblem(f"--candidates {k}: out of range", hint=f"choose 1 to {_MAX_CANDIDATES}")
     return Block.chain(k, 0)
 
 
@@ -241,7 +240,7 @@ def _record(loaded: LoadedModel, comparison: Comparison, settings: Settings, *, 
 
     import torch
 
-    from space_cli.bench.report import environment
+    from space_cli.tasks.environment import environment
     from space_cli.verify.record import Verification
 
     return Verification(
@@ -266,10 +265,10 @@ def _run(
     """Fill the record as far as it gets."""
     from space_cli.verify.compare import compare, samplers
     from space_cli.verify.distribution import compare_distributions
-    from space_cli.verify.kernels import check_kernels
+    from space_cli.verify.self_test import self_test
 
     task = planned[0].task
-    record.kernels = check_kernels(task, comparison.block, same_shape=comparison.same_shape)
+    record.kernels = self_test(task, comparison.block, same_shape=comparison.same_shape)
     for answer in compare(planned, comparison, view):
         record.answers.append(answer)
     if task.sampling.temperature and "hf" in comparison.against:

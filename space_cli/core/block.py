@@ -2,8 +2,8 @@
 
 A block is a tree. Its root is the head (the newest certain token), its inner nodes are candidates, and behind the head
 and behind candidates hang mask groups, each a chain of m mask slots. Everything else follows from the parents: a slot's
-position is its depth, and it sees the settled prefix, its ancestors and itself. The decoder runs such a block behind a
-cached prefix; the training collator sees a whole example as one block without a prefix, so that training and decoding
+position is its depth, and it sees the committed prefix, its ancestors and itself. The decoder runs such a block behind
+a cached prefix; the training collator sees a whole example as one block without a prefix, so that training and decoding
 cannot disagree about positions or visibility.
 """
 
@@ -167,7 +167,7 @@ class Block:
         return visible
 
     def position_ids(self, prefix_length: int) -> torch.Tensor:
-        """Return (1, Q) int64 positions for a head at position `prefix_length`, the number of settled tokens."""
+        """Return (1, Q) int64 positions for a head at position `prefix_length`, the number of committed tokens."""
         return torch.from_numpy(self.offset_ids)[None] + prefix_length
 
     def attention_mask(self, prefix_length: int) -> torch.Tensor:

@@ -12,14 +12,14 @@ from itertools import pairwise
 import torch
 
 from space_cli.core.block import Block
-from space_cli.core.choose import largest
 from space_cli.core.engine import EagerEngine
+from space_cli.core.sampling import largest
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 """Q of the blocks that are run: few, since kernels are prepared for a size when it is first met. None measured pays
 beyond the last, and up to there half precision keeps rows independent on CPUs."""
-MOST_SLOTS = SIZES[-1]
-_MOST_CALLS, _WARM_UP, _SECONDS = 16, 4, 0.1
+MAX_BLOCK_SLOTS = SIZES[-1]
+_MAX_CALLS, _WARM_UP, _SECONDS = 16, 4, 0.1
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class StepCosts:
 
     @cached_property
     def by_slots(self) -> list[float]:
-        """Seconds of a step whose block needs 0, 1, ..., `MOST_SLOTS` slots and is filled up to the next size."""
+        """Seconds of a step whose block needs 0, 1, ..., `MAX_BLOCK_SLOTS` slots and is filled up to the next size."""
         return filled_up({size: seconds + self.overhead for size, seconds in self.seconds.items()})
 
 
 def filled_up(seconds: Mapping[int, float]) -> list[float]:
-    """Return seconds by 0, 1, ..., `MOST_SLOTS` slots, where blocks are filled up to the next of `SIZES`.
+    """Return seconds by 0, 1, ..., `MAX_BLOCK_SLOTS` slots, where blocks are filled up to the next of `SIZES`.
 
     A block takes no longer than a larger one: other work on the machine, which only ever adds time, is told by that.
     """
@@ -71,12 +71,12 @@ def measure_costs(engine: EagerEngine, prefix_length: int) -> StepCosts:
     found: dict[int, list[float]] = {size: [] for size in SIZES}
     for size in SIZES:
         block, started = Block.chain(size - 1, 0), time.perf_counter()
-        for call in range(_MOST_CALLS):
+        for call in range(_MAX_CALLS):
             began = time.perf_counter()
             # the chosen tokens off the device: a step ends when they are known
             largest(engine.run(block, [0] * size))
             ended = time.perf_counter()
-            engine.abandon()
+            engine.rollback()
             if call >= _WARM_UP or ended - began > _SECONDS:
                 found[size].append(ended - began)
             if found[size] and ended - started > _SECONDS:

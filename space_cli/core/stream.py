@@ -15,7 +15,7 @@ def is_repetitive(tokens: Sequence[int]) -> bool:
     return len(tokens) > 3.5 * len(set(tokens))
 
 
-def in_common(one: Sequence[int], other: Sequence[int]) -> int:
+def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Return how many tokens two texts have in common at their beginnings."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from space_cli.core.packing import Adapter, LowRank
+from space_cli.compile.packing import Adapter, LowRank
 from space_cli.errors import UsageProblem, first_line
 from space_cli.models.checkpoint import ADAPTER_FILE
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from space_cli.errors import UsageProblem, first_invalid
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 from space_cli.text import read_text
 
 SPACE_CONFIG_NAME = "space_config.json"
@@ -72,7 +72,7 @@ class SpaceConfig(BaseModel):
 
     def save(self, folder: Path) -> None:
         """Write the config into a folder, whole or not at all."""
-        write_whole(folder / SPACE_CONFIG_NAME, self.model_dump_json(indent=2) + "\n")
+        atomic_write(folder / SPACE_CONFIG_NAME, self.model_dump_json(indent=2) + "\n")
 
 
 def _is_share(value: object) -> bool:

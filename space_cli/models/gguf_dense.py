@@ -42,13 +42,13 @@ def tensor_names(gguf: GgufFile, config: PretrainedConfig, wanted: Iterable[str]
     processor = processor_of(gguf, config)
     names: dict[str, str] = {}
     for ours in wanted:
-        told = processor.preprocess_name(ours)
-        module, dot, kind = told.rpartition(".")
+        name = processor.preprocess_name(ours)
+        module, dot, kind = name.rpartition(".")
         if kind not in ("weight", "bias"):
-            module, dot, kind = told, "", ""
+            module, dot, kind = name, "", ""
         theirs = table.get_name(module)
         if theirs is None:
-            processor.perform_fallback_tensor_mapping(names, dot + kind, "", told)
+            processor.perform_fallback_tensor_mapping(names, dot + kind, "", name)
         else:
             names[theirs + dot + kind] = ours
     return names

@@ -242,9 +242,10 @@ class _Reader:
     def _located(self, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
         if kind not in TENSOR_TYPES:
             names = ", ".join(known for known, _, _ in TENSOR_TYPES.values())
-            told = _OTHER_TYPES.get(kind, f"number {kind}")
+            type_name = _OTHER_TYPES.get(kind, f"number {kind}")
             raise UsageProblem(
-                f"{self._file}: tensor {name} is of type {told}, which is not supported", hint=f"supported: {names}"
+                f"{self._file}: tensor {name} is of type {type_name}, which is not supported",
+                hint=f"supported: {names}",
             )
         type_, weights, num_bytes = TENSOR_TYPES[kind]
         if not shape or shape[-1] % weights:

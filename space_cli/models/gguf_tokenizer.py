@@ -121,8 +121,8 @@ def end_ids(metadata: Mapping[str, Any]) -> frozenset[int]:
     """Return the ids that end an answer: those the metadata name, and those whose text is known to."""
     tokens: Sequence[str] = metadata.get("tokenizer.ggml.tokens") or []
     ends = {number for number, token in enumerate(tokens) if token in _ENDS}
-    told = (metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS)
-    ends |= {number for number in told if isinstance(number, int) and 0 <= number < len(tokens)}
+    ids = (metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS)
+    ends |= {number for number in ids if isinstance(number, int) and 0 <= number < len(tokens)}
     texts = {tokens[number] for number in ends}
     # in these families <|end|> ends one of the parts of an answer
     if "<|end|>" in texts and (
@@ -200,8 +200,8 @@ def _roles(metadata: Mapping[str, Any], kind: str) -> dict[str, int]:
     default = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     count = len(metadata["tokenizer.ggml.tokens"])
-    told = {names[role]: metadata.get(f"tokenizer.ggml.{role}_token_id", default.get(role)) for role in names}
-    return {name: number for name, number in told.items() if isinstance(number, int) and 0 <= number < count}
+    ids = {names[role]: metadata.get(f"tokenizer.ggml.{role}_token_id", default.get(role)) for role in names}
+    return {name: number for name, number in ids.items() if isinstance(number, int) and 0 <= number < count}
 
 
 def _surroundings(metadata: Mapping[str, Any], roles: Mapping[str, int], tokens: Sequence[str]) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from space_cli.core.toolchain import build_kernels, load_kernels
+from space_cli.compile.toolchain import build_kernels, load_kernels
 from space_cli.errors import RunFailed
 
 

@@ -20,20 +20,18 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from space_cli.chat.templates import encode
 from space_cli.core.block import Block
-from space_cli.core.compiled import Program
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
-from space_cli.core.cuda import GraphProgram
 from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Guide, Strategy
 from space_cli.core.drafting.ngrams import Source
-from space_cli.core.engine import context_length, embedding_rows
+from space_cli.core.engine import Compiled, context_length, embedding_rows
 from space_cli.core.quantized import num_parameters
 from space_cli.errors import UsageProblem, first_line
 from space_cli.models import support
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.gguf_names import gguf_path, is_gguf
 from space_cli.models.kernels import kernels_problem
-from space_cli.models.prompting import encode
 from space_cli.models.registry import ModelEntry, read_models, resolve
 from space_cli.models.stops import stop_ids
 from space_cli.models.texts import PastAnswers
@@ -56,7 +54,7 @@ class LoadedModel:
         mask_token_ids: one shared id or one per mask; empty for a model never trained for SPACE.
         candidates: k to decode with by default; 0 for a model never trained for SPACE.
         masks_per_group: m of the training, the largest k that makes sense.
-        program: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
+        compiled: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
         completes: it is a base model, which goes on with a text, whatever its chat template.
         gguf: the file its weights came from, the first of several shards; None for a folder of safetensors.
         corpora: texts to copy from.
@@ -77,7 +75,7 @@ class LoadedModel:
     candidates: int
     masks_per_group: int
     prompt_template: str | None
-    program: Program | GraphProgram | None = None
+    compiled: Compiled | None = None
     costs: StepCosts = ASSUMED_COSTS
     completes: bool = False
     gguf: Path | None = None

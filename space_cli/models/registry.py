@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tomlkit.exceptions import TOMLKitError
 
 from space_cli.errors import UsageProblem, first_invalid
-from space_cli.files import expanded, write_whole
+from space_cli.files import atomic_write, expanded
 from space_cli.models.checkpoint import SPACE_CONFIG_NAME
 from space_cli.models.gguf_names import PACKAGE, has_package_file, is_gguf, is_on_hub
 from space_cli.text import read_text, well_formed
@@ -116,7 +116,7 @@ def add_model(name: str, entry: ModelEntry, file: Path) -> None:
         if _parsed(text, file) != before | {name: _located(entry, file)}:
             raise UsageProblem(f"{file}: {name!r} would not be read as it was given; nothing was written")
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, text)
+        atomic_write(file, text)
     except OSError as error:
         raise UsageProblem(f"{file}: {error.strerror or error}") from error
     except TOMLKitError as error:

@@ -4,14 +4,14 @@ import pytest
 import torch
 from oracles import hf_greedy
 
-from space_cli.bench.suites import load_suite
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
+from space_cli.core.sampling import Sampler, Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.models.loading import load_model
+from space_cli.tasks.suites import load_suite
 
 PROBLEMS = load_suite("humaneval").prompts[:6]
 
@@ -27,7 +27,7 @@ def answer(nano, prompt, block, *, sampling=None, tokens=48):
         nano.model,
         nano.encode(prompt),
         stop=StopRule(tokens),
-        chooser=Chooser.from_sampling(sampling or Sampling()),
+        sampler=Sampler.from_sampling(sampling or Sampling()),
         drafts=ChainDrafter(block),
         mask_token_ids=nano.mask_token_ids,
     )

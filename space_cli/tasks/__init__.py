@@ -1,0 +1,1 @@
+"""What `bench` and `verify` ask of a model: suites of prompts, a plan over them, and tasks with their answers."""
