@@ -13,7 +13,8 @@ from rich.cells import chop_cells
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from space_cli.cli.console import err, is_screen, plain, visible
@@ -134,11 +135,24 @@ class LiveRunView(RunView):
         self._text = Text()
         self._task = self._method = ""
         self._stream: TextStream | None = None
-        self._begun = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.description}", markup=False),
+            BarColumn(complete_style="green"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[model]}", "dim", markup=False, table_column=Column(no_wrap=True)),
+            console=console,
+        )
+        self._bar_task = self._bar.add_task("", start=False, total=1, model="")
+
+    def begin(self, loaded: LoadedModel, methods: list[str], total: int, *, unit: str = "prompts") -> None:
+        """Take what the run is about, for the bar too."""
+        super().begin(loaded, methods, total, unit=unit)
+        model = f"{visible(loaded.name)} {loaded.dtype} {loaded.device}"
+        self._bar.update(self._bar_task, description=unit, total=total, model=model)
 
     def __enter__(self) -> LiveRunView:
         """Start drawing."""
-        self._begun = time.monotonic()
+        self._bar.start_task(self._bar_task)
         self._live = Live(console=self._console, auto_refresh=False, transient=True, get_renderable=self._render)
         self._live.start(refresh=True)
         return self
@@ -168,7 +182,8 @@ class LiveRunView(RunView):
             self._drawn = time.monotonic()
 
     def _prompt_done(self) -> None:
-        """Draw instead of printing lines."""
+        """Move the bar instead of printing a line."""
+        self._bar.update(self._bar_task, completed=self._prompts)
 
     def _render(self) -> Group:
         size = self._console.size
@@ -176,24 +191,7 @@ class LiveRunView(RunView):
         body = newest_lines(self._text, size.width - 4, height)
         title = plain(f"{self._method}  {self._task}")
         panel = Panel(body, title=title, title_align="left", height=height + 2)
-        return Group(self._progress(size.width), panel, self._methods())
-
-    def _progress(self, columns: int) -> Text:
-        done = self._prompts / self._total if self._total else 0.0
-        elapsed = time.monotonic() - self._begun
-        left = f"{_clock(elapsed / done - elapsed)} left" if done else ""
-        width = max(10, min(40, columns - 50))
-        filled = round(done * width)
-        name = f"{visible(self._loaded.name)} {self._loaded.dtype} {self._loaded.device}"
-        return Text.assemble(
-            f"{self._prompts}/{self._total} {self._unit} ",
-            ("━" * filled, "green"),
-            ("─" * (width - filled), "dim"),
-            f" {left}  ",
-            (name, "dim"),
-            no_wrap=True,
-            overflow="ellipsis",
-        )
+        return Group(self._bar, panel, self._methods())
 
     def _methods(self) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -278,8 +276,3 @@ def _shares(accepted: Counter[int]) -> tuple[list[float], str]:
 
 def _bar(share: float) -> str:
     return _BARS[max(1 if share else 0, round(share * (len(_BARS) - 1)))]
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    return f"{minutes}:{rest:02d}"

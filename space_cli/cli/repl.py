@@ -9,10 +9,11 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import Completer, Completion
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, NestedCompleter
+from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -22,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from space_cli.chat.conversation import load_turns
+from space_cli.chat.session import ChatSettings
 from space_cli.chat.templates import Turn
 from space_cli.cli.answer import counted, greeting, summary, view_of
 from space_cli.cli.console import is_screen, out, plain, print_wrapped, unechoed, visible
@@ -34,7 +36,6 @@ from space_cli.text import well_formed
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from prompt_toolkit.document import Document
     from rich.console import Console
 
     from space_cli.chat.session import Session
@@ -80,7 +81,7 @@ class Repl:
         }
         self._input: PromptSession[str] = PromptSession(
             history=_history(state),
-            completer=_Commands(list(self._commands)),
+            completer=_Commands(self._commands),
             complete_while_typing=False,
             multiline=True,
             key_bindings=_keys(),
@@ -333,16 +334,24 @@ class Repl:
 
 
 class _Commands(Completer):
-    """Completes a command's name at the start of the input."""
+    """Completes commands and what may follow them; the slash is no part of a word to prompt_toolkit."""
 
-    def __init__(self, names: list[str]) -> None:
-        self._names = names
+    def __init__(self, commands: Iterable[str]) -> None:
+        settings = {name: _choices(field.annotation) for name, field in ChatSettings.model_fields.items()}
+        following = {"set": settings} | {name: settings[name] for name in ("mode", "live", "color")}
+        names = [command.removeprefix("/") for command in commands]
+        self._completer = NestedCompleter.from_nested_dict({name: following.get(name) for name in names})
 
-    def get_completions(self, document: Document, complete_event: object) -> Iterable[Completion]:
-        """Yield the names that begin as the input does."""
-        text = document.text
-        if text.startswith("/") and " " not in text:
-            yield from (Completion(name, -len(text)) for name in self._names if name.startswith(text))
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        """Yield what a command may go on with."""
+        if document.text.startswith("/") and document.cursor_position:
+            inner = Document(document.text[1:], document.cursor_position - 1)
+            yield from self._completer.get_completions(inner, complete_event)
+
+
+def _choices(annotation: object) -> set[str] | None:
+    """Return the values of a setting that has a few."""
+    return set(get_args(annotation)) if get_origin(annotation) is Literal else None
 
 
 def _keys() -> KeyBindings:
