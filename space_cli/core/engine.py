@@ -140,20 +140,12 @@ class EagerEngine:
         return logits[0]
 
     def _mask(self, block: Block) -> torch.Tensor | None:
-        """Return the (1, 1, Q, N) mask of a block behind the prefix, the unused end of the cache hidden.
-
-        Additive and of the model's dtype: eager attention takes no other, and SDPA on CPU would turn a boolean mask
-        into this one again in every layer.
-        """
+        """Return the (1, 1, Q, N) mask of a block behind the prefix, the unused end of the cache hidden."""
         if block.num_slots == 1 and self._tile == 1:
             # one query that sees all keys needs none, and transformers then takes its faster grouped-query path
             return None
-        length, shown = self.length, self.cache.capacity.shown(self.length + block.num_slots)
-        shape, dtype, device = (1, 1, block.num_slots, shown), self.model.dtype, self.model.device
-        mask = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
-        mask[..., :length] = 0
-        mask[..., length : length + block.num_slots].masked_fill_(torch.from_numpy(block.visibility).to(device), 0)
-        return mask
+        num_keys = self.cache.capacity.shown(self.length + block.num_slots)
+        return block.attention_mask(self.length, num_keys=num_keys, dtype=self.model.dtype, device=self.model.device)
 
     def _attention(self) -> AbstractContextManager[None]:
         return invariant_attention_of(self.model) if self._tile > 1 else nullcontext()
