@@ -98,9 +98,9 @@ class EagerEngine:
         return self.cache.length
 
     def prefill(self, token_ids: Sequence[int]) -> int:
-        """Make the cache hold these tokens, no more and no less; return how many of them were computed.
+        """Fill the cache with these tokens, reusing the prefix it already holds; return how many were computed.
 
-        What an earlier generation left of them is kept. No logits are computed.
+        Cached tokens that differ are dropped. No logits are computed.
         """
         held = self.cache.token_ids
         start = common_prefix_length(held, token_ids)
@@ -111,7 +111,7 @@ class EagerEngine:
         return len(token_ids) - start
 
     def _extend(self, token_ids: Sequence[int]) -> None:
-        """Compute tokens behind what the cache holds."""
+        """Append tokens to the cache."""
         start = self.length
         self.cache.capacity.multiple = 1
         with self._attention():
@@ -122,7 +122,7 @@ class EagerEngine:
             )
 
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
-        """Run a block behind the committed prefix; return (Q, V) logits. The cache then holds all slots.
+        """Run a block after the committed prefix; return (Q, V) logits. The cache then holds all slots of the block.
 
         Args:
             block: its shape.
@@ -151,12 +151,12 @@ class EagerEngine:
         return invariant_attention_of(self.model) if self._tile > 1 else nullcontext()
 
     def commit(self, slots: Sequence[int]) -> None:
-        """End a step: of the block's slots only `slots` (head and accepted candidates) join the committed prefix."""
+        """End a step: only `slots` (head and accepted candidates) of the block join the committed prefix."""
         self.cache.commit(self.length - len(self._slot_ids), slots)
         self.cache.token_ids += [self._slot_ids[slot] for slot in slots]
 
     def rollback(self) -> None:
-        """Forget the slots of a block that was not committed."""
+        """Drop the slots of the last block unless it was committed."""
         self.cache.crop(len(self.cache.token_ids))
 
 
