@@ -60,12 +60,12 @@ def check(loaded: LoadedModel, sampling: Sampling) -> None:
         raise UsageProblem(
             "method 'llama-cpp' is greedy, without penalties", hint="leave out --temperature and --repetition-penalty"
         )
-    reason = None if loaded.gguf is not None else _why_not(loaded.model)
+    reason = None if loaded.gguf is not None else _unsupported_reason(loaded.model)
     if reason is not None:
         raise UsageProblem(f"method 'llama-cpp' cannot run {loaded.name}: {reason}", hint="leave it out of --methods")
 
 
-def _why_not(model: PreTrainedModel) -> str | None:
+def _unsupported_reason(model: PreTrainedModel) -> str | None:
     """Return in a few words why a model cannot be converted, or None where it can."""
     if type(model).__name__ != "LlamaForCausalLM":
         return f"it is a {type(model).__name__}, and LlamaForCausalLM alone can be converted"

@@ -37,7 +37,7 @@ class _SavedChat(BaseModel):
 
 
 class Chat:
-    """Turns in order: perhaps a system turn, then requests and answers.
+    """A conversation: an optional system turn, then requests and answers.
 
     Args:
         loaded: the model that answers.

@@ -78,7 +78,7 @@ class Session:
         self.take(loaded, turns)
 
     def take(self, loaded: LoadedModel, turns: Sequence[Turn]) -> None:
-        """Go on from these turns with a model."""
+        """Continue from these turns with a model."""
         self._check_candidates(loaded, self.settings.candidates)
         self.model = Model(loaded, template=self.template)
         self.cache = KVCache()
@@ -87,7 +87,7 @@ class Session:
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model, with what its steps cost once that is known."""
+        """The model, with the measured costs of its steps."""
         return self.model.loaded
 
     def change(self, name: str, value: str) -> None:
@@ -113,7 +113,7 @@ class Session:
         return 0 if self.last is None else len(self.last[0].token_ids) + len(self.last[1].tokens)
 
     def request(self) -> Prefix:
-        """Return the request to be answered next, fitted into the context as the settings say.
+        """Return the prompt of the next answer, cut to the context as the settings say.
 
         Raises:
             UsageProblem: it does not fit, or the chat template refuses the conversation.
@@ -150,7 +150,7 @@ class Session:
         return self.model.steps(token_ids, stop, self.settings, cache=cache, drafts=drafts, grammar=grammar)
 
     def conclude(self, asked: Prefix, generation: Generation) -> None:
-        """Take an answer into the conversation; without a token the request is taken back."""
+        """Add an answer to the conversation; an empty answer removes its request."""
         if not generation.tokens:
             self.chat.undo()
             return
@@ -160,7 +160,7 @@ class Session:
         self.loaded.remember(generation.tokens)
 
     def speedup(self) -> float | None:
-        """Return how many times as fast as AR the last answer came, by a few AR steps timed here and now.
+        """Return the speedup of the last answer over AR, from a few AR steps timed now.
 
         None where it was AR itself, where the context is full, where an answer was too short to tell, or where other
         work on the machine makes the two incomparable.
@@ -180,7 +180,7 @@ class Session:
         return speedup if speedup <= _LARGEST_GAIN * len(generation.tokens) / len(generation.steps) else None
 
     def _ar_seconds(self, token_ids: list[int]) -> list[float]:
-        """Return the seconds of a few AR steps, less the first, which has the prefill in it."""
+        """Return the seconds of a few AR steps without the first, which includes the prefill."""
         timed: list[float] = []
         began = time.perf_counter()
         for step in self._decode(token_ids, StopRule(_MAX_AR_STEPS), "ar", self.cache):
@@ -191,7 +191,7 @@ class Session:
 
 
 def _are_comparable(ar: list[float], own: list[float]) -> bool:
-    """Return whether two series of steps were timed on a machine equally busy: neither scatters, both at their best."""
+    """Return whether two series of steps were timed under the same load: neither scatters."""
     low, _, high = statistics.quantiles(ar, n=4, method="inclusive")
     own_low, _, own_high = statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else own * 3
     return high <= 2 * low and own_high <= 4 * own_low and min(own) <= 8 * min(ar)

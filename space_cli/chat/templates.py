@@ -27,7 +27,7 @@ _TAIL = 64
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side of a conversation says.
+    """A turn of a conversation.
 
     Attributes:
         fields: what else the chat template is given of it, as the calls of an assistant.
@@ -40,7 +40,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A beginning of a conversation, as text and as the tokens the model read or wrote."""
+    """The prefix of a conversation, as text and as the tokens that the model read or wrote."""
 
     text: str
     token_ids: list[int]
@@ -54,7 +54,7 @@ def request(
     prefixes: Iterable[Prefix] = (),
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> Prefix:
-    """Return what a model is given to answer the last turn.
+    """Return the prompt for an answer to the last turn.
 
     Args:
         turns: the last one asks.
@@ -124,7 +124,7 @@ def fill_template(turns: Sequence[Turn], template: str) -> Iterator[tuple[str, b
 
 
 def split_template(template: str) -> tuple[str, str]:
-    """Return what a template has before and behind its gap."""
+    """Split a template at its gap."""
     if template.count("{}") != 1:
         raise UsageProblem(f"the template {template!r} must hold {{}} once", hint="the user's text goes there")
     head, tail = template.split("{}")
@@ -139,7 +139,7 @@ def render(
     asks: bool = False,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Return what the chat template makes of the turns; with `asks`, up to where the next answer begins."""
+    """Render turns by the chat template; with `asks`, up to the start of the next answer."""
     messages = [{"role": turn.role, "content": turn.content, **turn.fields} for turn in turns]
     given: dict[str, Any] = {}
     functions = [dict(tool) for tool in tools]
@@ -169,7 +169,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Escaper:
-    """Keeps texts from spelling out special tokens: puts a seam inside each, over which no token reaches.
+    """Escapes special tokens in texts: puts a seam inside each, and no token spans a seam.
 
     Attributes:
         seam: a character that none of the texts has.
@@ -181,7 +181,7 @@ class Escaper:
 
     @classmethod
     def of(cls, values: Any, tokenizer: PreTrainedTokenizerBase) -> Escaper:
-        """Return what escapes the texts in a JSON value, or some of them."""
+        """Return an escaper for the texts in a JSON value."""
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
         used = set().union(*_texts_in(values))
@@ -208,32 +208,32 @@ class Escaper:
 def escape_turns(
     turns: Sequence[Turn], escaper: Escaper, tokenizer: PreTrainedTokenizerBase, *, template: str | None
 ) -> list[Turn]:
-    """Return turns whose special tokens are ordinary text, but for a beginning of text where the template begins."""
+    """Return turns with special tokens escaped."""
     if template is not None and template.startswith("{}"):
         turns = [Turn(turns[0].role, without_lead(turns[0].content, tokenizer)), *turns[1:]]
     return [Turn(turn.role, escaper.text(turn.content), escaper.json(turn.fields)) for turn in turns]
 
 
 def lead_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that the tokenizer puts in front of any text, unless `text` begins with them already."""
+    """Return the ids that the tokenizer puts before any text, unless `text` already begins with them."""
     plain, whole = ids_of("a", tokenizer), list(tokenizer("a")["input_ids"])
     lead = whole[: next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)]
     return [] if lead and ids_of(text, tokenizer)[: len(lead)] == lead else lead
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of a text that stands alone: those that the tokenizer puts in front, once, and none behind."""
+    """Tokenise a text on its own: with beginning-of-text ids once, without end-of-text ids."""
     return lead_ids(text, tokenizer) + ids_of(text, tokenizer)
 
 
 def without_lead(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a text without what the tokenizer puts in front of any, where the text spells that out itself."""
+    """Return a text without the beginning-of-text token that the tokenizer adds anyway."""
     lead = tokenizer.convert_ids_to_tokens(lead_ids("", tokenizer))
     return text.removeprefix("".join(lead))
 
 
 def ids_behind(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of `text` in its place behind `before`, whose own ids it leaves alone.
+    """Tokenise `text` as the continuation of `before`, whose ids stay as they are.
 
     Many SentencePiece tokenizers put a space in front of whatever they are given, which is right only at the start.
     """
@@ -244,6 +244,6 @@ def ids_behind(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of `text` alone, with nothing put in front."""
+    """Tokenise `text` without special tokens around it."""
     # verbose: a text longer than the model takes is cut and counted later, no reason for a warning
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -72,7 +72,7 @@ class CompiledModel:
     def run(
         self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache, *, logits_to_keep: int
     ) -> tuple[torch.Tensor, TopK]:
-        """Run a block behind what a cache holds; return logits, and which are largest. The cache then holds all slots.
+        """Run a block after the cached tokens; return logits and top-k tokens. The cache then holds all its slots.
 
         Args:
             block: its shape.
@@ -95,7 +95,7 @@ class CompiledModel:
         return CompiledEngine(model, self, **arguments)
 
     def _call(self, cache: KVCache, slots: int) -> _Call:
-        """Return where a cache's buffers are, which have room for so many slots more."""
+        """Return the addresses of a cache's buffers, grown to hold `slots` more."""
         if self._known is not None:
             known, allocations, call = self._known
             fits = cache.length + slots <= call.capacity
@@ -157,7 +157,7 @@ class CompiledEngine(EagerEngine):
             self._run(Block.chain(len(some) - 1, 0), some, logits_to_keep=1)
 
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
-        """Run a block behind the committed prefix; return (Q, V) logits. The cache then holds all slots."""
+        """Run a block after the committed prefix; return (Q, V) logits. The cache then holds all slots of the block."""
         self._slot_ids = slot_ids
         return self._run(block, slot_ids, logits_to_keep=block.num_slots)
 
@@ -173,7 +173,7 @@ class CompiledEngine(EagerEngine):
 
 
 class _Inputs:
-    """Token ids and positions of calls of one size, written in place: tensors take longer to make than a small layer.
+    """Input tensors of calls of one size, written in place: creating tensors takes longer than a small layer.
 
     Attributes:
         ids: (Q) int64.

@@ -48,14 +48,14 @@ _MAX_COMPILATIONS = 64
 
 @runtime_checkable
 class TellsMasks(Protocol):
-    """Input embeddings that must know whether a call has mask slots, and can be told; an adapter's do."""
+    """Input embeddings, as an adapter's, that must be told whether a call has mask slots."""
 
     num_text_embeddings: int
     masks_known: bool | None
 
 
 def unsupported_reason(model: PreTrainedModel) -> str | None:
-    """Return in a few words why a model's steps cannot be graphs, or None where they may be."""
+    """Return in a few words why a model cannot run as CUDA graphs, or None if it can."""
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "its layers are on several devices"
     if not has_replaceable_attention(model):
@@ -64,12 +64,12 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
 
 
 def rows_of(slots: int, sizes: Sequence[int]) -> int:
-    """Return the rows of a call for a block of so many slots: the next of ascending sizes, or multiples of the last."""
+    """Return `slots` padded to the next of the ascending `sizes`, or to a multiple of the last."""
     return next((size for size in sizes if size >= slots), -(-slots // sizes[-1]) * sizes[-1])
 
 
 class CudaGraphModel:
-    """The steps of one model.
+    """A model whose steps run as CUDA graphs.
 
     Args:
         model: on one device.
@@ -98,9 +98,9 @@ class CudaGraphModel:
 
     @torch.inference_mode()
     def lend(self, cache: KVCache, slots: int) -> None:
-        """Make a cache's layers views of the buffers that the graphs read, with room for so many slots.
+        """Make the layers of a cache views of the graphs' buffers, with room for `slots` slots.
 
-        Another cache that had them gets its part of them copied out first.
+        The cache that used the buffers before gets a copy of its part first.
         """
         slots = max(slots, cache.capacity.slots)
         if self._lent_to(cache) and slots <= self._states.shape[3]:
@@ -125,7 +125,7 @@ class CudaGraphModel:
     def run(
         self, block: Block, slot_ids: Sequence[int], cache: KVCache, *, rows: int, last_position: int
     ) -> tuple[torch.Tensor, TopK]:
-        """Run a block behind what a cache holds; return logits, and which are largest. The cache then holds all slots.
+        """Run a block after the cached tokens; return logits and top-k tokens. The cache then holds all its slots.
 
         Args:
             block: its shape.
@@ -180,7 +180,7 @@ class CudaGraphModel:
         return self._owner is not None and self._owner[0]() is cache and self._owner[1] == cache.capacity.allocations
 
     def _take_back(self) -> None:
-        """Give the cache that has the buffers a copy of its part of them."""
+        """Copy the buffers' content into the cache that uses them."""
         owner = None if self._owner is None else self._owner[0]()
         if owner is None or not self._lent_to(owner):
             return
@@ -189,7 +189,7 @@ class CudaGraphModel:
         owner.capacity.allocations += 1
 
     def _first(self, step: _Step, has_masks: bool) -> None:
-        """Run a step and, on a GPU, keep it as a graph."""
+        """Run a step; on a GPU, capture it as a graph."""
         with self._bound(step, has_masks):
             if self.device.type != "cuda":
                 self._call(step)
@@ -220,7 +220,7 @@ class CudaGraphModel:
 
     @contextmanager
     def _bound(self, step: _Step, has_masks: bool) -> Iterator[None]:
-        """Lay attention, buffers and compiled layers over the model for the time of a call."""
+        """Use our attention, buffers and compiled layers in the model within the context."""
         config, tells = self.model.config, self._tells
         with ExitStack() as stack:
             own, config._attn_implementation = config._attn_implementation, NAME
@@ -240,7 +240,7 @@ class CudaGraphModel:
 
 
 class _Step:
-    """Inputs and outputs of calls of one number of rows, at addresses that stay.
+    """Inputs and outputs of calls with one number of rows, at fixed addresses.
 
     Attributes:
         input_ids: (R) int32.
@@ -263,7 +263,7 @@ class _Step:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def fill(self, block: Block, slot_ids: Sequence[int], length: int, last_position: int) -> None:
-        """Send a block behind `length` tokens to the device; rows it does not need hold its first token."""
+        """Send a block after `length` tokens to the device; unused rows hold its first token."""
         rows, slots, inputs = self.rows, block.num_slots, self._inputs.on_host
         inputs[0] = length
         inputs[1 : 1 + rows] = slot_ids[0]
@@ -276,7 +276,7 @@ class _Step:
 
 
 class _Staged:
-    """Numbers written on the host and sent to one place on the device, without waiting."""
+    """A buffer that is written on the host and copied to a fixed place on the device without waiting."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._host = torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
@@ -284,29 +284,29 @@ class _Staged:
         self.on_device = torch.zeros(size, dtype=dtype, device=device)
 
     def send(self) -> None:
-        """Copy all of it; the host may write again once it has waited for anything that came later."""
+        """Copy all of it; the host may write again after waiting for any later work."""
         self.on_device.copy_(self._host, non_blocking=True)
 
     def put(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Send these as the first, and return where they are on the device."""
+        """Send these numbers and return where they are on the device."""
         self.on_host[: len(numbers)] = numbers
         self.send()
         return self.on_device[: len(numbers)]
 
 
 class _Fetched:
-    """Numbers from the device, which the host waits for."""
+    """A buffer that is copied from the device; the host waits for it."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self._on_host = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._on_device = torch.zeros(shape, dtype=torch.int32, device=device)
 
     def hold(self, numbers: torch.Tensor) -> None:
-        """Take what the device computes."""
+        """Copy a result on the device."""
         self._on_device.copy_(numbers)
 
     def fetch(self) -> torch.Tensor:
-        """Return a copy on the host: the one wait of a step."""
+        """Return a copy on the host. This is the one synchronisation of a step."""
         self._on_host.copy_(self._on_device, non_blocking=True)
         if self._on_device.device.type == "cuda":
             torch.cuda.current_stream(self._on_device.device).synchronize()

@@ -59,7 +59,7 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend for a layer that was given `space_states` and `space_block` for the time of the call."""
+    """Compute the attention of a layer that carries `space_states` and `space_block` during the call."""
     foreign = [name for name in _FOREIGN_ARGUMENTS if kwargs.get(name) is not None]
     if foreign:
         raise NotImplementedError(f"its attention takes {', '.join(foreign)}")
@@ -88,7 +88,7 @@ def attend(
     ancestors: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """Append a block's keys and values to a layer's cache and attend over what its rows see.
+    """Append a block's keys and values to a layer's cache and attend over the visible keys.
 
     Args:
         query: (1, H, R, D).

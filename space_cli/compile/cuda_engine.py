@@ -39,7 +39,7 @@ class GraphEngine(EagerEngine):
         compiled.lend(self.cache, self.cache.capacity.slots)
 
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
-        """Run a block behind the committed prefix; return (Q, V) logits. The cache then holds all slots."""
+        """Run a block after the committed prefix; return (Q, V) logits. The cache then holds all slots of the block."""
         self._slot_ids = slot_ids
         logits, self.top_k = self._compiled.run(
             block,
@@ -51,6 +51,6 @@ class GraphEngine(EagerEngine):
         return logits
 
     def commit(self, slots: Sequence[int]) -> None:
-        """End a step: of the block's slots only `slots` (head and accepted candidates) join the committed prefix."""
+        """End a step: only `slots` (head and accepted candidates) of the block join the committed prefix."""
         self._compiled.commit(self.cache, self.length - len(self._slot_ids), slots)
         self.cache.token_ids += [self._slot_ids[slot] for slot in slots]

@@ -40,7 +40,7 @@ STATES, GROUPS = "space_states", "space_groups"
 
 
 def unsupported_reason(model: PreTrainedModel) -> str | None:
-    """Return in a few words why a model cannot be compiled, or None where it may be."""
+    """Return in a few words why a model cannot be compiled, or None if it can."""
     if model.device.type != "cpu":
         return "it is not on a CPU"
     if model.dtype not in _KERNEL_TYPES:

@@ -53,7 +53,7 @@ class Adapter:
 
 
 def fused_groups(model: PreTrainedModel, adapter: Adapter | None, attention: str) -> list[list[str]]:
-    """Return paths of the linear layers that fill tiles, those together that one after another take the same tensor.
+    """Group the linear layers that fill whole tiles: consecutive layers with the same input form a group.
 
     Args:
         model: to be called once.
@@ -99,7 +99,7 @@ def fused_groups(model: PreTrainedModel, adapter: Adapter | None, attention: str
 def packed_layers(
     model: nn.Module, groups: Sequence[Sequence[str]], adapter: Adapter | None, *, meta: bool = False
 ) -> Iterator[None]:
-    """Put packed layers in place of a model's own for a while.
+    """Replace a model's linear layers by packed ones within the context.
 
     Args:
         model: whose layers they are.
@@ -164,7 +164,7 @@ class _PackedLinears(nn.Module):
 
 
 class _PackedLinear(nn.Module):
-    """Stands in the place of one of them."""
+    """One of the layers, as a module in the model."""
 
     def __init__(self, linears: _PackedLinears, index: int) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class _PackedLinear(nn.Module):
 
 
 class _MaskedEmbedding(nn.Module):
-    """A model's input embeddings with rows for mask ids behind the vocabulary, without a look at the ids."""
+    """Input embeddings extended by rows for mask ids, without branching on the ids."""
 
     def __init__(self, base: nn.Embedding, masks: torch.Tensor) -> None:
         super().__init__()

@@ -29,12 +29,12 @@ def machine() -> tuple[str, ...]:
 
 
 def instructions() -> str:
-    """Return for which processor kernels are compiled, as `-march` names it: `native`, or `SPACE_CPU`."""
+    """Return the `-march` of the kernels: `SPACE_CPU`, or `native`."""
     return os.environ.get("SPACE_CPU") or "native"
 
 
 def _check_processor() -> None:
-    """Refuse what would end the process at its first instruction that the processor does not have."""
+    """Refuse an instruction set that this processor lacks; running it would kill the process."""
     missing = set(_LEVELS.get(instructions(), ())).difference(_processor_flags().split())
     if missing:
         raise RunFailed(
@@ -54,7 +54,7 @@ def compiler_command(processor: str) -> list[str]:
 
 
 def build_kernels(folder: Path) -> Path:
-    """Return the library of our kernels, compiled into a folder where it is not there yet.
+    """Return the library of our kernels; compile it into a folder if it is not there.
 
     Raises:
         RunFailed: there is no C++ compiler, or it fails; or the processor is none that `SPACE_CPU` names.
@@ -91,7 +91,7 @@ def _content(file: Path) -> bytes | None:
 
 
 def _digest(file: Path) -> bytes | None:
-    """Return a file's hash: half a library would end the process that loads it."""
+    """Return a file's hash; loading a truncated library would kill the process."""
     content = _content(file)
     return None if content is None else hashlib.sha256(content).hexdigest().encode()
 
@@ -126,7 +126,7 @@ def toolchain_digest(*callers: str) -> str:
 
 
 def _processor_flags() -> str:
-    """Return what instructions the processor has, where the system tells."""
+    """Return the processor's instruction sets if the system lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Keys and values of the committed prefix: one buffer, rolled back by moving a number, kept from answer to answer."""
+"""Keys and values of the committed prefix, in preallocated buffers that are cropped by changing a length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 @dataclass(slots=True)
 class CacheCapacity:
-    """What all layers of a cache share: the slots there is room for, and how many they show.
+    """The size of a cache, shared by its layers: allocated slots, and how many of them attention is shown.
 
     Attributes:
         slots: that a buffer must have, made longer when next written to.
@@ -30,12 +30,12 @@ class CacheCapacity:
     allocations: int = 0
 
     def shown(self, used: int) -> int:
-        """Return the number of slots shown when `used` are in use."""
+        """Return how many slots attention is shown when `used` are in use."""
         return -(-used // self.multiple) * self.multiple
 
 
 class PreallocatedLayer(CacheLayerMixin):
-    """Cache layer that writes into a buffer allocated ahead and attends over its used part only.
+    """A cache layer with a preallocated buffer, of which attention sees the used part only.
 
     `StaticCache` attends over the whole buffer, `DynamicCache` copies the whole prefix each step; this does neither.
     """
@@ -72,7 +72,7 @@ class PreallocatedLayer(CacheLayerMixin):
         return self.keys[:, :, :shown], self.values[:, :, :shown]
 
     def make_room(self, end: int) -> None:
-        """Copy what is held into longer buffers where `end` slots would not fit."""
+        """Grow the buffers if they hold fewer than `end` slots."""
         if self.capacity.shown(end) <= self.keys.shape[2]:
             return
         for name in ("keys", "values"):
@@ -106,7 +106,7 @@ def _zeros(states: torch.Tensor, capacity: int) -> torch.Tensor:
 
 
 class KVCache:
-    """One model's cache with the verbs of decoding: length, crop, commit; it may outlive a generation.
+    """The KV cache of one model: length, crop, commit. It may be reused by the next generation.
 
     Attributes:
         capacity: of all layers; a multiple above 1 needs a mask over the slots not in use.
@@ -120,7 +120,7 @@ class KVCache:
         self.cache = Cache(layer_class_to_replicate=cast(Any, partial(PreallocatedLayer, self.capacity)))
 
     def reserve(self, max_length: int) -> None:
-        """Make room for so many tokens at once, the slots of a block included; what is held stays."""
+        """Reserve room for `max_length` tokens, the slots of a block included; cached tokens stay."""
         self.capacity.slots = max(max_length, self.capacity.slots)
 
     @property
@@ -134,7 +134,7 @@ class KVCache:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
 
     def fork(self, length: int) -> KVCache:
-        """Return a cache of its own with the first `length` tokens."""
+        """Return a copy that holds the first `length` tokens."""
         copy = KVCache()
         copy.token_ids = self.token_ids[:length]
         copy.reserve(length)
@@ -143,15 +143,15 @@ class KVCache:
         return copy
 
     def crop(self, length: int) -> None:
-        """Forget everything behind the first `length` tokens."""
+        """Drop everything after the first `length` tokens."""
         del self.token_ids[length:]
         for layer in self.layers:
             layer.length = length
 
     def commit(self, start: int, slots: Sequence[int]) -> None:
-        """Keep the first `start` tokens and, behind them, only those of the block's ascending `slots` that stand there.
+        """Keep the first `start` tokens and, of the block that follows them, the slots `slots` (ascending).
 
-        Slots that already stand in a row, as the accepted candidates of a chain do, cost nothing.
+        Slots that are already consecutive, like the accepted candidates of a chain, need no copy.
         """
         if slots and slots[-1] != len(slots) - 1:
             for layer in self.layers:
@@ -161,7 +161,7 @@ class KVCache:
         self.crop(start + len(slots))
 
     def layer(self, index: int) -> PreallocatedLayer:
-        """Return a layer, made where the model has not asked for it yet."""
+        """Return a layer; create it if the model has not used it yet."""
         layers = self.cache.layers
         while len(layers) <= index:
             layers.append(PreallocatedLayer(self.capacity))
@@ -169,7 +169,7 @@ class KVCache:
 
     @property
     def layers(self) -> list[PreallocatedLayer]:
-        """The layers, once something was computed."""
+        """The layers; none before the first call."""
         return cast(list[PreallocatedLayer], self.cache.layers)
 
 

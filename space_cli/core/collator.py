@@ -79,7 +79,7 @@ class SARCollator:
         return batch
 
     def row(self, feature: Mapping[str, Any]) -> tuple[Block, list[int], list[int]]:
-        """Return the block of one example, the ids in its slots and what each slot learns."""
+        """Return the block of one example, the token ids and the labels of its slots."""
         tokens, labels = list(feature["input_ids"]), list(feature.get("labels", feature["input_ids"]))
         example_index = feature.get("example_index")
         if example_index is not None:
@@ -96,7 +96,7 @@ class SARCollator:
         return block, tokens + block.mask_token_ids(self.mask_token_ids), targets
 
     def _draw_anchors(self, labels: list[int]) -> list[int]:
-        """Draw positions whose first mask has something to learn: the token two positions on carries loss."""
+        """Draw anchors whose first mask has a label: the token two positions on carries loss."""
         if not self.masks_per_group:
             return []
         if self.mask_layout == "paper" and torch.rand((), generator=self._generator).item() >= self.p_sar:
@@ -126,7 +126,7 @@ def _target(labels: list[int], position: int) -> int:
 
 
 def _mask_targets(labels: list[int], anchor: int, masks: int) -> list[int]:
-    """Return what the masks behind `anchor` learn, nothing from the end of the response on."""
+    """Return the labels of the masks after `anchor`, ignored from the end of the response on."""
     targets = [_target(labels, anchor + 1 + j) for j in range(1, masks + 1)]
     end = targets.index(IGNORED) if IGNORED in targets else masks
     return targets[:end] + [IGNORED] * (masks - end)

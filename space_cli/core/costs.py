@@ -24,7 +24,7 @@ _MAX_CALLS, _WARM_UP, _SECONDS = 16, 4, 0.1
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What steps cost.
+    """The measured cost of steps.
 
     Attributes:
         seconds: of a model call, by its number of slots; all of `SIZES` are there.
@@ -36,14 +36,14 @@ class StepCosts:
 
     @cached_property
     def by_slots(self) -> list[float]:
-        """Seconds of a step whose block needs 0, 1, ..., `MAX_BLOCK_SLOTS` slots and is filled up to the next size."""
+        """Seconds of a step by the number of slots its block needs, padded to the next of `SIZES`."""
         return filled_up({size: seconds + self.overhead for size, seconds in self.seconds.items()})
 
 
 def filled_up(seconds: Mapping[int, float]) -> list[float]:
-    """Return seconds by 0, 1, ..., `MAX_BLOCK_SLOTS` slots, where blocks are filled up to the next of `SIZES`.
+    """Return seconds by number of slots (0 to `MAX_BLOCK_SLOTS`), where blocks are padded to the next of `SIZES`.
 
-    A block takes no longer than a larger one: other work on the machine, which only ever adds time, is told by that.
+    A block cannot take longer than a larger one. Where it was measured so, other work interfered: take the minimum.
     """
     table, at_most = list[float](), math.inf
     for below, size in reversed(list(pairwise((0, *SIZES)))):
@@ -58,7 +58,7 @@ ASSUMED_COSTS = StepCosts({size: 1.0 + size / 64 for size in SIZES})
 
 @torch.inference_mode()
 def measure_costs(engine: EagerEngine, prefix_length: int) -> StepCosts:
-    """Time model calls of each size behind a prefix, one size after the other; a second or so for a small model.
+    """Time model calls of each size after a prefix; takes about a second for a small model.
 
     A size is called many times in a row, as in an answer: after calls of another size, larger ones above all, a call
     takes longer. Other work on the machine only ever adds time: the lower quartile is taken.

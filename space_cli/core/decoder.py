@@ -25,7 +25,7 @@ from space_cli.errors import UsageProblem
 
 
 def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise `UsageProblem` unless prompt and new tokens fit the model's context."""
+    """Raise `UsageProblem` unless prompt and new tokens fit into the model's context."""
     limit = context_length(model.config)
     if limit is not None and prompt_tokens + max_new_tokens > limit:
         raise UsageProblem(
@@ -48,7 +48,7 @@ def decode(
     cache: KVCache | None = None,
     logprobs: int | None = None,
 ) -> Iterator[Step]:
-    """Generate behind `prompt_ids`, one `Step` per model call; stop by not asking for more.
+    """Generate after `prompt_ids` and yield one `Step` per model call; the caller stops by not asking for more.
 
     Args:
         model: a causal LM that takes a 4-D attention mask and position ids.
@@ -127,7 +127,7 @@ def decode(
 def _verify(
     step_logits: StepLogits, block: Block, candidates: Sequence[int], tokens: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Walk from the head along candidates that equal the chosen token.
+    """Follow the path of candidates that equal the sampled tokens, from the head on.
 
     Returns:
         The slots passed (head first) and the tokens chosen at them, the last of which is the correction.

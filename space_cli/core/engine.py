@@ -98,9 +98,9 @@ class EagerEngine:
         return self.cache.length
 
     def prefill(self, token_ids: Sequence[int]) -> int:
-        """Make the cache hold these tokens, no more and no less; return how many of them were computed.
+        """Fill the cache with these tokens, reusing the prefix it already holds; return how many were computed.
 
-        What an earlier generation left of them is kept. No logits are computed.
+        Cached tokens that differ are dropped. No logits are computed.
         """
         held = self.cache.token_ids
         start = common_prefix_length(held, token_ids)
@@ -111,7 +111,7 @@ class EagerEngine:
         return len(token_ids) - start
 
     def _extend(self, token_ids: Sequence[int]) -> None:
-        """Compute tokens behind what the cache holds."""
+        """Append tokens to the cache."""
         start = self.length
         self.cache.capacity.multiple = 1
         with self._attention():
@@ -122,7 +122,7 @@ class EagerEngine:
             )
 
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
-        """Run a block behind the committed prefix; return (Q, V) logits. The cache then holds all slots.
+        """Run a block after the committed prefix; return (Q, V) logits. The cache then holds all slots of the block.
 
         Args:
             block: its shape.
@@ -140,31 +140,23 @@ class EagerEngine:
         return logits[0]
 
     def _mask(self, block: Block) -> torch.Tensor | None:
-        """Return the (1, 1, Q, N) mask of a block behind the prefix, the unused end of the cache hidden.
-
-        Additive and of the model's dtype: eager attention takes no other, and SDPA on CPU would turn a boolean mask
-        into this one again in every layer.
-        """
+        """Return the (1, 1, Q, N) mask of a block behind the prefix, the unused end of the cache hidden."""
         if block.num_slots == 1 and self._tile == 1:
             # one query that sees all keys needs none, and transformers then takes its faster grouped-query path
             return None
-        length, shown = self.length, self.cache.capacity.shown(self.length + block.num_slots)
-        shape, dtype, device = (1, 1, block.num_slots, shown), self.model.dtype, self.model.device
-        mask = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
-        mask[..., :length] = 0
-        mask[..., length : length + block.num_slots].masked_fill_(torch.from_numpy(block.visibility).to(device), 0)
-        return mask
+        num_keys = self.cache.capacity.shown(self.length + block.num_slots)
+        return block.attention_mask(self.length, num_keys=num_keys, dtype=self.model.dtype, device=self.model.device)
 
     def _attention(self) -> AbstractContextManager[None]:
         return invariant_attention_of(self.model) if self._tile > 1 else nullcontext()
 
     def commit(self, slots: Sequence[int]) -> None:
-        """End a step: of the block's slots only `slots` (head and accepted candidates) join the committed prefix."""
+        """End a step: only `slots` (head and accepted candidates) of the block join the committed prefix."""
         self.cache.commit(self.length - len(self._slot_ids), slots)
         self.cache.token_ids += [self._slot_ids[slot] for slot in slots]
 
     def rollback(self) -> None:
-        """Forget the slots of a block that was not committed."""
+        """Drop the slots of the last block unless it was committed."""
         self.cache.crop(len(self.cache.token_ids))
 
 

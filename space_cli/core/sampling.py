@@ -38,7 +38,7 @@ _STEP, _FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 class TopK(NamedTuple):
-    """The `TOP_K` likeliest tokens of each row of a call, largest first, where the engine finds them on its way.
+    """The `TOP_K` most probable tokens of each row, in descending order, if the engine computes them too.
 
     Attributes:
         tokens: (Q, TOP_K) int64, of equal logits the first.
@@ -113,12 +113,12 @@ class _CountPenalty(LogitsProcessor):
 
 
 class Sampler:
-    """Chooses tokens; holds no state that changes an answer.
+    """Chooses tokens. It has no state that could change an answer.
 
     Args:
         processors: transformers logits processors; each row gets its own history.
         seed: of the noise; None is greedy.
-        reads_history: whether any of the processors does; a tensor of a long one takes longer to make than a choice.
+        reads_history: whether any processor does: converting a long history to a tensor takes longer than sampling.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Sampler:
         return cls(processors, seed=seed, reads_history=bool(first) or sampling.reads_history)
 
     def step_logits(self, logits: torch.Tensor, top_k: TopK | None = None) -> StepLogits:
-        """Return the rows of one model call, to choose from one by one.
+        """Return the logits of one model call, to sample from row by row.
 
         Args:
             logits: (Q, V) of any float type.
@@ -164,7 +164,7 @@ class _Processors:
     reads_history: bool
 
     def applied(self, scores: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
-        """Return (rows, V) scores behind a history once all have had their turn."""
+        """Return (rows, V) scores after all processors."""
         if self.own:
             known = [list(history) if self.reads_history else []] * len(scores)
             ids = cast(torch.LongTensor, torch.tensor(known, dtype=torch.int64, device=scores.device))
@@ -175,7 +175,7 @@ class _Processors:
 
 
 class StepLogits:
-    """The logits of one model call; a row is processed only when its token is asked for."""
+    """The logits of one model call. A row is processed only when its token is needed."""
 
     def __init__(self, logits: torch.Tensor, top_k: TopK | None, processors: _Processors, noise: _Noise | None) -> None:
         self._logits, self._processors, self._noise = logits, processors, noise
@@ -186,10 +186,10 @@ class StepLogits:
             self._greedy = largest(logits) if top_k is None else _first(top_k)
 
     def token(self, row: int, history: Sequence[int]) -> int:
-        """Return the token that follows `history` (prompt included) by the logits of `row`.
+        """Sample the token that follows `history` (prompt included) from the logits of `row`.
 
         Raises:
-            RunFailed: its logits are not finite, so that none is the largest.
+            RunFailed: the logits are not finite.
         """
         token = largest(self.scores(row, history)[None])[0] if self._greedy is None else self._greedy[row]
         if token == _NONE:
@@ -212,7 +212,7 @@ class StepLogits:
         return scores[0]
 
     def logprobs(self, rows: Sequence[int], tokens: Sequence[int], count: int) -> list[tuple[tuple[int, float], ...]]:
-        """Return for each row its token and the `count` likeliest, with their log-probabilities before any processor.
+        """Return each row's token and the `count` most probable ones, with unprocessed log-probabilities.
 
         Args:
             rows: that the tokens were chosen from.
@@ -229,7 +229,7 @@ class StepLogits:
         ]
 
     def top_k(self, rows: range, history: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
-        """Return for consecutive rows the `count` likeliest tokens with their probabilities, largest first.
+        """Return for consecutive rows the `count` most probable tokens with their probabilities, in descending order.
 
         The first row's token follows `history`, the next one's the token after it, and so on. Drafts, not verdicts:
         processors see `history` alone.
@@ -248,9 +248,9 @@ class StepLogits:
 
 
 def largest(logits: torch.Tensor) -> list[int]:
-    """Return the token of the largest logit of each row of (Q, V), -1 where that is no finite number.
+    """Return the argmax of each row of (Q, V) logits, -1 where the largest logit is not finite.
 
-    One copy off the device, and no other of a step.
+    This is the one copy from the device in a step.
     """
     if logits.device.type != "cpu":
         values, tokens = logits.max(dim=-1)
@@ -269,7 +269,7 @@ def largest(logits: torch.Tensor) -> list[int]:
 
 
 def _first(top_k: TopK) -> list[int]:
-    """Return the likeliest token of each row, -1 where the probabilities are no numbers."""
+    """Return the most probable token of each row, -1 where the probabilities are NaN."""
     return cast(list[int], torch.where(top_k.probs[:, 0].isfinite(), top_k.tokens[:, 0], _NONE).tolist())
 
 

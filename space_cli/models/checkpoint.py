@@ -19,7 +19,7 @@ ADAPTER_FILES = ("adapter_config.json", ADAPTER_FILE)
 
 
 class SpaceConfig(BaseModel):
-    """What SPACE must know of a checkpoint.
+    """The SPACE fields of a checkpoint.
 
     Attributes:
         format: version of this file.
@@ -46,7 +46,7 @@ class SpaceConfig(BaseModel):
 
     @property
     def accepted_by_depth(self) -> list[float]:
-        """How often a step accepted 1, 2, ... of the masks' guesses when last measured; empty if it never was."""
+        """Acceptance rate by depth when last measured; empty if never measured."""
         found = [each.get("accepted_by_depth") for each in self.acceptance.values() if isinstance(each, dict)]
         known = [shares for shares in found if isinstance(shares, list)]
         return list(takewhile(_is_share, known[-1])) if known else []

@@ -1,4 +1,4 @@
-"""Which engine runs a model, and what its steps cost: chosen once a model is loaded, kept on disk for the next time."""
+"""Chooses the engine of a model and measures the costs of its steps; both are cached on disk."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def prepare(
     tokens: int = 0,
     on_compile: Callable[[], None] = lambda: None,
 ) -> LoadedModel:
-    """Return the model with its engine; what its steps cost, adaptive drafts are to ask of `measured`.
+    """Return the model with its engine; adaptive drafting needs `measured` as well.
 
     Args:
         loaded: as `load_model` gave it.
@@ -71,7 +71,7 @@ def prepare(
 
 
 def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
-    """Return the model with the costs of its steps: those on disk, or measured now where there are none or `fresh`."""
+    """Return the model with the costs of its steps, from disk, or measured now if there are none or with `fresh`."""
     compiled_key = None if loaded.compiled is None else fingerprint(loaded.model)
     file = engine_folder() / f"costs-{_speed_key(loaded, compiled_key)}.json"
     costs = None if fresh else _read_costs(file)
@@ -91,9 +91,9 @@ def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
 
 
 def _steps(loaded: LoadedModel, drafts: Drafter) -> list[Step]:
-    """Return the steps of a short generation, without the first, which has the prompt in it.
+    """Return the steps of a short generation without the first, which includes the prefill.
 
-    It ends sooner where steps take long: a start must not wait for a large model, nor for a busy machine.
+    It stops early if steps are slow, so that loading a large model is not delayed.
     """
     steps = decode(
         loaded.model,
@@ -151,7 +151,7 @@ def _size(loaded: LoadedModel) -> int:
 
 
 def _is_faster(loaded: LoadedModel, compiled: CompiledModel, timed: Path) -> bool:
-    """Return whether a compiled model is faster than the model itself: as measured before, or now."""
+    """Return whether the compiled model is faster than the eager one, as measured before or now."""
     speeds = read_speeds(timed)
     if speeds is None:
         prompt = min(PROMPT, (loaded.context_length or PROMPT + 1) - 1)
@@ -167,10 +167,10 @@ def _is_faster(loaded: LoadedModel, compiled: CompiledModel, timed: Path) -> boo
 def _ready(
     loaded: LoadedModel, package: Path, refused: Path, *, on_compile: Callable[[], None] | None
 ) -> CompiledModel:
-    """Return the compiled model on disk, made where it is not there or is damaged, unless `on_compile` is None.
+    """Load the compiled model; compile it if it is missing or damaged, unless `on_compile` is None.
 
     Raises:
-        RunFailed: there is none and none can be made. What only a compilation could tell is noted.
+        RunFailed: there is none and compiling fails. A failed compilation is noted on disk.
     """
     if package.exists():
         try:
@@ -198,7 +198,7 @@ def _ready(
 
 
 def _check_room(loaded: LoadedModel) -> None:
-    """Refuse to compile what would not fit into memory."""
+    """Refuse to compile a model that would not fit into memory."""
     needed, free = (_COPIES - 1) * _size(loaded), available_memory()
     if needed > free:
         raise RunFailed(
@@ -209,7 +209,7 @@ def _check_room(loaded: LoadedModel) -> None:
 
 @torch.inference_mode()
 def _checked(loaded: LoadedModel, package: Path) -> CompiledModel:
-    """Return the compiled model on disk, once it has computed what the model itself computes.
+    """Load the compiled model and check that it computes what the eager model computes.
 
     Raises:
         RunFailed: it cannot be loaded or differs; it is then removed.

@@ -1,4 +1,4 @@
-"""The weights of a GGUF file under transformers' names, each matrix in full: what is in blocks is taken out of them."""
+"""The weights of a GGUF file under transformers' names, dequantised."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tensor_names(gguf: GgufFile, config: PretrainedConfig, wanted: Iterable[str]
 
 
 def processor_of(gguf: GgufFile, config: PretrainedConfig) -> Any:
-    """Return what undoes llama.cpp's changes of tensors."""
+    """Return the processor that reverts llama.cpp's tensor conversions."""
     kind: Any = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)
     return kind(config=config.to_dict())
 

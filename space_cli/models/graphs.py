@@ -1,4 +1,4 @@
-"""The engine of models on a CUDA device: their steps as graphs, checked against the model as it is."""
+"""CUDA graphs of a loaded model, checked against the eager model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TREE = Block.tree([0, 0, 2], 0)
 def cuda_graph_model(
     loaded: LoadedModel, *, fused: bool, required: bool, on_compile: Callable[[], None] = lambda: None
 ) -> CudaGraphModel | None:
-    """Return the model's steps as graphs, once they have computed what the model itself computes.
+    """Return the model as CUDA graphs, checked against the eager model.
 
     Args:
         loaded: on one CUDA device; on a CPU it runs without graphs.

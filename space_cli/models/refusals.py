@@ -1,4 +1,4 @@
-"""Why a model was not compiled, kept so that not every start tries in vain, and only while it still holds.
+"""Remembers on disk why a model could not be compiled, so that not every start tries again.
 
 A refusal's file is named for the model, the versions and the sources; in it is what else a compilation depends on.
 """
@@ -20,7 +20,7 @@ _MORE_ROOM = 2**28
 
 
 def note_refusal(file: Path, reason: str) -> None:
-    """Keep why a model was not compiled, where that can be written."""
+    """Write down why a model could not be compiled, if possible."""
     refusal = {"reason": reason, "compiler": _compiler(), "room": _room(file.parent), "time": time.time()}
     try:
         atomic_write(file, json.dumps(refusal))
@@ -29,7 +29,7 @@ def note_refusal(file: Path, reason: str) -> None:
 
 
 def is_refused(file: Path) -> bool:
-    """Return whether a refusal is kept and nothing it depended on has changed for the better since."""
+    """Return whether a failure is on record and nothing relevant has improved since."""
     try:
         refusal = json.loads(file.read_bytes())
         then = [int(free) for free in refusal["room"]]
@@ -42,7 +42,7 @@ def is_refused(file: Path) -> bool:
 
 
 def _compiler() -> list[str | int]:
-    """Return which compiler is used, and of when."""
+    """Return the compiler and its modification time."""
     name = os.environ.get("CXX", "c++")
     found = shutil.which(name)
     if found is None:

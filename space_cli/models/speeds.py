@@ -1,4 +1,4 @@
-"""Which of two engines is faster for a model on this machine: timed once, kept on disk."""
+"""Times both engines of a model once and remembers on disk which is faster."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Speed:
 
     @property
     def answer(self) -> float:
-        """Seconds of an answer of the usual lengths."""
+        """Seconds of an answer of typical length."""
         return _ANSWER_STEPS * self.step + _ANSWER_PROMPTS * self.prompt
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Those of both engines."""
+    """The speeds of both engines."""
 
     eager: Speed
     compiled: Speed
@@ -70,7 +70,7 @@ def measure_speed(engine: EagerEngine, prompt: int = PROMPT) -> Speed:
 
 
 def _fastest(call: Callable[[], None]) -> float:
-    """Return the shortest time of some calls, the first apart, in which a call's parts are made ready."""
+    """Return the shortest time of some calls after a warm-up call."""
     call()
     began, found = time.perf_counter(), list[float]()
     while len(found) < _MAX_CALLS and (not found or time.perf_counter() - began < _SECONDS):
@@ -81,7 +81,7 @@ def _fastest(call: Callable[[], None]) -> float:
 
 
 def read_speeds(file: Path) -> Speeds | None:
-    """Return what was measured, or None."""
+    """Read the measurements, or return None."""
     try:
         saved = json.loads(file.read_bytes())
         return Speeds(
@@ -92,7 +92,7 @@ def read_speeds(file: Path) -> Speeds | None:
 
 
 def write_speeds(speeds: Speeds, file: Path) -> None:
-    """Keep what was measured, where that can be written."""
+    """Write the measurements, if possible."""
     try:
         atomic_write(file, json.dumps(asdict(speeds)))
     except OSError:  # measured again the next time

@@ -47,7 +47,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def repair(config: GenerationConfig) -> str | None:
-    """Make a generation config one that can be saved, in place; return what was done in words, or None.
+    """Repair a generation config in place so that it can be saved; return what was changed, or None.
 
     Published ones can say `do_sample: false` beside a temperature, which transformers refuses to write.
 

@@ -47,7 +47,7 @@ def check_config(config: PretrainedConfig, name: str) -> None:
 
 @torch.inference_mode()
 def check_block(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model on which a block gives other logits than the same tokens one by one.
+    """Refuse a model for which a block gives different logits than the same tokens one by one.
 
     Raises:
         UsageProblem: with the reason in one line.
@@ -104,7 +104,7 @@ def is_bitsandbytes(fields: dict[str, Any]) -> bool:
 
 
 def _has_alibi(config: PretrainedConfig) -> bool:
-    """Return whether distances come from slots of the cache instead of position ids (Bloom, MPT, some Falcons)."""
+    """Return whether the model uses ALiBi, which ignores position ids (Bloom, MPT, some Falcons)."""
     return config.model_type in ("bloom", "mpt") or bool(getattr(config, "alibi", False))
 
 

@@ -1,1 +1,1 @@
-"""What `bench` and `verify` ask of a model: suites of prompts, a plan over them, and tasks with their answers."""
+"""What `bench` and `verify` run: suites of prompts, a plan over them, and tasks."""

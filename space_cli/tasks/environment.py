@@ -1,4 +1,4 @@
-"""Where a run took place, for its JSON."""
+"""The environment of a run, for its JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from space_cli.models.loading import LoadedModel
 
 
 def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
-    """Return where a run took place: versions, machine, weights, dtype, engine, what steps cost there, date."""
+    """Return versions, machine, weights, dtype, engine, step costs and date."""
     return {
         "space": space_cli.__version__,
         "commit": _commit(),

@@ -1,4 +1,4 @@
-"""A plan: which prompts of which suites a model is to answer, and what it is given for each turn."""
+"""The plan of a run: the prompts to answer, and the token ids of each turn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from space_cli.tasks.task import Task
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How answers are made.
+    """The settings of all answers.
 
     Attributes:
         candidates: k of method space, in the paper's chain; None draws each block by measured cost.
@@ -36,7 +36,7 @@ class Settings:
 
 
 class View(Protocol):
-    """Sees a run as it happens; called between steps, outside what is timed."""
+    """Observes a run; called between steps, outside the timed parts."""
 
     def started(self, suite: str, task_id: str, method: str) -> None:
         """An answer begins."""
@@ -72,11 +72,11 @@ class Planned:
         return f"{self.prompt.task_id}, turn {self.turn + 1}" if len(self.prompt.turns) > 1 else self.prompt.task_id
 
     def under_seed(self, seed: int) -> Planned:
-        """Return the same with another seed of sampling."""
+        """Return a copy with another sampling seed."""
         return replace(self, task=replace(self.task, sampling=replace(self.task.sampling, seed=seed)))
 
     def following(self, token_ids: Sequence[int]) -> Planned | None:
-        """Return the next turn behind an answer to this one; None where it was the last."""
+        """Return the next turn after an answer to this one, or None."""
         said = (*self.said, token_ids)
         if len(said) == len(self.prompt.turns):
             return None
@@ -103,12 +103,12 @@ class Plan:
 
 
 def suites_for(loaded: LoadedModel, suites: Sequence[Suite]) -> list[Suite]:
-    """Return the suites in the form in which this model is to be asked."""
+    """Return the suites as this model is asked: chat models get chat prompts."""
     return [suite.for_chat_model() if loaded.is_chat_model else suite for suite in suites]
 
 
 def most_tokens(suites: Sequence[Suite], settings: Settings, *, limit: int | None) -> int:
-    """Return how many tokens one method may have to generate, whatever fits the context."""
+    """Return an upper bound of the tokens that one method generates."""
     turns = sum(len(prompt.turns) for suite in suites for prompt in suite.prompts[:limit])
     return turns * settings.max_new_tokens
 
@@ -121,7 +121,7 @@ def plan(
     limit: int | None = None,
     draft: LoadedModel | None = None,
 ) -> Plan:
-    """Return what is to be answered, before anything has run.
+    """Return the plan of a run.
 
     Args:
         loaded: the model.
@@ -174,7 +174,7 @@ def _planned(
 
 
 def _prompt_ids(loaded: LoadedModel, suite: Suite, prompt: Prompt, said: Sequence[Sequence[int]]) -> list[int]:
-    """Return what the model is given for the turn behind those answered."""
+    """Return the token ids of the prompt for the turn after those answered."""
     if not suite.chat:
         text, template = prompt.turns[0], loaded.prompt_template
         return loaded.encode(template.replace("{}", text) if template else text)
@@ -187,7 +187,7 @@ def _prompt_ids(loaded: LoadedModel, suite: Suite, prompt: Prompt, said: Sequenc
 
 
 def _context_needed(planned: Planned) -> int:
-    """Return the tokens of the whole conversation, were every answer as long as it may be."""
+    """Return the length of the whole conversation with answers of maximal length."""
     last, most = planned, planned.task.stop.max_new_tokens
     while (following := last.following([last.task.prompt_ids[-1]] * most)) is not None:
         last = following

@@ -26,7 +26,7 @@ from space_cli.rows import (
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What makes a program of an answer: `before` + answer + `after` ends without an error where it is right."""
+    """Turns an answer into a program: `before` + answer + `after` exits without error if the answer is right."""
 
     before: str
     after: str
@@ -75,7 +75,7 @@ class Suite:
     instruction: str | None = None
 
     def for_chat_model(self) -> Suite:
-        """Return the suite as a chat model is asked: it answers in its own way, which no stop string may cut."""
+        """Return the suite for a chat model: without stop strings, which could cut its answer."""
         if self.instruction is None:
             return self
         head, tail = self.instruction.split("{}")

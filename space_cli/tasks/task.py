@@ -60,7 +60,7 @@ def run_decode(task: Task, drafts: Drafter | None, on_step: OnStep) -> Generatio
 
 
 def run_generate(task: Task, on_step: OnStep, **options: Any) -> Generation:
-    """Run transformers' `generate` with its default cache; our stop rule ends it, so that all answers end alike."""
+    """Run transformers' `generate` with its default cache and our stop rule."""
     if task.sampling.temperature:
         torch.manual_seed(task.sampling.seed)
     recorder = _Recorder(task, on_step)
@@ -108,7 +108,7 @@ def _call_generate(
 
 
 class _Recorder(StoppingCriteria):
-    """Turns what `generate` adds between two calls into a `Step`, and ends it by our stop rule."""
+    """Records what `generate` adds between two calls as a `Step`, and applies our stop rule."""
 
     def __init__(self, task: Task, on_step: OnStep) -> None:
         self.generation = Generation()

@@ -57,7 +57,7 @@ class Recipe:
     method: Method
     candidates: int
     distinct_masks: bool
-    mask_layout: Literal["groups", "paper"]
+    form: Literal["groups", "paper"]
     groups: int
     p_sar: float
     mask_loss_weight: float

@@ -146,7 +146,7 @@ def test_the_kernel_attends_as_torch_does_and_appends_to_the_cache(kernels, dtyp
         query.double(),
         keys.double(),
         values.double(),
-        attn_mask=call.block.attention_mask(call.length),
+        attn_mask=call.block.attention_mask(call.length, dtype=torch.float64),
         enable_gqa=True,
     )[0].transpose(0, 1)
     assert torch.allclose(found.double(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2)

@@ -9,7 +9,7 @@ import torch
 
 from space_cli.cli.app import run
 from space_cli.core import cache, decoder, engine, sampling
-from space_cli.core.block import Block, SlotKind
+from space_cli.core.block import Block
 from space_cli.models import support
 
 FAST = ("--dtype", "float32", "--max-new-tokens", "24", "--quiet", "--json", "-")
@@ -33,9 +33,7 @@ def wrong_position_offset(monkeypatch):
     offsets = Block.offsets.func
 
     def shifted(self):
-        return tuple(
-            offset + (kind == SlotKind.CANDIDATE) for offset, kind in zip(offsets(self), self.kinds, strict=True)
-        )
+        return tuple(offset + (0 < slot < self.num_tokens) for slot, offset in enumerate(offsets(self)))
 
     monkeypatch.setattr(Block, "offsets", property(shifted))
 
