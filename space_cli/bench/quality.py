@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from space_cli.bench.record import Sample
 from space_cli.errors import UsageProblem
 from space_cli.sandbox import contained
-from space_cli.tasks.suites import Metric, Prompt, Suite
+from space_cli.tasks.prompts import Metric, Prompt, Suite
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from space_cli.models.engines import EngineName
     from space_cli.models.loading import LoadedModel
     from space_cli.tasks.plan import Plan, Settings
-    from space_cli.tasks.suites import Metric, Suite
+    from space_cli.tasks.prompts import Metric, Suite
 
 EPILOG = (
     "Example: space bench --limit 10    Example: space bench --suite prompts.jsonl --methods ar,space --json run.json"
@@ -316,7 +316,7 @@ def _no_pictures(report_file: Path | None) -> dict[str, str]:
 
 def _list() -> None:
     from space_cli.rows import SUFFIXES
-    from space_cli.tasks.suites import SUITES
+    from space_cli.tasks.formats import SUITES
 
     typer.echo("Suites")
     for name, dataset_format in SUITES.items():

@@ -19,7 +19,7 @@ from space_cli.text import well_formed
 if TYPE_CHECKING:
     from space_cli.core.sampling import Sampling
     from space_cli.models.loading import LoadedModel, Weights
-    from space_cli.tasks.suites import Suite
+    from space_cli.tasks.prompts import Suite
 
 
 def _check_place(option: str, name: str) -> None:
@@ -85,7 +85,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 def _complete_suite(incomplete: str) -> list[str]:
-    from space_cli.tasks.suites import SUITES
+    from space_cli.tasks.formats import SUITES
 
     return [name for name in SUITES if name.startswith(incomplete)]
 

@@ -153,8 +153,9 @@ def verify_lossless(
     planned = plan(loaded, suites, settings, limit=prompts.limit)
     view.left_out(planned.left_out)
     record = _record(loaded, comparison, settings, strict=strict)
-    methods = comparison.methods(sampled=sampling.temperature > 0)
-    view.begin(loaded, methods, planned.turns * against.seeds, unit="answers")
+    view.begin(
+        loaded, comparison.methods(sampled=sampling.temperature > 0), planned.turns * against.seeds, unit="answers"
+    )
     try:
         with view, _noting_a_break(record):
             _run(record, planned.prompts, comparison, view, draws=against.draws)
