@@ -153,9 +153,7 @@ def verify_lossless(
     planned = plan(loaded, suites, settings, limit=prompts.limit)
     view.left_out(planned.left_out)
     record = _record(loaded, comparison, settings, strict=strict)
-    view.begin(
-        loaded, comparison.methods(sampled=sampling.temperature > 0), planned.turns * against.seeds, unit="answers"
-    )
+    view.begin(loaded, comparison.methods(settings.sampling), planned.turns * against.seeds, unit="answers")
     try:
         with view, _noting_a_break(record):
             _run(record, planned.prompts, comparison, view, draws=against.draws)

@@ -112,13 +112,9 @@ def train(
     if recipe.method == "full" and (mended := mend_generation_config(loaded)):
         view.note(mended)
     if processes.is_main_process:
-        if not resume:
-            empty(output, loaded)
-        output.mkdir(parents=True, exist_ok=True)
-        atomic_write(output / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
-    stop = StopRule(recipe.answer_tokens, loaded.eos_token_ids)
+        _begin(output, loaded, settings, resume=resume)
     before = _acceptance(
-        loaded, prepared, loaded.mask_token_ids, min(recipe.candidates, loaded.masks_per_group), stop, view
+        loaded, prepared, recipe, loaded.mask_token_ids, min(recipe.candidates, loaded.masks_per_group), view
     )
     with processes.main_process_first():
         # the others then find all answers in the file
@@ -129,11 +125,11 @@ def train(
     )
     counts = {"base": base_model, "examples": len(prepared.examples), "distilled": len(answered)}
     space = checkpoint_config(recipe, mask_ids, base_model, counts | json.loads(json.dumps(settings)))
-    examples = [*prepared.examples, *answered]
-    trainer = make_trainer(loaded, recipe, space, examples, prepared.held_out_examples, output, [_Shows(view)])
+    trainer = make_trainer(
+        loaded, recipe, space, [*prepared.examples, *answered], prepared.held_out_examples, output, [_Shows(view)]
+    )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    measured_at = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
-    if measured_at and (trainer.args.load_best_model_at_end or measured_at[-1] != trainer.state.global_step):
+    if _last_is_unmeasured(trainer):
         trainer.evaluate()
     trainer.finish(space, output)
     loaded.model.eval()
@@ -141,7 +137,7 @@ def train(
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         view.note(f"acceptance is not measured where weights are spread: `space bench --model {output}`")
     else:
-        after = _acceptance(loaded, prepared, mask_ids, recipe.candidates, stop, view)
+        after = _acceptance(loaded, prepared, recipe, mask_ids, recipe.candidates, view)
     # an adapter does not change it, and training it in two passes never computes it
     losses = [row["eval_ar_loss"] for row in trainer.state.log_history if "eval_ar_loss" in row]
     measured = {
@@ -151,13 +147,32 @@ def train(
     }
     space = space.model_copy(update={"acceptance": measured})
     if processes.is_main_process:
-        space.save(output)
-        history = trainer.state.log_history
-        atomic_write(output / LOG_FILE, "".join(json.dumps(row) + "\n" for row in history))
-        atomic_write(output / CARD_FILE, card(space, output.name))
-        if not draw_curves(history, output / CURVES_FILE):
-            view.note(f"no {CURVES_FILE}: pip install 'space-decoding[plot]'")
+        _write(space, trainer.state.log_history, output, view)
     return space
+
+
+def _begin(output: Path, loaded: LoadedModel, settings: dict[str, Any], *, resume: bool) -> None:
+    """Make the folder, empty unless a training goes on in it, and write the settings into it."""
+    if not resume:
+        empty(output, loaded)
+    output.mkdir(parents=True, exist_ok=True)
+    atomic_write(output / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+
+
+def _last_is_unmeasured(trainer: SARTrainer) -> bool:
+    """Return whether the held-out loss of the weights that are kept is not the last one measured."""
+    measured_at = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
+    is_last = measured_at and measured_at[-1] == trainer.state.global_step
+    return bool(measured_at) and (trainer.args.load_best_model_at_end or not is_last)
+
+
+def _write(space: SpaceConfig, history: list[dict[str, float]], output: Path, view: TrainingView) -> None:
+    """Write what a checkpoint has beside its weights: its config, log, card and curves."""
+    space.save(output)
+    atomic_write(output / LOG_FILE, "".join(json.dumps(row) + "\n" for row in history))
+    atomic_write(output / CARD_FILE, card(space, output.name))
+    if not draw_curves(history, output / CURVES_FILE):
+        view.note(f"no {CURVES_FILE}: pip install 'space-decoding[plot]'")
 
 
 def checkpoint_config(recipe: Recipe, mask_ids: list[int], base_model: str, training: dict[str, Any]) -> SpaceConfig:
@@ -227,11 +242,12 @@ def _distilled(
 def _acceptance(
     loaded: LoadedModel,
     prepared: Prepared,
+    recipe: Recipe,
     mask_ids: Sequence[int],
     candidates: int,
-    stop: StopRule,
     view: TrainingView,
 ) -> Acceptance | None:
+    stop = StopRule(recipe.answer_tokens, loaded.eos_token_ids)
     room, _ = fitting(prepared.held_out, stop.max_new_tokens, loaded.context_length)
     return measure_acceptance(
         loaded.model,
@@ -277,23 +293,7 @@ def make_trainer(
         seed=recipe.seed,
         pad_to_multiple_of=_FEW_SHAPES,
     )
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        num_train_epochs=1,  # `Epochs` holds them all, in order
-        seed=recipe.seed,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        use_cpu=loaded.device == "cpu",
-        eval_strategy="steps" if held_out else "no",
-        eval_steps=recipe.arguments["save_steps"],
-        eval_on_start=bool(held_out),
-        per_device_eval_batch_size=recipe.arguments["per_device_train_batch_size"],
-        load_best_model_at_end=bool(recipe.early_stop or (recipe.hours and held_out)),
-        # a batch whose examples are too short for a group leaves an adapter without a gradient
-        ddp_find_unused_parameters=recipe.method == "adapter",
-        metric_for_best_model="loss" if recipe.early_stop else "expected_tokens_per_step",
-        **recipe.arguments,
-    )
+    arguments = _arguments(loaded, recipe, output, evaluates=bool(held_out))
     stops = [EarlyStoppingCallback(recipe.early_stop)] if recipe.early_stop else []
     two_pass = recipe.method == "adapter" and recipe.form == "groups"
     kind = partial(TwoPassTrainer, loss=recipe.loss) if two_pass else SARTrainer
@@ -308,6 +308,26 @@ def make_trainer(
         eval_dataset=Epochs(held_out, epochs=1, seed=recipe.seed) if held_out else None,
         processing_class=loaded.tokenizer,
         callbacks=[*callbacks, *stops],
+    )
+
+
+def _arguments(loaded: LoadedModel, recipe: Recipe, output: Path, *, evaluates: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=1,  # `Epochs` holds them all, in order
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=loaded.device == "cpu",
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=recipe.arguments["save_steps"],
+        eval_on_start=evaluates,
+        per_device_eval_batch_size=recipe.arguments["per_device_train_batch_size"],
+        load_best_model_at_end=bool(recipe.early_stop or (recipe.hours and evaluates)),
+        # a batch whose examples are too short for a group leaves an adapter without a gradient
+        ddp_find_unused_parameters=recipe.method == "adapter",
+        metric_for_best_model="loss" if recipe.early_stop else "expected_tokens_per_step",
+        **recipe.arguments,
     )
 
 

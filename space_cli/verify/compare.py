@@ -17,7 +17,7 @@ from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, ChainDrafter, Proposal, Verified
 from space_cli.core.drafting.chain import Substitute
 from space_cli.core.engine import embedding_rows
-from space_cli.core.sampling import Sampler, StepLogits
+from space_cli.core.sampling import Sampler, Sampling, StepLogits
 from space_cli.core.stream import Generation, Step, common_prefix_length
 from space_cli.models.loading import LoadedModel
 from space_cli.tasks.plan import Planned, View
@@ -53,9 +53,9 @@ class Comparison:
     seeds: int = 1
     turns: Iterator[int] = field(default_factory=count)
 
-    def methods(self, *, sampled: bool) -> list[str]:
+    def methods(self, sampling: Sampling) -> list[str]:
         """Return whose answers are made, in order; sampled, hf is left to `distribution`."""
-        hf = ["hf"] if "hf" in self.against and not sampled else []
+        hf = ["hf"] if "hf" in self.against and not sampling.temperature else []
         return ["ar", "space", *hf, *(["base"] if self.base is not None else [])]
 
     @property

@@ -6,7 +6,7 @@ import tomllib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inside import told
+from running import told
 
 from space_cli.errors import UsageProblem
 from space_cli.models.registry import ModelEntry, add_model, read_models
