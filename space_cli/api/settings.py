@@ -1,4 +1,4 @@
-"""How an answer is generated: the options of `space chat`, by the same names and with the same bounds."""
+"""Settings of an answer: the options of `space chat`, with the same names and limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Mode = Literal["space", "ar"]
 
 
 class SamplingSettings(BaseModel):
-    """What a whole conversation keeps.
+    """Settings that hold for a whole conversation.
 
     Attributes:
         candidates: tokens guessed per step, always as many; None is as many as pay.
@@ -51,7 +51,7 @@ class SamplingSettings(BaseModel):
             raise UsageProblem(f"{found.field} {found.value}: {found.reason}") from error
 
     def sampling(self) -> Sampling:
-        """Return how tokens are chosen."""
+        """Return the sampling settings for the decoder."""
         return Sampling(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -65,7 +65,7 @@ class SamplingSettings(BaseModel):
 
 
 class GenerationSettings(SamplingSettings):
-    """What one answer is asked for with.
+    """Settings of one answer.
 
     Attributes:
         stop: the answer ends in front of the first of these texts.

@@ -1,4 +1,4 @@
-"""Two benchmarks of the same prompts: what changed between them, beyond what chance explains."""
+"""Compares two benchmarks of the same prompts: which differences exceed sampling noise."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """Faster or slower only where chance in the choice of prompts does not explain it."""
+        """The verdict: faster or slower only if the 95 % interval excludes 1."""
         if self.speedup is None:
             return "not judged"
         if self.interval is None:
@@ -72,13 +72,13 @@ def read_report(file: Path) -> BenchRecord:
 
 
 def changes(before: BenchRecord, after: BenchRecord) -> list[Change]:
-    """Return what became of each method on each suite that both records have."""
+    """Return the change of each method on each suite that both records have."""
     sides = [_by_method(report.samples) for report in (before, after)]
     return [_change(*key, sides) for key in sides[0] if key in sides[1] and sides[0][key].keys() & sides[1][key].keys()]
 
 
 def differing(before: BenchRecord, after: BenchRecord) -> list[tuple[str, object, object]]:
-    """Return what the two runs do not have in common, machine and settings: name, before, after."""
+    """Return the settings and machine facts in which two runs differ: name, before, after."""
     one, other = before.environment | before.settings, after.environment | after.settings
     return [(name, one.get(name), other.get(name)) for name in (*_WHERE, *_HOW) if one.get(name) != other.get(name)]
 

@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: decodes the GGUF file that a model came from, or one that it is written as.
+"""llama.cpp as a peer: decodes the GGUF file a model was loaded from, or a file it is converted to.
 
 Tokens are known by their ids alone, so what is written has no vocabulary. `llama_cpp` is no dependency of
 ours: it is imported by name, late, so that mypy finds the same with and without it.
@@ -49,7 +49,7 @@ _running: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Any]] = weakref.
 
 
 def check(loaded: LoadedModel, sampling: Sampling) -> None:
-    """Refuse what llama.cpp cannot be compared on.
+    """Refuse models and sampling that llama.cpp cannot be compared on.
 
     Raises:
         UsageProblem: its package is not installed, another architecture than Llama's, or not greedy.
@@ -66,7 +66,7 @@ def check(loaded: LoadedModel, sampling: Sampling) -> None:
 
 
 def _unsupported_reason(model: PreTrainedModel) -> str | None:
-    """Return in a few words why a model cannot be converted, or None where it can."""
+    """Return why a model cannot be converted, or None if it can."""
     if type(model).__name__ != "LlamaForCausalLM":
         return f"it is a {type(model).__name__}, and LlamaForCausalLM alone can be converted"
     if model.config.hidden_act != "silu":
@@ -90,7 +90,7 @@ def greedy(loaded: LoadedModel, prompt_ids: Sequence[int], *, max_new_tokens: in
 
 
 def _runner(loaded: LoadedModel, length: int) -> Any:
-    """Return llama.cpp with a model in it and room for `length` tokens, kept until the model goes or needs more."""
+    """Return llama.cpp with the model loaded and a context of at least `length` tokens; cached per model."""
     model = loaded.model
     room, llama = _running.get(model, (0, None))
     if room < length:
@@ -141,7 +141,7 @@ def _without_amx(package: Any) -> Iterator[None]:
 
 
 def _file(model: PreTrainedModel) -> Path:
-    """Return the GGUF file of a model's very weights, written where it is not there yet."""
+    """Return the GGUF file of these weights; convert them if there is none yet."""
     file = user_cache_path("space") / "gguf" / f"{fingerprint(model)[:8]}-{weights_digest(model)}-{_FILE_FORM}.gguf"
     if file.exists():
         return file

@@ -1,4 +1,4 @@
-"""What an answer is worth by its suite's metric: does the code pass, is the number right, how near is the summary."""
+"""Scores answers by their suite's metric: tests passed, exact number, or ROUGE-L of a summary."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LONGEST_NUMBER = 40
 
 
 def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, str]:
-    """Return the metrics by which answers will not be scored, and why.
+    """Return the metrics that will not be scored, with the reason.
 
     Args:
         metrics: of the suites.
@@ -50,7 +50,7 @@ def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, 
 
 
 def score_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: Collection[Metric]) -> None:
-    """Give samples their scores; answers with the same text to the same prompt are scored once.
+    """Set the score of every sample; equal answers to the same prompt are scored once.
 
     Args:
         samples: of finished answers.
@@ -76,7 +76,7 @@ def score_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: 
 
 
 def score_answer(prompt: Prompt, metric: Metric, text: str) -> tuple[float, str | None]:
-    """Return the score of an answer, 0 to 1, and how the scoring went in one printable line.
+    """Return the score of an answer, 0 to 1, and its outcome in one printable line.
 
     Runs the answer where the metric is "pass@1": ask `check` first. May be called from several threads.
     """
@@ -97,7 +97,7 @@ def _passes(prompt: Prompt, text: str) -> tuple[float, str]:
 
 
 def code_of(text: str) -> str:
-    """Return the code of an answer: its first fenced block of Markdown, or all of it where none is fenced.
+    """Return the code in an answer: its first fenced Markdown block, or the whole text if there is none.
 
     A bare fence behind indented text, or the only one, closes what the prompt began: the code stands before it.
     Source: the two forms that lm-evaluation-harness takes apart, tasks/humaneval/utils.py and tasks/mbpp/utils.py.

@@ -1,4 +1,4 @@
-"""What comes out of a benchmark: samples, their sums, and the JSON that holds it all."""
+"""The record of a benchmark: samples, sums per suite, and their JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps over k: how their methods are called, which k they try, and which of them was fastest."""
+"""Sweeps over k: names of their methods, parsing of `--sweep`, and the fastest k."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an answer looks while it comes and once it is there."""
+"""Views of an answer, while it is generated and when it is complete."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _COLOURLESS_SHADES = ("underline", "bold")
 
 
 def shades_of(console: Console) -> tuple[str, str]:
-    """Return the two styles in turn of what came out of one step."""
+    """Return the two styles that alternate from step to step."""
     if console.no_color or not console.color_system:
         return _COLOURLESS_SHADES
     return _SHADES if console.color_system in ("256", "truecolor") else _BASIC_SHADES
 
 
 class ShadedText:
-    """An answer's text as far as it is final, tokens of one step shaded alike where they are several."""
+    """The final part of an answer's text; the tokens of a multi-token step share a shade."""
 
     def __init__(self, session: Session, console: Console, prompt_ids: Sequence[int]) -> None:
         from space_cli.core.stopping import TextStream
@@ -49,19 +49,19 @@ class ShadedText:
         self.text = Text()
 
     def add(self, step: Step) -> None:
-        """Add what a step has made final."""
+        """Add the text that a step has made final."""
         self._steps += 1
         style = self._shades[self._steps % 2] if len(step.tokens) > 1 else ""
         self.text.append_text(plain("".join(map(self._stream.push, step.tokens)), style=style))
 
     def finish(self) -> None:
-        """Add what was held back; empty lines at the end tell nobody anything."""
+        """Add the text held back so far; drop empty lines at the end."""
         self.text.append_text(plain(self._stream.flush()))
         self.text.rstrip()
 
 
 class PlainAnswer:
-    """Text as it comes on standard output, without a control character of ours."""
+    """Streams text to standard output without control characters of ours."""
 
     def __init__(self, session: Session, prompt_ids: Sequence[int]) -> None:
         from space_cli.core.stopping import TextStream
@@ -86,7 +86,7 @@ class PlainAnswer:
 
 
 class LiveAnswer(PlainAnswer):
-    """Draws the newest lines while they come, tokens of one step shaded alike, and leaves the whole answer behind."""
+    """Draws the newest lines while the answer is generated, shaded by step, then prints the whole answer."""
 
     def __init__(self, session: Session, console: Console, prompt_ids: Sequence[int]) -> None:
         super().__init__(session, prompt_ids)
@@ -123,7 +123,7 @@ class LiveAnswer(PlainAnswer):
 
 
 class StepsAnswer(PlainAnswer):
-    """One line a model call: how many guesses it checked, which of them were right, and the model's own token."""
+    """Prints one line per model call: candidates checked, which were accepted, and the model's own token."""
 
     def __init__(self, session: Session, console: Console, prompt_ids: Sequence[int]) -> None:
         super().__init__(session, prompt_ids)
@@ -171,7 +171,7 @@ class StepsAnswer(PlainAnswer):
 
 
 def greeting(session: Session, console: Console) -> Text:
-    """Return what the model does in a call, in the shades in which it will be seen."""
+    """Return the introduction of a chat: what a model call does, in the shades used later."""
     if session.settings.mode == "ar":
         return Text("Each model call brings one token.", style="dim")
     one, other = shades_of(console)
@@ -196,7 +196,7 @@ def view_of(session: Session, console: Console, prompt_ids: Sequence[int]) -> Pl
 
 
 def summary(session: Session, generation: Generation, *, speedup: float | None, context: str) -> str:
-    """Return the lines below an answer: what came of how many model calls, and by SPACE what each call brought."""
+    """Return the lines below an answer: tokens, model calls and speed, and for SPACE the tokens per call."""
     tally = tally_of([generation])
     parts = [counted(tally), f"{tally.rate:.0f} tokens/s"]
     if speedup is not None:
@@ -213,5 +213,5 @@ def summary(session: Session, generation: Generation, *, speedup: float | None, 
 
 
 def counted(tally: Tally) -> str:
-    """Return how many model calls brought how many tokens."""
+    """Return tokens, model calls and tokens per call as text."""
     return f"{tally.tokens} tokens in {tally.steps} model calls, {tally.tokens / tally.steps:.2f} per call"

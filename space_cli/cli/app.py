@@ -140,7 +140,7 @@ def _told(error: BaseException) -> tuple[str, int]:
 
 
 def _is_full_disk(error: BaseException) -> bool:
-    """Say whether there was no room; safetensors and torch tell it in words only."""
+    """Return whether the disk is full; safetensors and torch say so only in their message."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in codes

@@ -213,7 +213,7 @@ class _Run:
 
 
 def _measure(run: _Run, output: ResultOptions, view: RunView) -> int:
-    """Measure, and hand out what was done, whatever ends the run; return the exit code."""
+    """Measure, and write the results however the run ends; return the exit code."""
     report = run.report
     view.left_out(report.settings["left_out"])
     journal = _journal(output, report, run.plan)
@@ -250,7 +250,7 @@ def compare(before: _Record, after: _Record) -> int:
 def _with_engine(
     loaded: LoadedModel, engine: EngineName, methods: list[Method], tokens: int, view: RunView
 ) -> LoadedModel:
-    """Return the model with its engine, where methods need it with what its steps cost; `tokens` are of one method."""
+    """Return the model with its engine, and with step costs if methods need them; `tokens` are those of one method."""
     from space_cli.models.engines import measured, prepare
 
     ours = sum(not method.name.startswith(("hf", "llama")) for method in methods)
@@ -322,7 +322,7 @@ def _list() -> None:
     for name, dataset_format in SUITES.items():
         typer.echo(f"  {name:<18} {dataset_format.description}\n  {'':<18} from {dataset_format.needs}")
     typer.echo(f"  {'NAME=FILE':<18} the same prompts from a file, or from another dataset of the Hub")
-    typer.echo(f"  {'FILE':<18} one of these told by its fields, or rows with a prompt (or --field NAME)")
+    typer.echo(f"  {'FILE':<18} one of these, recognised by its fields, or rows with a prompt (or --field NAME)")
     typer.echo(f"  {'':<18} and, if you like, task_id and category; {', '.join(SUFFIXES)}")
 
     from space_cli.bench.methods import METHODS

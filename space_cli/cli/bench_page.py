@@ -1,4 +1,4 @@
-"""The report of `space bench`: what the run shows in a sentence, tables, plots, and answers step by step."""
+"""The report of `space bench`: headline, tables, plots, and answers step by step."""
 
 from __future__ import annotations
 

@@ -26,12 +26,12 @@ def identical(result: Result) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """Return a speedup in words."""
+    """Return a speedup as text."""
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def between(bounds: tuple[float, float] | None) -> str:
-    """Return an interval in words."""
+    """Return an interval as text."""
     return "-" if bounds is None else f"{bounds[0]:.2f}-{bounds[1]:.2f}"
 
 

@@ -1,4 +1,4 @@
-"""How plots look, and how they get into a file or a page.
+"""Style of plots, and how they are written to a file or a page.
 
 A plot is drawn in light colours, for a file of its own and for a page alike; in a page each colour becomes a CSS
 variable that `templates/page.css` sets for dark. A line has a marker of its own besides its colour.

@@ -1,4 +1,4 @@
-"""What a benchmark shows, in sentences: the worst as plainly as the best."""
+"""A benchmark in sentences: the worst result as plainly as the best."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _equal(rows: list[Result]) -> str:
 
 
 def remarks(report: BenchRecord, *, name: Name = str) -> Iterator[str]:
-    """Yield what a reader of the headline should know beside it, a paragraph each, as Markdown."""
+    """Yield remarks on the headline as Markdown, one paragraph each."""
     method = subject(report)
     rows = [row for row in report.results if row.method == method and row.speedup is not None and method != "ar"]
     if rows:
@@ -115,7 +115,7 @@ def _figure(row: Result, name: Name) -> str:
 
 
 def _faster(report: BenchRecord, method: str | None, name: Name) -> Iterator[str]:
-    """Yield where another method beat the one the report is about."""
+    """Yield where another method was faster than the report's subject."""
     if is_sweep(report):
         return
     beaten = []

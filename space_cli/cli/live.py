@@ -1,4 +1,4 @@
-"""What a person sees while methods answer prompts, in `space bench` and `space verify-lossless`."""
+"""Views of a run of `space bench` or `space verify-lossless`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 @dataclass
 class Tally:
-    """What steps have brought so far."""
+    """Running totals of steps."""
 
     tokens: int = 0
     steps: int = 0
@@ -83,7 +83,7 @@ class RunView:
             self.note(f"left out: {what}: {why}")
 
     def note(self, text: str) -> None:
-        """Say what is going on beside the answers."""
+        """Say what is going on besides the answers."""
         if not self._quiet:
             self._console.print(plain(text), soft_wrap=True)
 
@@ -127,7 +127,7 @@ class RunView:
 
 
 class LiveRunView(RunView):
-    """Draws progress, the text being written and what steps bring; between steps only, at most 8 times a second."""
+    """Draws progress, the current text and the tokens per step; redraws between steps, at most 8 times a second."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, quiet=False)
@@ -231,7 +231,7 @@ def _broken(line: Text, width: int) -> Iterable[Text]:
 
 
 def without_masks(settings: Mapping[str, Any]) -> list[str]:
-    """Say what SPACE drafts from on a model that was not trained for it, and how to train masks; else nothing."""
+    """Return a line about drafting without masks, and how to train them; nothing for a model with masks."""
     model = settings["model"]
     if settings.get("masks_per_group") != 0 or "space" not in settings.get("methods", ("space",)):
         return []
@@ -242,7 +242,7 @@ def without_masks(settings: Mapping[str, Any]) -> list[str]:
 
 
 def tally_of(generations: Iterable[Generation]) -> Tally:
-    """Return what the steps of some answers brought."""
+    """Return the totals of several answers' steps."""
     tally = Tally()
     for generation in generations:
         for step in generation.steps:
@@ -251,7 +251,7 @@ def tally_of(generations: Iterable[Generation]) -> Tally:
 
 
 def histogram(accepted: Counter[int]) -> str:
-    """Return one bar per number of tokens of a step, and the shares; long steps share the last."""
+    """Return one bar per number of tokens in a step, with the shares; the last bar includes longer steps."""
     if not accepted:
         return ""
     shares, more = _shares(accepted)
@@ -267,7 +267,7 @@ def named_histogram(accepted: Counter[int]) -> str:
 
 
 def _shares(accepted: Counter[int]) -> tuple[list[float], str]:
-    """Return what share of the steps brought 1, 2, ... tokens, and a + where the last stands for longer ones too."""
+    """Return the share of steps with 1, 2, ... tokens, and a + if the last share includes longer steps."""
     longest = min(max(accepted), _LONGEST_SHOWN)
     counts = [accepted[count] for count in range(1, longest + 1)]
     counts[-1] += sum(count for length, count in accepted.items() if length > longest)

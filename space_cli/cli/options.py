@@ -1,4 +1,4 @@
-"""Options that several commands share, spelled as Hugging Face tools spell them."""
+"""Options that several commands share, named as in Hugging Face's tools."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _check_place(option: str, name: str) -> None:
-    """Find out before a run, not after it, that its record has no place to go."""
+    """Check before a run that its record can be written."""
     file = Path(name).resolve()
     if file.is_dir():
         raise UsageProblem(f"{option} {name}: is a folder", hint="give a file")
@@ -91,7 +91,7 @@ def _complete_suite(incomplete: str) -> list[str]:
 
 
 def named_model(model: str | None, *, quiet: bool) -> str:
-    """Return the model asked for; where none was, the default one, with a line that says which and what else there is.
+    """Return the model asked for, or the default one with a line that names it and the alternative.
 
     Which it is depends on what is installed.
     """

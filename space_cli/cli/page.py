@@ -1,4 +1,4 @@
-"""Reports to read and to send: one text, written as Markdown or as a page that needs no network and no script.
+"""Reports: one text, written as Markdown or as a self-contained HTML page without scripts.
 
 What a model wrote or a file holds comes in through `escaped`, `code` and `fenced` alone. See `bench_page` and
 `verify_page` for what the reports say, `templates/` for how they look as a page.

@@ -1,4 +1,4 @@
-"""The plots of a benchmark: what each shows, in figures and as matplotlib draws it."""
+"""The plots of a benchmark: the figures of each, and how matplotlib draws it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plots(report: BenchRecord) -> list[Plot]:
 
 
 def is_sweep(report: BenchRecord) -> bool:
-    """Return whether the methods beside ar are values of k."""
+    """Return whether the run is a sweep over k."""
     return bool(report.settings.get("sweep")) and any(sweep_k(each.method) is not None for each in report.results)
 
 
@@ -177,7 +177,7 @@ def _draw_sweep(lines: dict[tuple[str, str], dict[int, Result]], figure: FigureB
 
 
 def _step_tokens(results: Sequence[Result], looks: dict[str, Style]) -> Plot | None:
-    """How many tokens steps bring."""
+    """Tokens per step."""
     counts = {
         (result.suite, result.method): result.step_tokens
         for result in _whole(results)
@@ -201,7 +201,7 @@ def _step_tokens(results: Sequence[Result], looks: dict[str, Style]) -> Plot | N
 
 
 def _acceptance(results: Sequence[Result], looks: dict[str, Style]) -> Plot | None:
-    """How far guesses hold."""
+    """Acceptance by position."""
     shares = {
         (result.suite, result.method): result.acceptance_by_position
         for result in _whole(results)
@@ -271,7 +271,7 @@ def _draw_shares(
 
 
 def _call_costs(report: BenchRecord) -> Plot | None:
-    """What a model call costs by its slots."""
+    """Cost of a model call by its slots."""
     if report.profile is not None:
         lines = {f"behind {length}": dict(costs) for length, costs in report.profile.seconds.items()}
         roofline: float | None = report.profile.roofline_seconds

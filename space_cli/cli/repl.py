@@ -1,4 +1,4 @@
-"""The prompt loop of `space chat`: input, commands, answers."""
+"""The prompt loop of `space chat`: reads input, runs commands, shows answers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _QUOTES = '"""'
 
 
 class Repl:
-    """Asks, answers and obeys commands until it is left.
+    """Reads prompts and commands until the user leaves.
 
     Args:
         session: the model in conversation.
@@ -114,7 +114,7 @@ class Repl:
                 return
 
     def _greet(self) -> None:
-        """Say what the model does in a call, in the shades in which it will be seen, and how to begin."""
+        """Print the introduction and how to begin."""
         console = self._console()
         print_wrapped(console, greeting(self._session, console))
         self._say("Ask something; /help lists commands, Ctrl-D leaves. Alt-Enter begins a new line.")
@@ -137,7 +137,7 @@ class Repl:
     # Answers
 
     def _answer(self) -> None:
-        """Answer the last turn and show it; a request that cannot be answered is taken back."""
+        """Answer the last turn and show it; take back a request that cannot be answered."""
         session, console = self._session, self._console()
         generation = Generation()
         try:
@@ -167,7 +167,7 @@ class Repl:
             self._say(broke, style="red")
 
     def _after(self, console: Console, generation: Generation, *, stopped: bool) -> None:
-        """Say what the answer cost, and keep the conversation."""
+        """Print the cost of the answer, and save the conversation."""
         session, why = self._session, ""
         if stopped:
             why = "stopped; what was said stays"

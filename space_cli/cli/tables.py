@@ -1,4 +1,4 @@
-"""What finished runs hand out: records and tables."""
+"""Shows the results of finished runs: records and tables."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _counted(count: int, what: str) -> str:
 
 
 def _split(samples: list[Sample]) -> Iterator[Text | Table]:
-    """Yield where the time of a step goes, by method."""
+    """Yield the breakdown of a step's time by method."""
     table = _figures(
         "method", "ms/step", "prompt", "model", "choosing", "cache", "drafting", "other", "beside the model"
     )
@@ -134,7 +134,7 @@ def _split(samples: list[Sample]) -> Iterator[Text | Table]:
 
 
 def _costs(profile: Profile) -> Iterator[Text | Table]:
-    """Yield what a model call costs by slots and by the length of its prefix."""
+    """Yield the cost of a model call by slots and prefix length."""
     lengths = list(profile.seconds)
     table = _figures("slots", *(f"behind {length}" for length in lengths), "over 1 slot", "GB/s", "of roofline", "")
     first = profile.seconds[lengths[0]]
@@ -178,7 +178,7 @@ def _closing(report: BenchRecord) -> Text:
 
 
 def show_changes(changes: list[Change], differing: list[tuple[str, object, object]]) -> None:
-    """Print what changed between two runs."""
+    """Print the changes between two runs."""
     console = _console(to_stderr=False)
     for suite in dict.fromkeys(change.suite for change in changes):
         of_suite = [change for change in changes if change.suite == suite]
@@ -203,11 +203,11 @@ def show_changes(changes: list[Change], differing: list[tuple[str, object, objec
     console.print()
     for name, one, other in differing:
         console.print(plain(f"{name}: {one} before, {other} after"), soft_wrap=True)
-    told = (
-        "change: of the speedup over ar, so that a slower hour of the machine counts for neither side; of ar itself, of"
-        " its tokens per second, which that hour does change: not judged. 95 %: were the prompts drawn anew."
+    legend = (
+        "change: ratio of the two speedups over ar, so machine load cancels; for ar itself, ratio of tokens per second,"
+        " which load does change: not judged. 95 %: bootstrap interval over prompts."
     )
-    console.print(told, style="dim", soft_wrap=True)
+    console.print(legend, style="dim", soft_wrap=True)
 
 
 def _quality(change: Change) -> str:
@@ -215,7 +215,7 @@ def _quality(change: Change) -> str:
 
 
 def how(record: Record) -> list[str]:
-    """Return how a run was made, in a few words each."""
+    """Return the settings of a run, briefly."""
     settings, where = record.settings, record.environment
     sampling = settings["sampling"]
     mode = f"temperature {sampling['temperature']:g}, seed {sampling['seed']}" if sampling["temperature"] else "greedy"
@@ -231,7 +231,7 @@ def how(record: Record) -> list[str]:
 
 
 def show_verification(record: Verification, done: str, *, to_stderr: bool) -> None:
-    """Print the verdict of a verification, and what it rests on.
+    """Print the verdict of a verification and its evidence.
 
     Args:
         record: what was found.
@@ -269,7 +269,7 @@ def _comparisons(rows: list[Row]) -> Table:
 
 
 def verification_settings(record: Verification) -> list[str]:
-    """Return how a verification was made, in a few words each."""
+    """Return the settings of a verification, briefly."""
     settings = record.settings
     k = [f"k = {settings['candidates']}"] if settings["candidates"] else []
     # what numerics names are ways to run the model as it is
@@ -279,7 +279,7 @@ def verification_settings(record: Verification) -> list[str]:
 
 
 def evidence(record: Verification) -> list[str]:
-    """Return what the verdict rests on besides the table."""
+    """Return the evidence for the verdict besides the table."""
     lengths = Counter({length + 1: count for length, count in enumerate(record.accepted) if count})
     lines = [f"Candidates accepted in a step: 0, 1, ...  {histogram(lengths)}"]
     if record.never_accepted:
@@ -323,7 +323,7 @@ def verdict(record: Verification) -> str:
 
 
 def by_place(divergences: list[Divergence]) -> list[list[Divergence]]:
-    """Group what parts at the same place with the same tokens, as against ar and hf together."""
+    """Group divergences at the same place with the same tokens, as those against ar and hf."""
     places: dict[tuple[object, ...], list[Divergence]] = {}
     for found in divergences:
         drafted = found.against == "drafts"
@@ -333,7 +333,7 @@ def by_place(divergences: list[Divergence]) -> list[list[Divergence]]:
 
 
 def heading(place: list[Divergence]) -> str:
-    """Return where answers part, and against whom."""
+    """Return the place of a divergence and the sides compared."""
     found = place[0]
     seed = "" if found.seed is None else f", seed {found.seed}"
     what = "draft" if found.against == "drafts" else "token"

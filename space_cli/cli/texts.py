@@ -1,4 +1,4 @@
-"""Gives a model what it may copy from: the files of `--corpus`, and its past answers."""
+"""Gives a model the texts it can copy from: the files of `--corpus`, and its past answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees while `space train` runs, and what it says at the end."""
+"""Views of `space train`, and its closing lines."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ class TrainView:
         """Stop showing."""
 
     def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
-        """A part of the work beside the steps has come so far, at so many tokens per second."""
+        """Show the progress of a phase besides the steps, with its tokens per second."""
         if done == total or time.monotonic() - self._last_line >= _SECONDS_PER_LINE:
             self._last_line = time.monotonic()
             self.note(f"{name}: {done}/{total}{self._pace(name, done, total, rate)}")
 
     def _pace(self, name: str, done: int, total: int, rate: float | None) -> str:
-        """Say tokens per second and the time left, of a phase that tells its rate."""
+        """Return tokens per second and the time left of a phase that reports its rate."""
         if self._phase[0] != name:
             self._phase = (name, done, time.monotonic())
         _, first, began = self._phase
@@ -185,7 +185,7 @@ class LiveTrainView(TrainView):
         self._live.stop()
 
     def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
-        """A part of the work beside the steps has come so far, at so many tokens per second."""
+        """Show the progress of a phase besides the steps, with its tokens per second."""
         told = name + self._pace(name, done, total, rate)
         self._bar.update(self._task, description=told, completed=done, total=total, visible=done < total)
         self._live.refresh()

@@ -1,4 +1,4 @@
-"""Requests as OpenAI's interface has them; what cannot be honoured is refused, what changes nothing is passed over."""
+"""Request bodies of OpenAI's interface; fields that cannot be honoured are refused, harmless ones ignored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Text = Annotated[str, Field(min_length=1)]
 
 
 class TextPart(BaseModel):
-    """A part of a message's content."""
+    """One part of a message's content."""
 
     type: Literal["text"]
     text: str
@@ -30,7 +30,7 @@ class FunctionCall(BaseModel):
 
 
 class Call(BaseModel):
-    """A call that an assistant made."""
+    """A tool call in an assistant's message."""
 
     id: str
     type: Literal["function"] = "function"
@@ -47,7 +47,7 @@ class ChatMessage(BaseModel):
     tool_call_id: str | None = None
 
     def message(self) -> Message:
-        """Return it as the model's template takes it."""
+        """Return it in the form that chat templates take."""
         message = Message(role="system" if self.role == "developer" else self.role, content=text_of(self.content))
         if self.name:
             message["name"] = self.name
@@ -59,7 +59,7 @@ class ChatMessage(BaseModel):
 
 
 class Function(BaseModel):
-    """What a model is told of a function."""
+    """A function's name, description and parameters, as the model sees them."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -76,7 +76,7 @@ class ToolBody(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What the answer is expected to be much like."""
+    """The predicted answer, used as a draft."""
 
     type: Literal["content"]
     content: str | list[TextPart]
@@ -90,7 +90,7 @@ class JsonSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """What form an answer has."""
+    """The requested form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -108,13 +108,13 @@ class ResponseFormat(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream has beside the answer."""
+    """What a stream carries besides the answer."""
 
     include_usage: bool = False
 
 
 class _Request(BaseModel):
-    """What both kinds of request have."""
+    """Fields of both kinds of request."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -136,7 +136,7 @@ class _Request(BaseModel):
 
     @model_validator(mode="after")
     def _refuse(self) -> Self:
-        """Refuse what would change the answer and is not there."""
+        """Refuse unsupported fields that would change the answer."""
         for name, harmless in _NOT_HERE.items():
             value = (self.model_extra or {}).get(name)
             if value is not None and value not in harmless:
@@ -145,11 +145,11 @@ class _Request(BaseModel):
 
     @property
     def most_tokens(self) -> int | None:
-        """Tokens that an answer may have; None where nothing was said of it."""
+        """Largest number of tokens of an answer; None if the request sets none."""
         return self.max_tokens
 
     def options(self, default_tokens: int) -> dict[str, Any]:
-        """Return the settings of an answer that were asked for."""
+        """Return the requested settings of an answer."""
         told = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -193,18 +193,18 @@ class ChatRequest(_Request):
 
     @property
     def told_tools(self) -> list[dict[str, Any]]:
-        """The tools that the model is told of."""
+        """The tools that the model may call."""
         if self.tool_choice == "none":
             return []
         return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
 
     @property
     def most_tokens(self) -> int | None:
-        """Tokens that an answer may have; None where nothing was said of it."""
+        """Largest number of tokens of an answer; None if the request sets none."""
         return self.max_completion_tokens or self.max_tokens
 
     def options(self, default_tokens: int) -> dict[str, Any]:
-        """Return the settings of an answer that were asked for."""
+        """Return the requested settings of an answer."""
         return super().options(default_tokens) | {
             "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
             "prediction": text_of(self.prediction.content) if self.prediction else "",
@@ -228,7 +228,7 @@ class CompletionRequest(_Request):
         return list(self.prompt)  # type: ignore[arg-type]
 
     def options(self, default_tokens: int) -> dict[str, Any]:
-        """Return the settings of an answer that were asked for."""
+        """Return the requested settings of an answer."""
         return super().options(default_tokens) | {"logprobs": self.logprobs}
 
 

@@ -1,4 +1,4 @@
-"""What the server says of itself: an OpenAPI description, and a page made of it that loads nothing from elsewhere."""
+"""The server's OpenAPI description, and a self-contained page made from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form; nothing of the machine is in them."""
+"""Errors in OpenAI's form; they reveal nothing about the machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """A response that is an error.
 
     Args:
         status: of HTTP.
@@ -50,7 +50,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, object]:
-        """What OpenAI's clients read."""
+        """The body that OpenAI's clients read."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -60,7 +60,7 @@ class ApiError(Exception):
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Return what a client is told of an error; what it is not told is logged."""
+    """Return the error as a client sees it; further details go to the log."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ValidationError):

@@ -81,7 +81,7 @@ class TrainingView(Protocol):
         """Something is worth a line."""
 
     def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
-        """A part of the work beside the steps has come so far, at so many tokens per second."""
+        """Show the progress of a phase besides the steps, with its tokens per second."""
 
     def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
         """Some steps have ended."""

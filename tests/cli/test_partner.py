@@ -35,7 +35,7 @@ def test_another_model_that_is_asked_for_answers_with_a_word(space, newest, tmp_
     )  # fmt: skip
 
     assert done.returncode == 0, done
-    assert f"the conversation was with {tiny_model_dir}; nano goes on with it" in done.stderr.decode()
+    assert f"the conversation was with {tiny_model_dir}; nano goes on with it" in done.stderr
     assert same.stderr == ""
 
 
@@ -50,7 +50,7 @@ def test_a_model_that_is_gone_is_named(space, newest, tmp_path):
     done = space("chat", "--continue", "--prompt", "r", *FAST, XDG_STATE_HOME=str(tmp_path / "state"))
 
     assert done.returncode == 2
-    assert "no model named '/gone/model'" in done.stderr.decode()
+    assert "no model named '/gone/model'" in done.stderr
 
 
 def test_a_page_without_matplotlib_says_what_is_missing(space, tiny_model_dir, tmp_path, monkeypatch):
