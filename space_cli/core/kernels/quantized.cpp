@@ -53,8 +53,18 @@ T load(const void* from) {
     return values;
 }
 
-Ints broadcast(int32_t value) { return Ints{} + value; }
-Floats broadcast(float value) { return Floats{} + value; }
+// `Floats{} + value` would be an addition, for the sake of the sign of zero
+Floats broadcast(float value) {
+#if defined(__AVX512BW__)
+    return (Floats)_mm512_set1_ps(value);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_set1_ps(value);
+#elif defined(__aarch64__)
+    return (Floats)vdupq_n_f32(value);
+#else
+    return Floats{} + value;
+#endif
+}
 Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 
 // one rounding, whatever the compiler makes of the code around
@@ -143,21 +153,17 @@ template <int kBits, int kCount>
 Ints dot(const Bytes* codes, const int8_t* inputs, int32_t input_sum) {
     [[maybe_unused]] const auto four = [&](int vector) { return load<int32_t>(inputs + 4 * vector); };
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    __m512i even = _mm512_set1_epi32(kBits == 8 ? -128 * input_sum : 0), odd = _mm512_setzero_si512();
+    __m512i total = _mm512_set1_epi32(kBits == 8 ? -128 * input_sum : 0);
 #pragma GCC unroll 8
-    for (int vector = 0; vector < kCount; vector += 2) {
-        even = _mm512_dpbusd_epi32(even, (__m512i)codes[vector], _mm512_set1_epi32(four(vector)));
-        odd = _mm512_dpbusd_epi32(odd, (__m512i)codes[vector + 1], _mm512_set1_epi32(four(vector + 1)));
-    }
-    return (Ints)_mm512_add_epi32(even, odd);
+    for (int vector = 0; vector < kCount; ++vector)
+        total = _mm512_dpbusd_epi32(total, (__m512i)codes[vector], _mm512_set1_epi32(four(vector)));
+    return (Ints)total;
 #elif defined(__AVXVNNI__)
-    __m256i even = _mm256_set1_epi32(kBits == 8 ? -128 * input_sum : 0), odd = _mm256_setzero_si256();
+    __m256i total = _mm256_set1_epi32(kBits == 8 ? -128 * input_sum : 0);
 #pragma GCC unroll 8
-    for (int vector = 0; vector < kCount; vector += 2) {
-        even = _mm256_dpbusd_avx_epi32(even, (__m256i)codes[vector], _mm256_set1_epi32(four(vector)));
-        odd = _mm256_dpbusd_avx_epi32(odd, (__m256i)codes[vector + 1], _mm256_set1_epi32(four(vector + 1)));
-    }
-    return (Ints)_mm256_add_epi32(even, odd);
+    for (int vector = 0; vector < kCount; ++vector)
+        total = _mm256_dpbusd_avx_epi32(total, (__m256i)codes[vector], _mm256_set1_epi32(four(vector)));
+    return (Ints)total;
 #elif defined(__AVX2__)
     // pairs of products are summed in 16 bits as long as they fit
     constexpr int kFit = std::min(kCount, kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1);
@@ -491,6 +497,16 @@ int64_t tile_bytes(int64_t width) {
     return (bytes + 63) / 64 * 64;
 }
 
+// bytes ahead of their use at which weights are asked for: up to a half faster than what processors foresee
+constexpr int kAhead = 16384;
+
+template <typename Format>
+void ask_ahead(const uint8_t* tile, int64_t chunk, int64_t chunks) {
+    const int64_t bytes = tile_bytes<Format>(chunks * kChunk);
+    const char* from = reinterpret_cast<const char*>(tile) + chunk * bytes / chunks + kAhead;
+    for (int line = 0; line < code_bytes(Format::kBits) + 64; line += 64) __builtin_prefetch(from + line, 0, 3);
+}
+
 // one part of a tile of outputs for `kRows` rows
 template <typename Format, int kRows>
 void multiply(const Activations& input, int64_t row, const uint8_t* tile, int part, int64_t width, float* output,
@@ -504,6 +520,7 @@ void multiply(const Activations& input, int64_t row, const uint8_t* tile, int pa
 #pragma GCC unroll 8
     for (int each = 0; each < kRows; ++each) totals[each] = Floats{};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        if (row == 0 && part == 0) ask_ahead<Format>(tile, chunk, chunks);
         Bytes codes[kVectors];
         unpack<Format::kBits>(tile + chunk * code_bytes(Format::kBits), part, codes);
         const typename Format::Scales own(scales, chunk, part);
