@@ -32,7 +32,7 @@ void add(const T* input, const Bfloat16* down, const Bfloat16* up, const int64_t
     for (int64_t at = 0; at < rows * width; ++at) inputs[at] = widened(input[at]);
     inner.resize(layers * rows * rank);  // (layers, rows, rank)
     // waking a second thread costs some microseconds
-    const auto pays = [&](int64_t inputs, int64_t outputs) { return inputs * outputs * (rows + 3) > 400000; };
+    const auto pays = [&](int64_t inputs, int64_t outputs) { return inputs * outputs * (rows + 3) > 100000; };
     for_tiles(layers * rank / kTile, pays(width, layers * rank), [&](int64_t first, int64_t last) {
         compute_range<StoredTiles>(inputs.data(), down, rows, width, first, last,
                                    [&](int64_t tile, int64_t row, int lane, Floats sums) {

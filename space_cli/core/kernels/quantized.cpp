@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -81,26 +82,26 @@ Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
-template <typename V>
-V rotated(V values, int by) {
-    Ints order;
-    for (int lane = 0; lane < kLanes; ++lane) order[lane] = (lane + by) % kLanes;
-    return __builtin_shuffle(values, order);
+template <int kBy, typename V, int... kLane>
+V rotated(V values, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(values, values, (kLane + kBy) % kLanes...);
+}
+
+// one value of all lanes, halves with halves by `combine`
+template <int kBy = kLanes / 2, typename V, typename Combine>
+auto reduced(V values, const Combine& combine) {
+    if constexpr (kBy == 0)
+        return values[0];
+    else
+        return reduced<kBy / 2>(combine(values, rotated<kBy>(values, std::make_integer_sequence<int, kLanes>())), combine);
 }
 
 float largest_of(Floats values) {
-#pragma GCC unroll 4
-    for (int by = kLanes / 2; by; by /= 2) {
-        const Floats other = rotated(values, by);
-        values = other > values ? other : values;
-    }
-    return values[0];
+    return reduced(values, [](Floats a, Floats b) { return b > a ? b : a; });
 }
 
 int32_t sum_of(Ints values) {
-#pragma GCC unroll 4
-    for (int by = kLanes / 2; by; by /= 2) values += rotated(values, by);
-    return values[0];
+    return reduced(values, [](Ints a, Ints b) { return a + b; });
 }
 
 // numbers of 8 bits; compilers take them apart one by one
@@ -590,14 +591,19 @@ struct Quantized {
         Activations& activations = own;
         activations.reserve(rows, width);
         const int64_t tiles = (outputs + kTile - 1) / kTile, bytes = tile_bytes<Format>(width);
-        const bool many = rows * width > 16384;
-#pragma omp parallel for schedule(static) if (many)
-        for (int64_t row = 0; row < rows; ++row) activations.quantize_row(input, row, width);
         // waking a second thread costs some microseconds
         const bool pays = width * outputs * (rows + 3) > 400000;
-#pragma omp parallel for schedule(static) if (pays)
-        for (int64_t tile = 0; tile < tiles; ++tile)
-            multiply_tile<Format>(activations, rows, packed + tile * bytes, width, output, outputs, tile * kTile);
+        if (rows == 1) activations.quantize_row(input, 0, width);
+#pragma omp parallel if (pays)
+        {
+            if (rows > 1) {
+#pragma omp for schedule(static)
+                for (int64_t row = 0; row < rows; ++row) activations.quantize_row(input, row, width);
+            }
+#pragma omp for schedule(static)
+            for (int64_t tile = 0; tile < tiles; ++tile)
+                multiply_tile<Format>(activations, rows, packed + tile * bytes, width, output, outputs, tile * kTile);
+        }
     }
 
     static void row(const uint8_t* packed, int64_t output, int64_t width, float* to) {
