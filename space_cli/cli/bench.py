@@ -101,7 +101,7 @@ class MethodOptions(Group):
 
 
 class ResultOptions(Group):
-    """What is done with the answers, and where results go."""
+    """How answers are scored, and where results go."""
 
     execute: bool = Field(
         False, description="Run the model's code against the tests of suites that have some, contained (docs/bench.md)."

@@ -187,7 +187,7 @@ def _drawing(width: float, height: float) -> Iterator[Any]:
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """Return a look for each name; seven colours and eight markers make 56 before two are alike."""
+    """Return a style for each name; seven colours and eight markers make 56 distinct ones."""
     looks = zip(cycle(_SERIES), cycle(_MARKERS), strict=False)
     return {name: Style(*look) for name, look in zip(dict.fromkeys(names), looks, strict=False)}
 

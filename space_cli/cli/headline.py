@@ -70,7 +70,7 @@ def _holds_one(row: Result) -> bool:
 
 
 def _beside(report: BenchRecord, row: Result) -> str:
-    """Return the figure without repetitive answers, where it is another."""
+    """Return the figure without repetitive answers, if there is one."""
     for other in report.results:
         same = (other.suite, other.method, other.category) == (row.suite, row.method, None)
         if same and other.outputs != "all" and other.speedup is not None:

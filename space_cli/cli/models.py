@@ -1,4 +1,4 @@
-"""`space models`: which names there are, where they are, and which were trained for SPACE."""
+"""`space models`: lists, adds and checks models."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ Part = str | Html | Group | Folded
 
 
 def write_page(file: Path, title: str, parts: Sequence[Part]) -> None:
-    """Write a report, whole or not at all: Markdown, or HTML where the file's name ends so.
+    """Write a report atomically: Markdown, or HTML if the file's name ends in .html.
 
     Args:
         file: its name ends with .md or .html.

@@ -334,7 +334,7 @@ class Repl:
 
 
 class _Commands(Completer):
-    """Completes commands and what may follow them; the slash is no part of a word to prompt_toolkit."""
+    """Completes commands and their arguments; prompt_toolkit does not count the slash as part of a word."""
 
     def __init__(self, commands: Iterable[str]) -> None:
         settings = {name: _choices(field.annotation) for name, field in ChatSettings.model_fields.items()}
@@ -343,7 +343,7 @@ class _Commands(Completer):
         self._completer = NestedCompleter.from_nested_dict({name: following.get(name) for name in names})
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        """Yield what a command may go on with."""
+        """Yield the completions of a command or its argument."""
         if document.text.startswith("/") and document.cursor_position:
             inner = Document(document.text[1:], document.cursor_position - 1)
             yield from self._completer.get_completions(inner, complete_event)

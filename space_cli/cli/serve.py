@@ -1,4 +1,4 @@
-"""`space serve`: models for other programs, by OpenAI's HTTP interface."""
+"""`space serve`: serves models over OpenAI's HTTP interface."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class AccessOptions(Group):
     )
 
     def access(self) -> Access:
-        """Return who may call.
+        """Return the access rules.
 
         Raises:
             UsageProblem: others can reach the address, and there is no key.

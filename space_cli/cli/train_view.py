@@ -56,7 +56,7 @@ class TrainView:
         self.note("the first one, as it is trained:\n" + "\n".join(lines))
 
     def begin(self, loaded: LoadedModel, prepared: Prepared, recipe: Recipe) -> None:
-        """Say what will be trained on what."""
+        """Print the model, the data and the method."""
         where = f"{loaded.name}, {loaded.num_parameters:,} parameters, {loaded.dtype} {loaded.device}"
         self.note(f"{where}; method {recipe.method}, k = {recipe.candidates}")
         left_out = f", {prepared.empty} without anything to learn left out" if prepared.empty else ""
@@ -135,7 +135,7 @@ class TrainView:
         self.note(f"saved {folder}")
 
     def show_dry_run(self, found: DryRun) -> None:
-        """Say what a training would take."""
+        """Print the estimate of a training."""
         console, without = out(), ""
         if found.ar_tokens_per_second is not None:
             cost = found.ar_tokens_per_second / found.tokens_per_second
@@ -147,7 +147,7 @@ class TrainView:
         console.print(f"time: {found.steps} steps of {found.seconds_per_step:.2f} s, {whole}")
 
     def conclude(self, space: SpaceConfig, output: Path) -> None:
-        """Say what came out."""
+        """Print the results."""
         console = out()
         for name, each in space.acceptance.items():
             apart = each["tokens_per_step_plain"] if each["repetitive"] else None
@@ -165,7 +165,7 @@ _HEADINGS = ("step", "AR loss", "mask loss", "masks right", "expected tokens per
 
 
 class LiveTrainView(TrainView):
-    """Keeps a bar and the last rows in place, drawn when there is something new."""
+    """Redraws a bar and the last rows in place."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, quiet=False)
@@ -224,7 +224,7 @@ def training_view(*, quiet: bool) -> TrainView:
 
 
 def _accuracies(logs: dict[str, float], prefix: str) -> list[float]:
-    """Return what share of each mask's guesses was right."""
+    """Return the accuracy of each mask."""
     start = f"{prefix}mask_accuracy_"
     depths = sorted(int(name.removeprefix(start)) for name in logs if name.startswith(start))
     return [logs[f"{start}{depth}"] for depth in depths]

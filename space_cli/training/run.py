@@ -1,4 +1,4 @@
-"""A whole training: distillation, steps, what it won, and the checkpoint."""
+"""A whole training: distillation, steps, acceptance, and the checkpoint."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _FEW_SHAPES = 64  # batches of ever new shapes leave an allocator with ever new 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is trained, and how; what Trainer knows already is in `arguments`.
+    """Settings of a training; those that Trainer has are in `arguments`.
 
     Attributes:
         candidates: k, and masks of a group.
@@ -100,7 +100,7 @@ def train(
     resume: bool,
     view: TrainingView,
 ) -> SpaceConfig:
-    """Train, and leave a SPACE checkpoint in `output`; return what it says of itself.
+    """Train, and write a SPACE checkpoint to `output`; return its config.
 
     Raises:
         UsageProblem: nothing to resume, or other settings than those of the training to be resumed.
@@ -160,14 +160,14 @@ def _begin(output: Path, loaded: LoadedModel, settings: dict[str, Any], *, resum
 
 
 def _last_is_unmeasured(trainer: SARTrainer) -> bool:
-    """Return whether the held-out loss of the weights that are kept is not the last one measured."""
+    """Return whether the kept weights' held-out loss still has to be measured."""
     measured_at = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
     is_last = measured_at and measured_at[-1] == trainer.state.global_step
     return bool(measured_at) and (trainer.args.load_best_model_at_end or not is_last)
 
 
 def _write(space: SpaceConfig, history: list[dict[str, float]], output: Path, view: TrainingView) -> None:
-    """Write what a checkpoint has beside its weights: its config, log, card and curves."""
+    """Write a checkpoint's config, log, card and curves."""
     space.save(output)
     atomic_write(output / LOG_FILE, "".join(json.dumps(row) + "\n" for row in history))
     atomic_write(output / CARD_FILE, card(space, output.name))
@@ -176,7 +176,7 @@ def _write(space: SpaceConfig, history: list[dict[str, float]], output: Path, vi
 
 
 def checkpoint_config(recipe: Recipe, mask_ids: list[int], base_model: str, training: dict[str, Any]) -> SpaceConfig:
-    """Return what a checkpoint of the recipe says of itself."""
+    """Return the config of a checkpoint of this recipe."""
     return SpaceConfig(
         method=recipe.method,
         mask_token_ids=mask_ids,
@@ -188,7 +188,7 @@ def checkpoint_config(recipe: Recipe, mask_ids: list[int], base_model: str, trai
 
 
 def _resumed(output: Path, settings: dict[str, Any]) -> Path | None:
-    """Return the newest whole checkpoint; None where the training was cut short before the first."""
+    """Return the newest complete checkpoint; None if training was interrupted before the first."""
     try:
         earlier = json.loads((output / SETTINGS_FILE).read_bytes())
     except (OSError, ValueError) as error:
@@ -332,7 +332,7 @@ def _arguments(loaded: LoadedModel, recipe: Recipe, output: Path, *, evaluates: 
 
 
 class _Shows(TrainerCallback):
-    """Hands on what Trainer reports."""
+    """Forwards Trainer's reports to the view."""
 
     def __init__(self, view: TrainingView) -> None:
         self._view = view

@@ -1,4 +1,4 @@
-"""Training of adapters in two passes: the text once without gradients, then the masks alone over its keys and values.
+"""Two-pass training of adapters: the text once without gradients, then the masks alone over its keys and values.
 
 An adapter leaves every slot that holds text as the base computes it, so nothing is learned there: the first pass is
 plain inference, and leaves the base's own distribution at each position beside keys and values. Only mask groups carry
@@ -94,7 +94,7 @@ class TwoPassTrainer(SARTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the mean over all masks that learn something, weighted by depth."""
+        """Return the mean loss over all masks with a label, weighted by depth."""
         learns = inputs["labels"] != IGNORED
         positions = inputs["position_ids"]
         slots = torch.unique(positions[learns])
