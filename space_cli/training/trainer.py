@@ -201,7 +201,7 @@ class SARTrainer(Trainer):
             self._space.save(folder)
 
     def finish(self, space: SpaceConfig, output: Path) -> None:
-        """Write the trained checkpoint: first into a folder next to the output, then move file by file, the config last.
+        """Write the trained checkpoint: first into a folder beside the output, then move its files, the config last.
 
         Raises:
             OSError: it could not be written; checkpoints of the training are untouched.
