@@ -9,39 +9,30 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args, get_origin
+from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, NestedCompleter
-from prompt_toolkit.document import Document
-from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import FormattedText
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
 from rich.table import Table
 from rich.text import Text
 
 from space_cli.chat.conversation import load_turns
-from space_cli.chat.session import ChatSettings
 from space_cli.chat.templates import Turn
 from space_cli.cli.answer import counted, greeting, summary, view_of
 from space_cli.cli.console import is_screen, out, plain, print_wrapped, unechoed, visible
 from space_cli.cli.live import named_histogram, tally_of
+from space_cli.cli.repl_input import QUOTES, CommandCompleter, input_history, key_bindings, unquoted
 from space_cli.core.stream import Generation
 from space_cli.errors import SpaceError, UsageProblem, first_line
 from space_cli.models.registry import located
 from space_cli.text import well_formed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from rich.console import Console
 
     from space_cli.chat.session import Session
     from space_cli.models.loading import LoadedModel
-
-_QUOTES = '"""'
 
 
 class Repl:
@@ -80,11 +71,11 @@ class Repl:
             "/exit": (self._leave, "as Ctrl-D"),
         }
         self._input: PromptSession[str] = PromptSession(
-            history=_history(state),
-            completer=_Commands(self._commands),
+            history=input_history(state),
+            completer=CommandCompleter(self._commands),
             complete_while_typing=False,
             multiline=True,
-            key_bindings=_keys(),
+            key_bindings=key_bindings(),
             bottom_toolbar=self._toolbar,
             prompt_continuation="... ",
             color_depth=ColorDepth.DEPTH_1_BIT if out().no_color else None,
@@ -96,7 +87,7 @@ class Repl:
         wants_out = False
         while True:
             try:
-                text = _unquoted(self._input.prompt(self._prompt))
+                text = unquoted(self._input.prompt(self._prompt))
                 wants_out = False
                 self._take(text)
             except SpaceError as error:
@@ -197,7 +188,7 @@ class Repl:
         for name, (_run, told) in self._commands.items():
             table.add_row(name, told)
         self._console().print(table)
-        self._say(f"{_QUOTES} opens and closes a text of several lines; Alt-Enter begins a new line", style="")
+        self._say(f"{QUOTES} opens and closes a text of several lines; Alt-Enter begins a new line", style="")
 
     def _system(self, text: str) -> None:
         if text:
@@ -331,68 +322,6 @@ class Repl:
     def _context(self) -> str:
         limit = self._session.loaded.context_length
         return f"context {self._session.tokens}/{limit}" if limit else f"context {self._session.tokens}"
-
-
-class _Commands(Completer):
-    """Completes commands and their arguments; prompt_toolkit does not count the slash as part of a word."""
-
-    def __init__(self, commands: Iterable[str]) -> None:
-        settings = {name: _choices(field.annotation) for name, field in ChatSettings.model_fields.items()}
-        following = {"set": settings} | {name: settings[name] for name in ("mode", "live", "color")}
-        names = [command.removeprefix("/") for command in commands]
-        self._completer = NestedCompleter.from_nested_dict({name: following.get(name) for name in names})
-
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        """Yield the completions of a command or its argument."""
-        if document.text.startswith("/") and document.cursor_position:
-            inner = Document(document.text[1:], document.cursor_position - 1)
-            yield from self._completer.get_completions(inner, complete_event)
-
-
-def _choices(annotation: object) -> set[str] | None:
-    """Return the values of a setting that has a few."""
-    return set(get_args(annotation)) if get_origin(annotation) is Literal else None
-
-
-def _keys() -> KeyBindings:
-    """Enter sends unless a quoted text is open; Alt-Enter begins a line."""
-    keys = KeyBindings()
-
-    @Condition
-    def is_open() -> bool:
-        from prompt_toolkit.application import get_app
-
-        text = get_app().current_buffer.text
-        return text.lstrip().startswith(_QUOTES) and text.count(_QUOTES) < 2
-
-    @keys.add("enter", filter=~is_open)
-    def _send(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return keys
-
-
-def _history(state: Path | None) -> History:
-    if state is None:
-        return InMemoryHistory()
-    file = state / "history"
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-    except OSError:
-        return InMemoryHistory()
-    return FileHistory(str(file))
-
-
-def _unquoted(text: str) -> str:
-    inner = text.strip()
-    if inner.startswith(_QUOTES) and inner.endswith(_QUOTES) and len(inner) >= 2 * len(_QUOTES):
-        return inner.removeprefix(_QUOTES).removesuffix(_QUOTES).strip("\n")
-    return text
 
 
 def _short(text: str) -> str:
