@@ -136,7 +136,8 @@ class LoadOptions(Group):
         """Load a model with these options, but for those given `instead`."""
         from space_cli.models.loading import load_model
 
-        return load_model(name, revision=revision, weights=weights, **self.model_dump() | instead)
+        how = self.model_dump(include=set(LoadOptions.model_fields))  # a group that adds fields loads as this one
+        return load_model(name, revision=revision, weights=weights, **how | instead)
 
 
 class SamplingOptions(Group):
