@@ -53,7 +53,7 @@ class Journal:
         if differing:
             raise UsageProblem(
                 f"{self.file} is of a run with other {', '.join(differing)}",
-                hint="give what that run was given, or delete the file to begin anew",
+                hint="give what that run was given, or delete the file to start over",
             )
 
     def __enter__(self) -> Journal:

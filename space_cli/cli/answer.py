@@ -173,7 +173,7 @@ class StepsAnswer(PlainAnswer):
 def greeting(session: Session, console: Console) -> Text:
     """Return the introduction of a chat: what a model call does, in the shades used later."""
     if session.settings.mode == "ar":
-        return Text("Each model call brings one token.", style="dim")
+        return Text("Each model call yields one token.", style="dim")
     one, other = shades_of(console)
     loaded = session.loaded
     told = Text.assemble(
@@ -209,7 +209,7 @@ def summary(session: Session, generation: Generation, *, speedup: float | None, 
     if session.settings.mode == "ar":
         return line
     is_guessed = any(step.candidates for step in generation.steps)
-    return f"{line}\n{'no guess was right' if is_guessed else 'no guess seemed worth its time'}"
+    return f"{line}\n{'no guess was right' if is_guessed else 'drafting was not expected to pay'}"
 
 
 def counted(tally: Tally) -> str:

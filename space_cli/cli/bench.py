@@ -134,7 +134,7 @@ class ResultOptions(Group):
         if not self.resume and left_over.exists():
             raise UsageProblem(
                 f"{left_over} is what an interrupted run has done",
-                hint="add --resume to go on, or delete it to begin anew",
+                hint="add --resume to go on, or delete it to start over",
             )
 
 
@@ -303,7 +303,7 @@ def _add(run: _Run, view: RunView, *, with_profile: bool) -> None:
     if any(suite.metric is not None and suite.metric not in run.not_scored for suite in run.suites):
         from space_cli.bench.quality import score_all
 
-        view.note("judging answers")
+        view.note("scoring answers")
         score_all(run.report.samples, run.suites, missing=run.not_scored)
 
 

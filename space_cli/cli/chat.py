@@ -33,8 +33,8 @@ _Prompt = Annotated[
     str | None,
     typer.Option("--prompt", "-p", help="Answer this and leave; what is piped in follows it. - is standard input."),
 ]
-_Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the model goes on behind the prompt.")]
-_System = Annotated[str | None, typer.Option("--system", help="What the model is told before all else.")]
+_Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the model continues the prompt.")]
+_System = Annotated[str | None, typer.Option("--system", help="System prompt.")]
 _SystemFile = Annotated[
     Path | None, typer.Option("--system-file", callback=options.at_home, help="The same, from a file.")
 ]

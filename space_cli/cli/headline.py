@@ -38,7 +38,7 @@ def headline(report: BenchRecord, *, name: Name = str) -> str:
     if not timed or method == "ar":
         row = rows[0]
         return (
-            f"{name(method)} brings {row.tokens_per_second:.1f} tokens per second on {name(row.suite)},"
+            f"{name(method)} reaches {row.tokens_per_second:.1f} tokens per second on {name(row.suite)},"
             f" {row.tokens_per_step:.2f} per step; no speedup without another method and ar"
         )
     if len(timed) == 1:

@@ -144,9 +144,9 @@ class SamplingOptions(Group):
     """How tokens are chosen."""
 
     temperature: limits.Temperature = Field(0.0, description="0 is greedy.")
-    top_k: limits.TopK = Field(0, description="Sample among the k likeliest tokens; 0 is off.")
+    top_k: limits.TopK = Field(0, description="Sample among the k most likely tokens; 0 is off.")
     top_p: limits.TopP = Field(1.0, description="Sample within this probability mass; above 0.")
-    min_p: limits.MinP = Field(0.0, description="Least probability relative to the likeliest token's.")
+    min_p: limits.MinP = Field(0.0, description="Minimum probability relative to the most likely token's.")
     repetition_penalty: limits.RepetitionPenalty = Field(1.0, description="Above 0; 1 is off.")
     seed: limits.Seed = Field(0, description="Of sampling.")
 

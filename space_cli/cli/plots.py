@@ -192,7 +192,7 @@ def _step_tokens(results: Sequence[Result], looks: dict[str, Style]) -> Plot | N
     return Plot(
         "step-tokens",
         "Tokens per step",
-        f"Share of the model calls that brought so many tokens.{always}",
+        f"Share of the model calls that yielded this many tokens.{always}",
         ("suite, method", *map(str, range(1, longest + 1))),
         _share_rows(shares, longest),
         _panel_height(shares),
@@ -273,7 +273,7 @@ def _draw_shares(
 def _call_costs(report: BenchRecord) -> Plot | None:
     """Cost of a model call by its slots."""
     if report.profile is not None:
-        lines = {f"behind {length}": dict(costs) for length, costs in report.profile.seconds.items()}
+        lines = {f"prefix {length}": dict(costs) for length, costs in report.profile.seconds.items()}
         roofline: float | None = report.profile.roofline_seconds
     else:
         measured = report.environment.get("step_costs") or {}
@@ -283,7 +283,7 @@ def _call_costs(report: BenchRecord) -> Plot | None:
             return None
         lines, roofline = {"a call": seconds}, None
     least = f" Dashed: reading the weights from memory alone, {roofline * 1e3:.2f} ms." if roofline else ""
-    in_front = " Behind 256: with so many tokens in front." if report.profile is not None else ""
+    in_front = " Prefix 256: with 256 tokens in the cache." if report.profile is not None else ""
     slots = sorted(next(iter(lines.values())))
     return Plot(
         "costs",

@@ -51,12 +51,12 @@ class Repl:
         self._own_files: set[Path] = set()
         self._commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/help": (self._help, "this list"),
-            "/system": (self._system, "TEXT  what the model is told before all else; without TEXT: show it"),
+            "/system": (self._system, "TEXT  set the system prompt; without TEXT: show it"),
             "/reset": (self._reset, "forget the conversation"),
             "/undo": (self._undo, "forget the last request and its answer"),
             "/retry": (self._retry, "answer the last request again, sampled under the next seed"),
             "/race": (self._race, "answer it one token at a time and by SPACE, side by side"),
-            "/stats": (self._stats, "what this session's steps brought"),
+            "/stats": (self._stats, "tokens and model calls of this session"),
             "/mode": (partial(self._set_one, "mode"), "ar|space  one token at a time, or several"),
             "/live": (
                 partial(self._set_one, "live"),

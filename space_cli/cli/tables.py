@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _PLACES_SHOWN = 8
 _ROUNDING = (
     "Half precision rounds a token differently in calls of another shape; --dtype float32 is exact, and"
-    " `space verify-lossless` tells rounding from faults."
+    " `space verify-lossless` distinguishes rounding from faults."
 )
 
 
@@ -112,7 +112,7 @@ def _counted(count: int, what: str) -> str:
 def _split(samples: list[Sample]) -> Iterator[Text | Table]:
     """Yield the breakdown of a step's time by method."""
     table = _figures(
-        "method", "ms/step", "prompt", "model", "choosing", "cache", "drafting", "other", "beside the model"
+        "method", "ms/step", "prompt", "model", "choosing", "cache", "drafting", "other", "outside the model"
     )
     for method in dict.fromkeys(sample.method for sample in samples if sample.parts is not None):
         own = [sample for sample in samples if sample.method == method and sample.parts is not None]
@@ -136,7 +136,7 @@ def _split(samples: list[Sample]) -> Iterator[Text | Table]:
 def _costs(profile: Profile) -> Iterator[Text | Table]:
     """Yield the cost of a model call by slots and prefix length."""
     lengths = list(profile.seconds)
-    table = _figures("slots", *(f"behind {length}" for length in lengths), "over 1 slot", "GB/s", "of roofline", "")
+    table = _figures("slots", *(f"prefix {length}" for length in lengths), "over 1 slot", "GB/s", "of roofline", "")
     first = profile.seconds[lengths[0]]
     most = max(first.values())
     for slots, seconds in first.items():
@@ -307,7 +307,7 @@ def verdict(record: Verification) -> str:
     unlikely = [test for test in record.distributions if test.p_value < MIN_P_VALUE]
     scope = f"{record.tokens} tokens of {len(record.answers)} answers"
     if record.lossless is None:
-        return f"NO VERDICT: an error ended the run behind {scope}"
+        return f"NO VERDICT: an error ended the run after {scope}"
     if violations or unlikely:
         found = [f"{violations} {'violation' if violations == 1 else 'violations'}"] if violations else []
         found += [

@@ -101,7 +101,7 @@ class MethodOptions(Group):
     )
     groups: int | None = Field(None, ge=1, description="Mask groups of an example. Default: 8 (full), 48 (adapter).")
     p_sar: float = Field(0.5, ge=0, le=1, description="Share of examples with masks (--form paper).")
-    mask_loss_weight: float = Field(1.0, ge=0, description="Of a mask's loss, beside a token's.")
+    mask_loss_weight: float = Field(1.0, ge=0, description="Weight of a mask's loss relative to a token's.")
     loss: Literal["kl", "ce"] = Field(
         "kl", description="Of an adapter. kl: the base's distribution at each position. ce: the token there."
     )

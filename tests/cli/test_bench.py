@@ -153,7 +153,7 @@ def test_a_run_that_was_killed_is_taken_up_where_it_was(stop_space, run_space, t
     assert process.returncode == -signal.SIGKILL
     assert 0 < len(kept) < 2500
     assert refused.returncode == other.returncode == 2
-    assert "add --resume to go on, or delete it to begin anew" in refused.stderr
+    assert "add --resume to go on, or delete it to start over" in refused.stderr
     assert "of a run with other sampling" in other.stderr
     assert done.returncode == 0, done.stderr
     assert record["complete"] is True

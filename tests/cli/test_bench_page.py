@@ -198,7 +198,7 @@ def test_answers_that_differ_are_told_first():
 def test_without_ar_no_speedup_is_claimed():
     run = report([sample("space", 0.5)])
 
-    assert headline(run).startswith("space brings 8.0 tokens per second on humaneval, 2.00 per step; no speedup")
+    assert headline(run).startswith("space reaches 8.0 tokens per second on humaneval, 2.00 per step; no speedup")
 
 
 def test_a_sweep_is_about_its_best_k():
