@@ -137,10 +137,11 @@ class LiveRunView(RunView):
         self._stream: TextStream | None = None
         self._bar = Progress(
             TextColumn("{task.completed:.0f}/{task.total:.0f} {task.description}", markup=False),
-            BarColumn(complete_style="green"),
+            BarColumn(bar_width=max(10, min(40, console.width - 50)), complete_style="green"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[model]}", "dim", markup=False, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[model]}", "dim", markup=False, table_column=Column(no_wrap=True, ratio=1)),
             console=console,
+            expand=True,
         )
         self._bar_task = self._bar.add_task("", start=False, total=1, model="")
 
