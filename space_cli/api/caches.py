@@ -33,7 +33,7 @@ class CachePool:
         """Return the cache with the longest prefix of a prompt; the part only others could use stays in the pool."""
         if not self._idle:
             return KVCache()
-        # of those that have the same of it, the one that loses least
+        # among equal prefixes, the cache that loses least
         shared, _, best = max(
             ((common_prefix_length(cache.token_ids, token_ids), -len(cache.token_ids), cache) for cache in self._idle),
             key=lambda each: each[:2],

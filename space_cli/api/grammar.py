@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from space_cli.models.loading import LoadedModel
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-# as json.dumps writes: one way to put spaces, so that they, too, are forced
+# spacing as json.dumps writes it, so that spaces are forced too
 _FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 Prompt = str | Sequence[Message]
-# tokens that there must be room for: an answer of nothing helps nobody
+# an answer needs room for at least this many tokens
 _MIN_ROOM = 16
 
 
@@ -247,7 +247,7 @@ class Model:
             while (piece := await self._in_thread(lambda: next(stream, None))) is not None:
                 yield piece
         finally:
-            # behind the step that may still be running
+            # after the step that may still be running
             self._executor.submit(stream.close)
 
     async def _in_thread(self, function: Callable[[], _T]) -> _T:
@@ -255,7 +255,7 @@ class Model:
 
     @cached_property
     def _executor(self) -> ThreadPoolExecutor:
-        # one thread: torch keeps a pool of workers for each that calls it
+        # one thread, since torch keeps a worker pool for each calling thread
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="space")
 
 
@@ -317,7 +317,7 @@ class Stream:
                 self.close()
                 raise
             except BaseException:
-                # a cache that was left in the middle of something is not used again
+                # a cache interrupted in the middle of a step is not reused
                 self._cache = None
                 raise
             piece = self._text.piece(step)

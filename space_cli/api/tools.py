@@ -75,7 +75,7 @@ class CallReader:
         try:
             events = self._parser.feed(text) + (self._parser.finalize()[1] if is_last else [])
         except (ValueError, KeyError):
-            # no call after all: it is told as it stands
+            # not a call after all: it is shown as text
             self._parser = None
             return self._begun + text
         said = ""

@@ -89,7 +89,7 @@ _Samples = dict[tuple[str, int, int, int], Sample]
 def _by_method(samples: Sequence[Sample]) -> dict[tuple[str, str], _Samples]:
     grouped: dict[tuple[str, str], _Samples] = {}
     for sample in samples:
-        # a task of another prompt is another task
+        # the same id with another prompt is another task
         key = (*place(sample), sample.prompt_tokens)
         grouped.setdefault((sample.suite, sample.method), {})[key] = sample
     return grouped
@@ -99,7 +99,7 @@ def _change(suite: str, method: str, sides: list[dict[tuple[str, str], _Samples]
     own = _shared([side[suite, method] for side in sides])
     plain = _shared([side.get((suite, "ar"), {}) for side in sides])
     if method == "ar" or [place(sample) for sample in own[0]] != [place(sample) for sample in plain[0]]:
-        # no AR to take out what made the whole machine slower or faster
+        # without AR there is nothing to cancel machine load with
         plain = [own[0][:0], own[0][:0]]
     over, under = ([own[1], plain[0]], [own[0], plain[1]]) if plain[0] else ([own[1]], [own[0]])
     rates = rate(own[0]), rate(own[1])

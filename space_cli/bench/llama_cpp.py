@@ -83,7 +83,7 @@ def greedy(loaded: LoadedModel, prompt_ids: Sequence[int], *, max_new_tokens: in
         RunFailed: the file cannot be written, or llama.cpp does not run it.
     """
     llama = _runner(loaded, len(prompt_ids) + max_new_tokens)
-    # else it would keep what the prompt has in common with the one before
+    # otherwise it would reuse the prefix shared with the previous prompt
     llama.reset()
     tokens: Iterator[int] = llama.generate(list(prompt_ids), temp=0.0)
     return tokens
@@ -115,7 +115,7 @@ def _runner(loaded: LoadedModel, length: int) -> Any:
                 )
         except ValueError as error:
             raise RunFailed(f"llama.cpp cannot run {file}: {error}", hint="leave llama-cpp out of --methods") from error
-        # when Python tears its modules down, it would be too late
+        # at interpreter shutdown it would be too late
         weakref.finalize(model, llama.close)
         next(llama.generate([0], temp=0.0))
         _running[model] = room, llama

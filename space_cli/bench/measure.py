@@ -44,7 +44,7 @@ def measure(
     seeded = [(each, seed) for each in planned for seed in range(task.sampling.seed, task.sampling.seed + seeds)]
     for turn, (each, seed) in enumerate(seeded):
         if (each.suite.name, each.prompt.task_id, seed) not in done:
-            # each method takes its turn at being first after the one before it
+            # methods rotate: each prompt starts with the next one
             place = turn % len(methods)
             yield _conversation(each.under_seed(seed), methods, [*methods[place:], *methods[:place]], view)
 

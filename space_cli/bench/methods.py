@@ -95,7 +95,7 @@ class Method:
 def _check_draft(loaded: LoadedModel, _sampling: Sampling, draft: LoadedModel | None) -> None:
     if draft is None:
         raise UsageProblem("method 'hf-assisted' drafts with a smaller model", hint="name one with --draft-model")
-    # of masks, which no text has, either may know none
+    # mask tokens do not occur in text, so either tokenizer may lack them
     masks = {*loaded.mask_token_ids, *draft.mask_token_ids}
     differing = {id_ for _, id_ in loaded.tokenizer.get_vocab().items() ^ draft.tokenizer.get_vocab().items()}
     # generate takes another number of rows for another tokenizer

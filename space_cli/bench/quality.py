@@ -63,7 +63,7 @@ def score_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: 
         prompt, metric = known[sample.suite, sample.task_id]
         if metric is not None and metric not in missing:
             alike.setdefault((prompt, metric, sample.text), []).append(sample)
-    # each waits for a process of its own
+    # threads suffice: each waits for its own process
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     try:
         for group, (score, outcome) in zip(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from space_cli.core.stream import Generation, Step
 
 _SECONDS_PER_FRAME = 0.08
-# a blue and a purple of middling light, to be read on white and on black
+# a blue and a purple of medium lightness, readable on white and on black
 _SHADES = ("color(32)", "color(133)")
 # of 16 colours the nearest to that purple is white
 _BASIC_SHADES = ("cyan", "magenta")
@@ -154,7 +154,7 @@ class StepsAnswer(PlainAnswer):
         checked = f"{step.accepted}/{len(step.candidates)}" if step.candidates else ""
         own = step.tokens[step.accepted :]
         tokens = [Text.assemble("+", (self._shown(token), "green")) for token in step.tokens[: step.accepted]]
-        # what stood behind a wrong guess was never looked at
+        # candidates after a rejected one were never checked
         wrong = dict.fromkeys(step.rejected) if own else ()
         tokens += [Text.assemble("-", (self._shown(token), "red strike")) for token in wrong]
         tokens += [Text.assemble(">", (self._shown(token), "bold")) for token in own]

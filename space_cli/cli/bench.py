@@ -255,9 +255,9 @@ def _with_engine(
 
     ours = sum(not method.name.startswith(("hf", "llama")) for method in methods)
     loaded = prepare(loaded, engine=engine, tokens=ours * tokens, on_compile=view.compiling)
-    # measured anew: an hour in which the machine was busy must not decide
+    # always measured again: costs from a busy hour must not decide
     loaded = measured(loaded, fresh=True) if any(method.adaptive for method in methods) else loaded
-    # of this run alone: what was answered yesterday must not count
+    # only answers of this run: those of earlier runs must not count
     return with_past_answers(loaded, kept=False)
 
 
@@ -267,10 +267,10 @@ def _journal(output: ResultOptions, report: BenchRecord, planned: Plan) -> Journ
     from space_cli.tasks.plan import prompts_digest
 
     json = output.json_file
-    # a device or a pipe has no folder of ours beside it
+    # a device or a pipe has no folder for a journal
     if json is None or json == "-" or (Path(json).exists() and not Path(json).is_file()):
         return None
-    # neither when it was, nor what costs were measured then; answers can be scored whether they were to be or not
+    # not the date and the measured costs, which differ when resuming; scoring may be added later
     told = report.environment | report.settings
     run = {name: value for name, value in told.items() if name not in ("date", "step_costs", "left_out")}
     journal = Journal(Path(json), run | {"prompts": prompts_digest(planned)})

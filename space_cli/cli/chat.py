@@ -238,7 +238,7 @@ def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, 
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted") from error
     finally:
-        # what came is kept, whatever ended it
+        # tokens generated so far are kept, whatever ended the answer
         if generation.steps:
             write_record(record_of(session, asked, generation), json)
     session.conclude(asked, generation)

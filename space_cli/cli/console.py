@@ -58,7 +58,6 @@ def unechoed() -> Iterator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
-# what a bar, a rule or an ellipsis is drawn with where only ASCII can be written
 def echo_json(text: str) -> None:
     """Write JSON to standard output; characters its encoding lacks are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
@@ -106,7 +105,7 @@ def quiet_libraries() -> None:
     if not debug:
         if logging.lastResort is not None:  # where loggers without a handler of their own write
             logging.lastResort.setLevel(logging.ERROR)
-        # bitsandbytes tells which of its kernels are absent, whether they are wanted or not
+        # bitsandbytes warns of missing kernels even if they are not used
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     from huggingface_hub.utils.tqdm import enable_progress_bars

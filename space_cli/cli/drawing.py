@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
 PAPER, INK, GRID = "#ffffff", "#1f2328", "#d1d9e0"
-# told apart by most colour-blind eyes, and three times as dark as the paper
+# distinguishable with most colour blindness, contrast of at least 3 to the paper
 _SERIES = ("#0072b2", "#d55e00", "#117733", "#aa3377", "#8c6d00", "#332288", "#0e7c86")
 _VARIABLES = {PAPER: "--paper", INK: "--ink", GRID: "--grid"} | {
     colour: f"--series-{number}" for number, colour in enumerate(_SERIES, start=1)

@@ -93,7 +93,7 @@ class RunView:
         self._unit = unit
         self._tallies = {name: Tally() for name in methods}
         self._total = total
-        self._last_line = time.monotonic()  # what was done before, as loading, calls for no line
+        self._last_line = time.monotonic()  # loading before this point needs no line
 
     def __enter__(self) -> RunView:
         """Start showing."""

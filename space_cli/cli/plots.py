@@ -68,7 +68,7 @@ def _draw_speedups(
     axes.axvline(1.0, color=INK, linewidth=1.2, linestyle="--")
     names = list(looks)
     for result in results:
-        # a band of its own for each place, a line of its own in it for each method, hollow just below filled
+        # each place has a band, each method a line in it, with the hollow marker just below the filled one
         offset = (names.index(result.method) + 0.5) / len(names) * 0.8 - 0.4
         hollow = result.outputs != "all"
         height = places.index((result.suite, result.category)) + offset + (0.25 / len(names) if hollow else 0)
@@ -209,7 +209,7 @@ def _acceptance(results: Sequence[Result], looks: dict[str, Style]) -> Plot | No
     }
     if not shares:
         return None
-    # copies of the context reach far; behind the first place where nothing is accepted there is nothing to see
+    # copies of the context reach far; cut the plot after the first position without acceptance
     longest = 2 + max(place for own in shares.values() for place, share in enumerate(own) if share)
     shares = {place: own[:longest] for place, own in shares.items()}
     longest = max(map(len, shares.values()))

@@ -98,7 +98,7 @@ class Repl:
                 if wants_out:
                     return
                 wants_out = True
-                # the second may come before there is a prompt again
+                # the second Ctrl-C may come before the next prompt
                 with suppress(KeyboardInterrupt):
                     self._say("Ctrl-C again or Ctrl-D leaves")
                     continue

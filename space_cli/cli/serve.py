@@ -109,7 +109,7 @@ def serve(
     from space_cli.cli.live import COMPILING
     from space_cli.server.guard import listen
 
-    # an address that is taken is found before the libraries are read
+    # bind the address before the slow imports, so that a busy one fails at once
     listening = listen(place.host, place.port)
     console = err()
 
@@ -126,7 +126,7 @@ def serve(
             cache_bytes=limit.cache_mib * 2**20,
             on_compile=lambda: tell(COMPILING),
         )
-        # now rather than in the first answer: what steps cost
+        # measure step costs now rather than in the first answer
         loaded.drafts("space")
         return loaded
 

@@ -70,7 +70,7 @@ def show_bench(report: BenchRecord, done: str, *, to_stderr: bool) -> None:
 def _console(*, to_stderr: bool) -> Console:
     console = err() if to_stderr else out()
     if not is_screen(console):
-        # without a terminal there is no width to keep to: a folded table is hard to read and to take apart
+        # without a terminal there is no width: a wrapped table is hard to read and to parse
         console.width = max(console.width, 200)
     return console
 
@@ -119,7 +119,7 @@ def _split(samples: list[Sample]) -> Iterator[Text | Table]:
         steps = sum(sample.steps for sample in own)
         parts = {name: sum(each.parts[name] for each in own if each.parts) / steps for name in Parts._fields}
         whole = sum(sample.seconds for sample in own) / steps
-        # a first step is a step like the others, and the prompt besides
+        # the first step also computes the prompt
         later = [(each.seconds - each.first_step_seconds) / (each.steps - 1) for each in own if each.steps > 1]
         prompt = (
             sum(sample.first_step_seconds for sample in own) / steps
@@ -239,7 +239,7 @@ def show_verification(record: Verification, done: str, *, to_stderr: bool) -> No
         to_stderr: leave standard output alone.
     """
     console = _console(to_stderr=to_stderr)
-    # in a terminal lines break between words, elsewhere not at all
+    # lines wrap between words in a terminal, and not at all elsewhere
     fold = not is_screen(console)
     if not record.complete:
         console.print(f"Interrupted after {done}.")
@@ -272,7 +272,7 @@ def verification_settings(record: Verification) -> list[str]:
     """Return the settings of a verification, briefly."""
     settings = record.settings
     k = [f"k = {settings['candidates']}"] if settings["candidates"] else []
-    # what numerics names are ways to run the model as it is
+    # numerics apply to the eager engine only
     numerics = [f"numerics: {settings['numerics']}"] if record.environment["engine"] == "eager" else []
     own = [*k, f"drafts: {settings['drafts']}", *numerics]
     return [*how(record), *own, *([f"{settings['seeds']} seeds"] if settings["seeds"] > 1 else [])]
@@ -316,7 +316,7 @@ def verdict(record: Verification) -> str:
         return f"NOT LOSSLESS: {', '.join(found)} in {scope}"
     if ties:
         judged = "LOSSLESS UP TO ROUNDING" if record.lossless else "NOT LOSSLESS (--strict)"
-        # in float32 there is nothing more exact to advise: over a GGUF file's bits the rounding is that of activations
+        # nothing is more exact than float32: with a GGUF file's weights the rounding is that of activations
         advice = "" if record.environment["dtype"] == "float32" else "; --dtype float32 is exact"
         return f"{judged}: no violation and {ties} {'tie' if ties == 1 else 'ties'} in {scope}{advice}"
     return f"LOSSLESS: {scope} are identical"

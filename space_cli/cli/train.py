@@ -228,7 +228,7 @@ def train(
     from space_cli.training.prepare import prepare_examples
     from space_cli.training.run import OWN_FILE
 
-    # started by `accelerate launch` or torchrun: one device each, and one process that speaks
+    # under `accelerate launch` or torchrun each process has one device, and only the first prints
     process = os.environ.get("LOCAL_RANK")
     quiet = quiet or process not in (None, "0")
     view = training_view(quiet=quiet)
@@ -299,7 +299,7 @@ def _loaded(
     loaded = place.load(model, revision=revision, weights="dense")
     chosen = method.chosen(loaded, load.quantization)
     if chosen == "adapter" and load.dtype == "auto" and loaded.device == "cpu" and computes_in_bfloat16():
-        # several times as fast, and what is trained is kept in float32 all the same
+        # several times as fast; the trained weights stay in float32
         loaded = place.load(model, revision=revision, weights="dense", dtype="bfloat16")
     return loaded, chosen
 

@@ -102,7 +102,7 @@ class TrainView:
         self._show_row(cells)
 
     def _show_held_out(self, step: int, logs: dict[str, float]) -> None:
-        # an adapter leaves the base's own loss as it is
+        # an adapter does not change the base's own loss
         loss = f" AR loss {logs['eval_ar_loss']:.3f}," if "eval_ar_loss" in logs else ""
         right = " ".join(f"{accuracy:.0%}" for accuracy in self._held_out[-1])
         self.note(

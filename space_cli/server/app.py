@@ -176,7 +176,7 @@ def _answers(
 ) -> Iterator[Event]:
     """Yield the events of `count` answers to each prompt; each further answer uses the next seed."""
     for prompt in prompts:
-        # what does not fit is refused before anything is told
+        # refuse what does not fit before sending anything
         model.room(prompt, settings.max_new_tokens)
     yield Begun()
     for index in range(len(prompts) * count):

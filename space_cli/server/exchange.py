@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from space_cli.server.work import Job, Worker
 
 log = logging.getLogger("space.serve")
-# a client that sends or reads more slowly than this is given up
+# clients that send or read more slowly than this are dropped
 BODY_SECONDS, SEND_SECONDS = 30.0, 60.0
 _CLIENT_GONE = 499
 

@@ -95,7 +95,7 @@ class Guard:
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         if scope["method"] == "OPTIONS" and origin in self._access.origins:
-            # a browser asks without the key
+            # a browser's preflight request carries no key
             await Response(None, 204, headers=_allowed(origin, _PREFLIGHT))(scope, receive, send)
             return
         try:

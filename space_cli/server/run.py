@@ -15,7 +15,7 @@ from space_cli.errors import Interrupted
 from space_cli.server.app import Server
 from space_cli.server.guard import Access
 
-# answers under way have so long once the process is told to end
+# seconds that running answers get after a request to stop
 _GRACE_SECONDS = 30
 
 

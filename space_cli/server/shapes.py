@@ -228,6 +228,6 @@ def _call(call: ToolCall) -> Json:
 
 
 def _with_bytes(token: TokenLogprob) -> Json:
-    # a part of a character has no bytes of its own once it is text
+    # the bytes of a partial character are lost once it is text
     told = None if "\N{REPLACEMENT CHARACTER}" in token.text else list(token.text.encode())
     return {"token": token.text, "logprob": token.logprob, "bytes": told}

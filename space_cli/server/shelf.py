@@ -27,7 +27,7 @@ class Shelf:
     def __init__(
         self, given: Sequence[str], load: Callable[[str], Model], *, most: int = 1, models_file: Path | None = None
     ) -> None:
-        # a folder or file is known by its last part: where it lies is nobody's business
+        # a folder or file is listed by its last part only, so its path stays private
         self._sources = {Path(name).name if Path(name).exists() else name: name for name in given}
         self.default = next(iter(self._sources))
         self._load, self._most, self._models_file = load, max(most, 1), models_file

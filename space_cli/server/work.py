@@ -68,7 +68,7 @@ class Job(Generic[E]):
         while not self.is_cancelled:
             await self._wake.wait()
             if self._events and self._events[-1] is not None:
-                # steps quicker than this are told together: each telling takes time from the model
+                # events of faster steps are sent together, since each send takes time from the model
                 await asyncio.sleep(_GATHERED_SECONDS)
             self._wake.clear()
             self._is_told = False
@@ -134,7 +134,7 @@ class Worker:
             for left in [waiting for waiting in self._waiting if waiting.is_cancelled]:
                 with suppress(ValueError, IndexError):  # the worker came to it meanwhile
                     self._waiting.remove(left)
-            # what an idle worker has not begun yet does not wait
+            # a job that an idle worker is about to begin does not count as waiting
             if len(self._waiting) + len(self._active) >= self._most_waiting + self._parallel:
                 raise overloaded(429, f"{len(self._waiting)} requests are waiting already", "queue_full")
             self._waiting.append(job)  # type: ignore[arg-type]

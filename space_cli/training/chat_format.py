@@ -149,7 +149,7 @@ def _script(example: Example, tokenizer: PreTrainedTokenizerBase, template: str 
         return _with_lead([prompt, completion], escaper.seam, tokenizer)
     escaper = Escaper.of([turn.content for turn in example.turns], tokenizer)
     turns = escape_turns(example.turns, escaper, tokenizer, template=template)
-    while turns[-1].role != "assistant":  # nothing is learned of what nobody answers
+    while turns[-1].role != "assistant":  # turns without an answer carry no loss
         turns.pop()
     if has_own_template(tokenizer, template):
         return _Script(_chat_pieces(turns, tokenizer, where=example.where), escaper.seam, lead=[])

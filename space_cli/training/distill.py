@@ -73,7 +73,7 @@ def distil(
     requests = [_request(ids, number, settings) for number, ids in enumerate(prompts)]
     answered = _read(file)
     waiting = [request for request in requests if request.key not in answered]
-    # the longest first, so that what does not fit the memory fails at once
+    # longest first, so that running out of memory happens at once
     waiting.sort(key=lambda request: -len(request.prompt_ids))
     done, written, began = len(requests) - len(waiting), 0, time.monotonic()
     on_progress(done, len(requests), 0.0)
@@ -122,7 +122,7 @@ def _append(file: Path, answers: dict[str, list[int]]) -> None:
     lines = [json.dumps({"key": key, "token_ids": ids}) for key, ids in answers.items()]
     try:
         with file.open("a", encoding="utf-8") as stream:
-            # a line that an earlier run could not finish must not swallow the first of this one
+            # an incomplete last line of an earlier run must not swallow this run's first one
             stream.write("\n" + "\n".join(lines) + "\n")
     except OSError as error:
         raise unwritten(file, error) from error

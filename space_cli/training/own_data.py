@@ -122,7 +122,7 @@ def _questions(
         ended = ids[-1] in loaded.eos_token_ids
         text = loaded.decode(ids[:-1] if ended else ids)
         text, sign, _ = text.partition(closing) if closing else (text, "", "")
-        # what was cut off by length is no question
+        # a question cut off by length is dropped
         if (ended or sign) and len(ids) >= _MIN_QUESTION and not is_repetitive(ids):
             questions.append(text.strip())
     return [question for question in questions if question]

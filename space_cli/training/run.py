@@ -32,9 +32,9 @@ CARD_FILE, CURVES_FILE = "README.md", "training.png"
 ANSWER_SHARE = 0.25
 """Of the hours of a training: the most that answers take, those to the data's prompts and to its own each."""
 _ENDLESS = 10_000  # epochs: the hours end it
-# what may change where hours shape a training: more of them, and more answers to learn from
+# settings that may change when resuming a training by hours
 _ADDED_WITH_HOURS = {"hours", "data", "distill", "max_steps"}
-_FEW_SHAPES = 64  # batches of ever new shapes leave an allocator with ever new gaps
+_FEW_SHAPES = 64  # many batch shapes fragment the allocator's memory
 
 
 @dataclass(frozen=True, slots=True)

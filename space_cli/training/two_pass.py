@@ -167,7 +167,7 @@ class MaskLoss(torch.autograd.Function):
         gradient, losses, hits = torch.empty_like(logits), torch.empty_like(weights), torch.empty_like(weights)
         tokens = labels.clamp(min=0)[:, None]
         wanted = None if place is None else functional.softmax(teacher, dim=-1)
-        # on a CPU what is worked on stays in the cache
+        # on a CPU the working set stays in the cache
         at_once = max(1, (_CPU_ELEMENTS if logits.device.type == "cpu" else _DEVICE_ELEMENTS) // logits.shape[1])
         for start in range(0, len(logits), at_once):
             some = slice(start, start + at_once)

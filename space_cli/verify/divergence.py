@@ -78,7 +78,7 @@ class DivergenceAnalyzer:
         whole = self._model(input_ids=ids, use_cache=False).logits[0, -_ROWS_MEASURED:].double()
         alone = self._last_row_alone(ids).double()
         if self._wider is None:
-            # nothing better to compare with: the two shapes' difference stands for the error of each
+            # without a wider dtype, the difference of the two shapes is taken as the error of each
             return whole[-1], 2 * (alone - whole[-1]).abs().max().item(), str(self._model.dtype).removeprefix("torch.")
         exact = self._wider(input_ids=ids, use_cache=False).logits[0, -_ROWS_MEASURED:].double()
         noise = max((whole - exact).abs().max().item(), (alone - exact[-1]).abs().max().item())

@@ -151,13 +151,13 @@ class Verification(Record):
         self.identical = sum(all(answer.identical.values()) for answer in self.answers)
         longest = max(accepted, default=0) if candidates is None else candidates
         self.accepted = [accepted[length] for length in range(longest + 1)]
-        # of blocks that change from step to step no length is owed
+        # blocks that change from step to step need not accept every length
         self.never_accepted = [length for length in range((candidates or -1) + 1) if not accepted[length]]
         self.divergences = [
             found
             for answer in self.answers
             for found in answer.divergences
-            # a draft that rounding turned into another one costs at most a step
+            # a draft changed by rounding costs at most one step
             if found.against != "drafts" or found.verdict == "violation"
         ]
         self.rows = _rows(self.answers)
