@@ -86,17 +86,16 @@ def as_html(title: str, parts: Sequence[Part]) -> str:
     marked as safe.
     """
     from jinja2 import Environment, PackageLoader
-    from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("space_cli.cli"),
         autoescape=True,
         trim_blocks=True,
         keep_trailing_newline=True,
-        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
+        finalize=lambda value: value if hasattr(value, "__html__") else visible(str(value)),
     )
     renderer = _renderer()
-    environment.filters["markdown"] = lambda text: Markup(renderer.render(text))
+    environment.filters["markdown"] = renderer.render
     return environment.get_template("page.html").render(policy=_POLICY, title=title, parts=parts)
 
 
