@@ -24,6 +24,7 @@ from space_cli.core.decoder import decode
 from space_cli.core.drafting.ngrams import LONGEST_MATCH
 from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
+from space_cli.core.threads import release_threads
 from space_cli.errors import UsageProblem
 from space_cli.models.engines import EngineName, measured, prepare
 from space_cli.models.loading import LoadedModel, load_model
@@ -79,7 +80,9 @@ def load(
         quantization=quantization,
         revision=revision,
     )
-    return Model(prepare(loaded, engine=engine, on_compile=on_compile), template=template, cache_bytes=cache_bytes)
+    loaded = prepare(loaded, engine=engine, on_compile=on_compile)
+    release_threads()  # answers may be asked for by another thread
+    return Model(loaded, template=template, cache_bytes=cache_bytes)
 
 
 class Model:
@@ -349,6 +352,7 @@ class Stream:
             if self._cache is not None:
                 self._model._caches.give(self._cache)
                 self._cache = None
+                release_threads()
 
     def __enter__(self) -> Self:
         return self
