@@ -43,7 +43,7 @@ from space_cli.core.packing import LANES, SHIMS, Adapter, fused_groups, packed_l
 from space_cli.core.toolchain import load_kernels, toolchain_digest
 from space_cli.errors import RunFailed
 
-MOST_SLOTS = 128
+MOST_SLOTS = 512
 """Q of the largest block that a program takes."""
 _ATTENTION = "space_compiled"
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)
