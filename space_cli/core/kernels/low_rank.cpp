@@ -5,90 +5,64 @@
 
 #include "low_rank.h"
 
-#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "tiles.h"
 
 namespace {
 
-constexpr int kTile = 16, kMostRows = 8;
+// Tiles of bfloat16 for rows of float32.
+struct StoredTiles : Float32Tiles {
+    typedef Bfloat16 Value;
+    static constexpr bool kIsWidened = false;
 
-float widened(uint16_t bits) {
-    const uint32_t word = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, sizeof value);
-    return value;
-}
-
-float widened(float value) { return value; }
-
-uint16_t rounded(float value, uint16_t) {
-    uint32_t word;
-    std::memcpy(&word, &value, sizeof word);
-    return uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);  // to nearest, ties to even
-}
-
-float rounded(float value, float) { return value; }
-
-// totals (rows, 16) of a tile of weights (width, 16) and inputs (rows, width) with a stride
-void multiply(const uint16_t* tile, const float* input, int64_t stride, int64_t rows, int64_t width,
-              float totals[kMostRows][kTile]) {
-    for (int64_t row = 0; row < rows; ++row) std::fill_n(totals[row], kTile, 0.0f);
-    for (int64_t at = 0; at < width; ++at) {
-        float weights[kTile];
-        for (int lane = 0; lane < kTile; ++lane) weights[lane] = widened(tile[at * kTile + lane]);
-        for (int64_t row = 0; row < rows; ++row)
-            for (int lane = 0; lane < kTile; ++lane) totals[row][lane] += weights[lane] * input[row * stride + at];
+    static void widen(float* to, const Value* entries, int64_t count) {
+        for (int64_t at = 0; at < count * kTile; at += kLanes) store(to + at, load(entries + at));
     }
-}
+};
 
 template <typename T>
-void add(const T* input, const uint16_t* down, const uint16_t* up, const int64_t* ends, T* output, int64_t layers,
+void add(const T* input, const Bfloat16* down, const Bfloat16* up, const int64_t* ends, T* output, int64_t layers,
          int64_t rank, int64_t rows, int64_t width) {
     static thread_local std::vector<float> inputs_of_thread, inner_of_thread;
     std::vector<float>&inputs = inputs_of_thread, &inner = inner_of_thread;
-    const int64_t ranks = layers * rank, outputs = ends[layers - 1];
+    const int64_t outputs = ends[layers - 1];
     inputs.resize(rows * width);
-    inner.resize(rows * ranks);
     for (int64_t at = 0; at < rows * width; ++at) inputs[at] = widened(input[at]);
-#pragma omp parallel
-    {
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < ranks / kTile; ++tile)
-            for (int64_t row = 0; row < rows; row += kMostRows) {
-                const int64_t count = std::min<int64_t>(kMostRows, rows - row);
-                float totals[kMostRows][kTile];
-                multiply(down + tile * width * kTile, inputs.data() + row * width, width, count, width, totals);
-                for (int64_t each = 0; each < count; ++each)
-                    std::memcpy(&inner[(row + each) * ranks + tile * kTile], totals[each], sizeof totals[each]);
-            }
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < outputs / kTile; ++tile) {
-            const int64_t layer = std::upper_bound(ends, ends + layers, tile * kTile) - ends;
-            for (int64_t row = 0; row < rows; row += kMostRows) {
-                const int64_t count = std::min<int64_t>(kMostRows, rows - row);
-                float totals[kMostRows][kTile];
-                multiply(up + tile * rank * kTile, inner.data() + row * ranks + layer * rank, ranks, count, rank, totals);
-                for (int64_t each = 0; each < count; ++each) {
-                    T* to = output + (row + each) * outputs + tile * kTile;
-                    for (int lane = 0; lane < kTile; ++lane) to[lane] = rounded(widened(to[lane]) + totals[each][lane], T());
-                }
-            }
+    inner.resize(layers * rows * rank);  // (layers, rows, rank)
+    // waking a second thread costs some microseconds
+    const auto pays = [&](int64_t inputs, int64_t outputs) { return inputs * outputs * (rows + 3) > 100000; };
+    for_tiles(layers * rank / kTile, pays(width, layers * rank), [&](int64_t first, int64_t last) {
+        compute_range<StoredTiles>(inputs.data(), down, rows, width, first, last,
+                                   [&](int64_t tile, int64_t row, int lane, Floats sums) {
+                                       const int64_t at = tile * kTile + lane;
+                                       store(&inner[(at / rank * rows + row) * rank + at % rank], sums);
+                                   });
+    });
+    for_tiles(outputs / kTile, pays(rank, outputs), [&](int64_t first, int64_t last) {
+        for (int64_t layer = 0, start = 0; layer < layers; start = ends[layer++] / kTile) {
+            const int64_t from = std::max(first, start), to = std::min(last, ends[layer] / kTile);
+            if (from >= to) continue;
+            compute_range<StoredTiles>(&inner[layer * rows * rank], up, rows, rank, from, to,
+                                       [&](int64_t tile, int64_t row, int lane, Floats sums) {
+                                           T* at = output + row * outputs + tile * kTile + lane;
+                                           store(at, load(at) + sums);
+                                       });
         }
-    }
+    });
 }
 
 }  // namespace
 
 void space_low_rank_float32(const float* input, const void* down, const void* up, const int64_t* ends, float* output,
                             int64_t layers, int64_t rank, int64_t rows, int64_t width) {
-    add(input, static_cast<const uint16_t*>(down), static_cast<const uint16_t*>(up), ends, output, layers, rank, rows,
+    add(input, static_cast<const Bfloat16*>(down), static_cast<const Bfloat16*>(up), ends, output, layers, rank, rows,
         width);
 }
 
 void space_low_rank_bfloat16(const void* input, const void* down, const void* up, const int64_t* ends, void* output,
                              int64_t layers, int64_t rank, int64_t rows, int64_t width) {
-    add(static_cast<const uint16_t*>(input), static_cast<const uint16_t*>(down), static_cast<const uint16_t*>(up), ends,
-        static_cast<uint16_t*>(output), layers, rank, rows, width);
+    add(static_cast<const Bfloat16*>(input), static_cast<const Bfloat16*>(down), static_cast<const Bfloat16*>(up), ends,
+        static_cast<Bfloat16*>(output), layers, rank, rows, width);
 }

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -53,8 +54,18 @@ T load(const void* from) {
     return values;
 }
 
-Ints broadcast(int32_t value) { return Ints{} + value; }
-Floats broadcast(float value) { return Floats{} + value; }
+// `Floats{} + value` would be an addition, for the sake of the sign of zero
+Floats broadcast(float value) {
+#if defined(__AVX512BW__)
+    return (Floats)_mm512_set1_ps(value);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_set1_ps(value);
+#elif defined(__aarch64__)
+    return (Floats)vdupq_n_f32(value);
+#else
+    return Floats{} + value;
+#endif
+}
 Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 
 // one rounding, whatever the compiler makes of the code around
@@ -71,26 +82,26 @@ Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
-template <typename V>
-V rotated(V values, int by) {
-    Ints order;
-    for (int lane = 0; lane < kLanes; ++lane) order[lane] = (lane + by) % kLanes;
-    return __builtin_shuffle(values, order);
+template <int kBy, typename V, int... kLane>
+V rotated(V values, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(values, values, (kLane + kBy) % kLanes...);
+}
+
+// one value of all lanes, halves with halves by `combine`
+template <int kBy = kLanes / 2, typename V, typename Combine>
+auto reduced(V values, const Combine& combine) {
+    if constexpr (kBy == 0)
+        return values[0];
+    else
+        return reduced<kBy / 2>(combine(values, rotated<kBy>(values, std::make_integer_sequence<int, kLanes>())), combine);
 }
 
 float largest_of(Floats values) {
-#pragma GCC unroll 4
-    for (int by = kLanes / 2; by; by /= 2) {
-        const Floats other = rotated(values, by);
-        values = other > values ? other : values;
-    }
-    return values[0];
+    return reduced(values, [](Floats a, Floats b) { return b > a ? b : a; });
 }
 
 int32_t sum_of(Ints values) {
-#pragma GCC unroll 4
-    for (int by = kLanes / 2; by; by /= 2) values += rotated(values, by);
-    return values[0];
+    return reduced(values, [](Ints a, Ints b) { return a + b; });
 }
 
 // numbers of 8 bits; compilers take them apart one by one
@@ -143,21 +154,17 @@ template <int kBits, int kCount>
 Ints dot(const Bytes* codes, const int8_t* inputs, int32_t input_sum) {
     [[maybe_unused]] const auto four = [&](int vector) { return load<int32_t>(inputs + 4 * vector); };
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    __m512i even = _mm512_set1_epi32(kBits == 8 ? -128 * input_sum : 0), odd = _mm512_setzero_si512();
+    __m512i total = _mm512_set1_epi32(kBits == 8 ? -128 * input_sum : 0);
 #pragma GCC unroll 8
-    for (int vector = 0; vector < kCount; vector += 2) {
-        even = _mm512_dpbusd_epi32(even, (__m512i)codes[vector], _mm512_set1_epi32(four(vector)));
-        odd = _mm512_dpbusd_epi32(odd, (__m512i)codes[vector + 1], _mm512_set1_epi32(four(vector + 1)));
-    }
-    return (Ints)_mm512_add_epi32(even, odd);
+    for (int vector = 0; vector < kCount; ++vector)
+        total = _mm512_dpbusd_epi32(total, (__m512i)codes[vector], _mm512_set1_epi32(four(vector)));
+    return (Ints)total;
 #elif defined(__AVXVNNI__)
-    __m256i even = _mm256_set1_epi32(kBits == 8 ? -128 * input_sum : 0), odd = _mm256_setzero_si256();
+    __m256i total = _mm256_set1_epi32(kBits == 8 ? -128 * input_sum : 0);
 #pragma GCC unroll 8
-    for (int vector = 0; vector < kCount; vector += 2) {
-        even = _mm256_dpbusd_avx_epi32(even, (__m256i)codes[vector], _mm256_set1_epi32(four(vector)));
-        odd = _mm256_dpbusd_avx_epi32(odd, (__m256i)codes[vector + 1], _mm256_set1_epi32(four(vector + 1)));
-    }
-    return (Ints)_mm256_add_epi32(even, odd);
+    for (int vector = 0; vector < kCount; ++vector)
+        total = _mm256_dpbusd_avx_epi32(total, (__m256i)codes[vector], _mm256_set1_epi32(four(vector)));
+    return (Ints)total;
 #elif defined(__AVX2__)
     // pairs of products are summed in 16 bits as long as they fit
     constexpr int kFit = std::min(kCount, kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1);
@@ -491,6 +498,16 @@ int64_t tile_bytes(int64_t width) {
     return (bytes + 63) / 64 * 64;
 }
 
+// bytes ahead of their use at which weights are asked for: up to a half faster than what processors foresee
+constexpr int kAhead = 16384;
+
+template <typename Format>
+void ask_ahead(const uint8_t* tile, int64_t chunk, int64_t chunks) {
+    const int64_t bytes = tile_bytes<Format>(chunks * kChunk);
+    const char* from = reinterpret_cast<const char*>(tile) + chunk * bytes / chunks + kAhead;
+    for (int line = 0; line < code_bytes(Format::kBits) + 64; line += 64) __builtin_prefetch(from + line, 0, 3);
+}
+
 // one part of a tile of outputs for `kRows` rows
 template <typename Format, int kRows>
 void multiply(const Activations& input, int64_t row, const uint8_t* tile, int part, int64_t width, float* output,
@@ -504,6 +521,7 @@ void multiply(const Activations& input, int64_t row, const uint8_t* tile, int pa
 #pragma GCC unroll 8
     for (int each = 0; each < kRows; ++each) totals[each] = Floats{};
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        if (row == 0 && part == 0) ask_ahead<Format>(tile, chunk, chunks);
         Bytes codes[kVectors];
         unpack<Format::kBits>(tile + chunk * code_bytes(Format::kBits), part, codes);
         const typename Format::Scales own(scales, chunk, part);
@@ -573,14 +591,19 @@ struct Quantized {
         Activations& activations = own;
         activations.reserve(rows, width);
         const int64_t tiles = (outputs + kTile - 1) / kTile, bytes = tile_bytes<Format>(width);
-        const bool many = rows * width > 16384;
-#pragma omp parallel for schedule(static) if (many)
-        for (int64_t row = 0; row < rows; ++row) activations.quantize_row(input, row, width);
         // waking a second thread costs some microseconds
         const bool pays = width * outputs * (rows + 3) > 400000;
-#pragma omp parallel for schedule(static) if (pays)
-        for (int64_t tile = 0; tile < tiles; ++tile)
-            multiply_tile<Format>(activations, rows, packed + tile * bytes, width, output, outputs, tile * kTile);
+        if (rows == 1) activations.quantize_row(input, 0, width);
+#pragma omp parallel if (pays)
+        {
+            if (rows > 1) {
+#pragma omp for schedule(static)
+                for (int64_t row = 0; row < rows; ++row) activations.quantize_row(input, row, width);
+            }
+#pragma omp for schedule(static)
+            for (int64_t tile = 0; tile < tiles; ++tile)
+                multiply_tile<Format>(activations, rows, packed + tile * bytes, width, output, outputs, tile * kTile);
+        }
     }
 
     static void row(const uint8_t* packed, int64_t output, int64_t width, float* to) {

@@ -27,8 +27,8 @@ struct Float32Tiles {
     static constexpr bool kIsWidened = true;
 
     // sums[vector of outputs][row] of one entry more; tiles lie `tile_stride` values apart, rows `row_stride`
-    template <int kVectors, int kRows>
-    static inline __attribute__((always_inline)) void add(Floats (&sums)[kVectors][kRows], const Value* entry,
+    template <int kVectors, int kRows, typename Stored>
+    static inline __attribute__((always_inline)) void add(Floats (&sums)[kVectors][kRows], const Stored* entry,
                                                           int64_t tile_stride, const Input* input, int64_t row_stride) {
         Floats weights[kVectors];
 #pragma GCC unroll 16
