@@ -23,12 +23,6 @@ class SpaceError(Exception):
         return f"{self.message.rstrip('.')}; {self.hint}" if self.hint else self.message
 
 
-class CheckFailed(SpaceError):
-    """A check ran and did not hold."""
-
-    exit_code = 1
-
-
 class UsageProblem(SpaceError):
     """Wrong use or bad input."""
 

@@ -15,7 +15,7 @@ def expanded(name: str) -> str:
         return name
 
 
-def write_whole(file: Path, content: str | bytes) -> None:
+def atomic_write(file: Path, content: str | bytes) -> None:
     """Write `content` under a temporary name in the same folder, then put it in place of `file`.
 
     A link stays a link: what it points to is replaced. A device or pipe takes it as it comes.

@@ -144,8 +144,8 @@ def _parse(line: bytes, where: str) -> Any:
 
 def _not_json(where: str, error: ValueError | RecursionError) -> UsageProblem:
     # the decoder's own line counts from where it began; a ValueError alone is a number of too many digits
-    told = f"{error.msg} in column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-    return UsageProblem(f"{where}: not JSON: {told}")
+    reason = f"{error.msg} in column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+    return UsageProblem(f"{where}: not JSON: {reason}")
 
 
 def _json_array(text: str, file: Path) -> Iterator[SourceRow]:

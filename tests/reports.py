@@ -2,7 +2,7 @@
 
 import samples
 
-from space_cli.bench.report import Report
+from space_cli.bench.record import BenchRecord
 from space_cli.bench.results import results
 
 ENVIRONMENT = {
@@ -30,7 +30,7 @@ def sample(method, seconds, **fields):
 def report(answers, *, metrics=None, **settings):
     own = {"model": "nano", "sampling": {"temperature": 0.0, "seed": 0}, "max_new_tokens": 4, "candidates": None}
     methods = list(dict.fromkeys(each.method for each in answers))
-    return Report(
+    return BenchRecord(
         complete=True,
         environment=ENVIRONMENT,
         settings=own | settings,

@@ -1,6 +1,6 @@
 """Samples of a benchmark, made up."""
 
-from space_cli.bench.report import Sample
+from space_cli.bench.record import Sample
 
 
 def sample(task="1", method="ar", **changes):

@@ -4,14 +4,14 @@ from threading import Thread
 
 import pytest
 
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 
 
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
     file = tmp_path / "run.json"
     file.write_text("old")
 
-    write_whole(file, "new")
+    atomic_write(file, "new")
 
     assert file.read_text() == "new"
     assert list(tmp_path.iterdir()) == [file]
@@ -23,7 +23,7 @@ def test_a_link_stays_a_link(tmp_path):
     target.write_text("old")
     link.symlink_to(target)
 
-    write_whole(link, "new")
+    atomic_write(link, "new")
 
     assert link.is_symlink()
     assert target.read_text() == "new"
@@ -37,7 +37,7 @@ def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path):
     reader = Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
     reader.start()
 
-    write_whole(pipe, "text")
+    atomic_write(pipe, "text")
 
     reader.join(timeout=10)
     assert read == ["text"]

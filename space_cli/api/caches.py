@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from space_cli.core.cache import KVCache
-from space_cli.core.stream import in_common
+from space_cli.core.stream import common_prefix_length
 
-MOST_BYTES, MOST_CACHES = 2**30, 16
+MAX_BYTES, MAX_CACHES = 2**30, 16
 # tokens that are copied rather than computed again
 _WORTH_COPYING = 32
 
@@ -20,7 +20,7 @@ class CachePool:
         most: how many.
     """
 
-    def __init__(self, *, most_bytes: int = MOST_BYTES, most: int = MOST_CACHES) -> None:
+    def __init__(self, *, most_bytes: int = MAX_BYTES, most: int = MAX_CACHES) -> None:
         self._most_bytes, self._most = most_bytes, most
         self._idle: list[KVCache] = []
 
@@ -35,7 +35,7 @@ class CachePool:
             return KVCache()
         # of those that have the same of it, the one that loses least
         shared, _, best = max(
-            ((in_common(cache.token_ids, token_ids), -len(cache.token_ids), cache) for cache in self._idle),
+            ((common_prefix_length(cache.token_ids, token_ids), -len(cache.token_ids), cache) for cache in self._idle),
             key=lambda each: each[:2],
         )
         if 2 * shared >= len(best.token_ids):

@@ -17,7 +17,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from space_cli.core.engine import embedding_rows
-from space_cli.core.stream import in_common
+from space_cli.core.stream import common_prefix_length
 from space_cli.errors import RunFailed, UsageProblem
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Grammar(LogitsProcessor):
     def _go_to(self, answer: Sequence[int]) -> bool:
         """Bring the matcher behind these tokens; return whether the answer still goes on there."""
         taken = self._taken
-        common = len(taken) if list(answer[: len(taken)]) == taken else in_common(taken, answer)
+        common = len(taken) if list(answer[: len(taken)]) == taken else common_prefix_length(taken, answer)
         if not self._ends.isdisjoint(answer[common:]):
             return False
         if common < len(self._taken):

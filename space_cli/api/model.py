@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, cast, get_args
 
 from space_cli.api.answers import Answer, AnswerText, Message, Piece
-from space_cli.api.caches import MOST_BYTES, CachePool
+from space_cli.api.caches import MAX_BYTES, CachePool
 from space_cli.api.grammar import Grammar, grammar_for
 from space_cli.api.settings import GenerationSettings, Mode, Options, SamplingSettings
 from space_cli.api.tools import CallReader, Tool, call_form, check_tools
+from space_cli.chat.templates import Role, Turn, ids_of, request
 from space_cli.core.cache import KVCache
-from space_cli.core.choose import Chooser
 from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.decoder import decode
 from space_cli.core.drafting.ngrams import LONGEST_MATCH
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.errors import UsageProblem
 from space_cli.models.engines import EngineName, measured, prepare
 from space_cli.models.loading import LoadedModel, load_model
-from space_cli.models.prompting import Role, Turn, ids_of, request
 from space_cli.models.registry import default_model
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 Prompt = str | Sequence[Message]
 # tokens that there must be room for: an answer of nothing helps nobody
-_LEAST_ROOM = 16
+_MIN_ROOM = 16
 
 
 def load(
@@ -49,7 +49,7 @@ def load(
     engine: EngineName = "auto",
     revision: str | None = None,
     template: str | None = None,
-    cache_bytes: int = MOST_BYTES,
+    cache_bytes: int = MAX_BYTES,
     on_compile: Callable[[], None] = lambda: None,
 ) -> Model:
     """Load a model that answers.
@@ -63,7 +63,7 @@ def load(
         quantization: none, int8, nf4 or fp4 (bitsandbytes).
         engine: auto, eager or compiled.
         revision: branch, tag or commit of a Hub id.
-        template: a form with one {} in place of the tokenizer's chat template.
+        template: a template with one {} in place of the tokenizer's own.
         cache_bytes: of keys and values kept from answer to answer.
         on_compile: called before a compilation, which takes from ten seconds up.
 
@@ -87,11 +87,11 @@ class Model:
 
     Args:
         loaded: with its engine.
-        template: a form with one {} in place of the tokenizer's chat template, or None.
+        template: a template with one {} in place of the tokenizer's own, or None.
         cache_bytes: of keys and values kept from answer to answer.
     """
 
-    def __init__(self, loaded: LoadedModel, *, template: str | None = None, cache_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, loaded: LoadedModel, *, template: str | None = None, cache_bytes: int = MAX_BYTES) -> None:
         self.loaded = loaded
         self._template = template or loaded.prompt_template
         self._caches = CachePool(most_bytes=cache_bytes)
@@ -137,7 +137,7 @@ class Model:
             UsageProblem: the prompt leaves no room.
         """
         limit = self.loaded.context_length
-        if limit is not None and len(token_ids) + min(max_new_tokens, _LEAST_ROOM) > limit:
+        if limit is not None and len(token_ids) + min(max_new_tokens, _MIN_ROOM) > limit:
             raise UsageProblem(
                 f"the prompt of {len(token_ids)} tokens leaves no room in the context of {limit}",
                 hint="shorten it",
@@ -192,10 +192,10 @@ class Model:
             self.loaded.model,
             token_ids,
             stop=stop,
-            chooser=Chooser.from_sampling(settings.sampling(), prompt_length=len(token_ids), first=first),
+            sampler=Sampler.from_sampling(settings.sampling(), prompt_length=len(token_ids), first=first),
             drafts=drafts,
             mask_token_ids=self.loaded.mask_token_ids,
-            program=self.loaded.program,
+            compiled=self.loaded.compiled,
             cache=cache,
             logprobs=logprobs,
         )

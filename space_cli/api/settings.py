@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypedDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from space_cli.api.grammar import ANY_OBJECT
-from space_cli.core.choose import Sampling
+from space_cli.core.sampling import Sampling
 from space_cli.errors import UsageProblem
 
 Mode = Literal["space", "ar"]

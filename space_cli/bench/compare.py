@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from space_cli.bench.report import Report, Sample
+from space_cli.bench.record import BenchRecord, Sample
 from space_cli.bench.results import interval, place, rate
 from space_cli.errors import UsageProblem
 
@@ -28,7 +28,7 @@ class Change:
         ratio: of the speedups, after over before; without AR, of the tokens per second.
         interval: 95 % of that ratio for resampled prompts lie in it; None for too few prompts.
         tokens_per_step: before and after.
-        quality: before and after; None where one was not judged.
+        quality: before and after; None where one was not scored.
         other_answers: how many answers are not token for token what they were.
     """
 
@@ -54,14 +54,14 @@ class Change:
         return "faster" if low > 1 else "slower" if high < 1 else "no change beyond noise"
 
 
-def read_report(file: Path) -> Report:
+def read_report(file: Path) -> BenchRecord:
     """Return a benchmark's record.
 
     Raises:
         UsageProblem: it cannot be read, or is none.
     """
     try:
-        return Report.model_validate(json.loads(file.read_bytes()))
+        return BenchRecord.model_validate(json.loads(file.read_bytes()))
     except OSError as error:
         raise UsageProblem(f"{file}: {error.strerror or error}") from error
     except ValidationError as error:
@@ -74,13 +74,13 @@ def read_report(file: Path) -> Report:
         raise UsageProblem(f"{file}: not a record of `space bench --json`: {error}") from error
 
 
-def changes(before: Report, after: Report) -> list[Change]:
+def changes(before: BenchRecord, after: BenchRecord) -> list[Change]:
     """Return what became of each method on each suite that both records have."""
     sides = [_by_method(report.samples) for report in (before, after)]
     return [_change(*key, sides) for key in sides[0] if key in sides[1] and sides[0][key].keys() & sides[1][key].keys()]
 
 
-def differing(before: Report, after: Report) -> list[tuple[str, object, object]]:
+def differing(before: BenchRecord, after: BenchRecord) -> list[tuple[str, object, object]]:
     """Return what the two runs do not have in common, machine and settings: name, before, after."""
     one, other = before.environment | before.settings, after.environment | after.settings
     return [(name, one.get(name), other.get(name)) for name in (*_WHERE, *_HOW) if one.get(name) != other.get(name)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from space_cli.bench.report import Sample
+from space_cli.bench.record import Sample
 from space_cli.errors import UsageProblem, unwritten
 
 

@@ -21,15 +21,16 @@ import torch
 from platformdirs import user_cache_path
 from transformers import PreTrainedModel
 
-from space_cli.core.choose import Sampling
-from space_cli.core.compiled import fingerprint, weights_digest, why_not
+from space_cli.compile.export import unsupported_reason
+from space_cli.compile.fingerprint import fingerprint, weights_digest
+from space_cli.core.sampling import Sampling
 from space_cli.errors import RunFailed, UsageProblem, unwritten
 from space_cli.models.gguf_file import read_gguf
 from space_cli.models.loading import LoadedModel
 
 _FILE_FORM = 1
 """Of the files written; another number for another content, as they outlive this program."""
-_LEAST_CONTEXT = 1024
+_MIN_CONTEXT = 1024
 # scaled by a factor of each frequency, which a file can hold
 _ROPE_TYPES = ("default", "linear", "llama3")
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -59,12 +60,12 @@ def check(loaded: LoadedModel, sampling: Sampling) -> None:
         raise UsageProblem(
             "method 'llama-cpp' is greedy, without penalties", hint="leave out --temperature and --repetition-penalty"
         )
-    reason = None if loaded.gguf is not None else _why_not(loaded.model)
+    reason = None if loaded.gguf is not None else _unsupported_reason(loaded.model)
     if reason is not None:
         raise UsageProblem(f"method 'llama-cpp' cannot run {loaded.name}: {reason}", hint="leave it out of --methods")
 
 
-def _why_not(model: PreTrainedModel) -> str | None:
+def _unsupported_reason(model: PreTrainedModel) -> str | None:
     """Return in a few words why a model cannot be converted, or None where it can."""
     if type(model).__name__ != "LlamaForCausalLM":
         return f"it is a {type(model).__name__}, and LlamaForCausalLM alone can be converted"
@@ -72,7 +73,7 @@ def _why_not(model: PreTrainedModel) -> str | None:
         return f"its activation is {model.config.hidden_act}"
     if model.config.rope_parameters["rope_type"] not in _ROPE_TYPES:
         return f"its rotary positions are scaled by {model.config.rope_parameters['rope_type']}"
-    return why_not(model)
+    return unsupported_reason(model)
 
 
 def greedy(loaded: LoadedModel, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Iterator[int]:
@@ -93,7 +94,7 @@ def _runner(loaded: LoadedModel, length: int) -> Any:
     model = loaded.model
     room, llama = _running.get(model, (0, None))
     if room < length:
-        room = max(_LEAST_CONTEXT, 1 << (length - 1).bit_length())
+        room = max(_MIN_CONTEXT, 1 << (length - 1).bit_length())
         package = import_module("llama_cpp")
         # its defaults, a float16 cache and flash attention, are fastest, but round to half precision: logits of float32
         # weights are off by 2 % of their spread with them, by 0.001 % without; to blocks of 4 bits it makes no odds

@@ -7,7 +7,7 @@ import time
 import torch
 from pydantic import BaseModel
 
-from space_cli.core.costs import MOST_SLOTS, measure_costs
+from space_cli.core.costs import MAX_BLOCK_SLOTS, measure_costs
 from space_cli.core.engine import engine_for
 from space_cli.models.loading import LoadedModel
 
@@ -35,7 +35,7 @@ class Profile(BaseModel):
 
 def profile(loaded: LoadedModel) -> Profile:
     """Time calls of all sizes behind prefixes of growing length, up to the model's context or 4,096 tokens."""
-    limit = min(loaded.context_length or 4096, 4096) - MOST_SLOTS
+    limit = min(loaded.context_length or 4096, 4096) - MAX_BLOCK_SLOTS
     lengths, length = [], min(_SHORTEST, limit)
     while length < limit:
         lengths.append(length)
@@ -43,7 +43,7 @@ def profile(loaded: LoadedModel) -> Profile:
     lengths.append(limit)
     seconds = {}
     for length in lengths:
-        engine = engine_for(loaded.model, loaded.program, max_length=length, max_slots=MOST_SLOTS)
+        engine = engine_for(loaded.model, loaded.compiled, max_length=length, max_slots=MAX_BLOCK_SLOTS)
         seconds[length] = dict(measure_costs(engine, length).seconds)
     size, rate = weight_bytes(loaded), read_bandwidth(loaded.model.device)
     return Profile(weight_bytes=size, bytes_per_second=rate, roofline_seconds=size / rate, seconds=seconds)

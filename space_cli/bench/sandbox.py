@@ -1,6 +1,6 @@
 """Run a program that a model wrote, in a process that can compute and nothing else; Linux alone, no privileges needed.
 
-`run_program` starts a fresh Python with an environment of its own in an empty folder. Before that process reads the
+`run_submission` starts a fresh Python with an environment of its own in an empty folder. Before that process reads the
 program as code, it gives up its rights for good (`sandbox_child`): Landlock takes the file system, a seccomp filter
 lets through the few system calls that computing needs, rlimits bound memory. Where one of them cannot be had, the
 process ends instead.
@@ -80,7 +80,9 @@ class Containment:
     problem: str | None
 
 
-def run_program(source: str, *, seconds: float = 3.0, wall_seconds: float = 60.0, memory_bytes: int = 2**30) -> Outcome:
+def run_submission(
+    source: str, *, seconds: float = 3.0, wall_seconds: float = 60.0, memory_bytes: int = 2**30
+) -> Outcome:
     """Run a program to its last line, contained. May be called from several threads.
 
     Args:
@@ -217,9 +219,9 @@ def containment() -> Containment:
 
 def _is_refused(attempt: str) -> bool:
     program = f"import os\ntry:\n    {attempt}\nexcept PermissionError:\n    pass\nelse:\n    raise AssertionError\n"
-    return run_program(program, seconds=_START_SECONDS).passed
+    return run_submission(program, seconds=_START_SECONDS).passed
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """Say in one line why programs are not run on this machine, or return None where they are."""
     return containment().problem

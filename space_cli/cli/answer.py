@@ -19,7 +19,7 @@ from space_cli.cli.markdown import styled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from space_cli.cli.session import Session
+    from space_cli.chat.session import Session
     from space_cli.core.stream import Generation, Step
 
 _SECONDS_PER_FRAME = 0.08

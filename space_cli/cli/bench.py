@@ -19,13 +19,13 @@ from space_cli.errors import UsageProblem
 
 if TYPE_CHECKING:
     from space_cli.bench.journal import Journal
-    from space_cli.bench.measure import Plan, Settings
     from space_cli.bench.methods import Method
-    from space_cli.bench.report import Report
-    from space_cli.bench.suites import Metric, Suite
+    from space_cli.bench.record import BenchRecord
     from space_cli.cli.live import RunView
     from space_cli.models.engines import EngineName
     from space_cli.models.loading import LoadedModel
+    from space_cli.tasks.plan import Plan, Settings
+    from space_cli.tasks.suites import Metric, Suite
 
 EPILOG = (
     "Example: space bench --limit 10    Example: space bench --suite prompts.jsonl --methods ar,space --json run.json"
@@ -124,18 +124,18 @@ def run(
     quiet_libraries()
     wanted = _wanted(methods, sweep, candidates, draft_model, sampled=temperature > 0)
 
-    from space_cli.bench.suites import load_suite
+    from space_cli.tasks.suites import load_suite
 
     suites = [load_suite(name, field=field) for name in dict.fromkeys(suite or ["humaneval"])]
 
-    from space_cli.bench.measure import Settings, check_candidates, most_tokens, plan, suites_for
     from space_cli.bench.methods import choose_methods
     from space_cli.bench.quality import check
     from space_cli.cli.live import run_view
-    from space_cli.core.choose import Sampling
+    from space_cli.core.sampling import Sampling
     from space_cli.models.loading import load_model
+    from space_cli.tasks.plan import Settings, check_candidates, most_tokens, plan, suites_for
 
-    not_judged = check([each.metric for each in suites], execute=execute)
+    not_scored = check([each.metric for each in suites], execute=execute)
     view = run_view(quiet=quiet)
     model = options.named_model(model, quiet=quiet)
     view.loading(model)
@@ -146,7 +146,8 @@ def run(
         max_new_tokens, Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), candidates
     )
     chosen, left_out = choose_methods(wanted, loaded, sampling=settings.sampling, draft=draft)
-    check_candidates(loaded, candidates, chosen)
+    if any(method.takes_candidates for method in chosen):
+        check_candidates(loaded, candidates)
     suites = suites_for(loaded, suites)
     tokens = seeds * most_tokens(suites, settings, limit=limit)
     loaded = with_corpora(_with_engine(loaded, engine, chosen, tokens, view), corpus, quiet=quiet)
@@ -158,7 +159,7 @@ def run(
         "seeds": seeds,
         "sweep": sweep,
         "corpus": [str(path) for path in corpus or ()],
-        "left_out": left_out | planned.left_out | not_judged | _no_pictures(report_file),
+        "left_out": left_out | planned.left_out | not_scored | _no_pictures(report_file),
     }
     view.left_out(report.settings["left_out"])
     journal = _journal(json, report, planned, resume=resume)
@@ -166,7 +167,7 @@ def run(
     view.begin(loaded, report.settings["methods"], planned.turns * seeds)
     try:
         _fill(report, planned, chosen, view, journal)
-        _add(report, loaded, suites, view, not_judged=not_judged, with_profile=with_profile)
+        _add(report, loaded, suites, view, not_scored=not_scored, with_profile=with_profile)
         report.complete = True
     except KeyboardInterrupt:
         return 130
@@ -257,15 +258,15 @@ def _with_engine(
     return with_past_answers(loaded, kept=False)
 
 
-def _journal(json: str | None, report: Report, planned: Plan, *, resume: bool) -> Journal | None:
+def _journal(json: str | None, report: BenchRecord, planned: Plan, *, resume: bool) -> Journal | None:
     """Return where finished prompts go at once; with `resume`, take what is there into the report."""
     from space_cli.bench.journal import Journal
-    from space_cli.bench.measure import prompts_digest
+    from space_cli.tasks.plan import prompts_digest
 
     # a device or a pipe has no folder of ours beside it
     if json in (None, "-") or (Path(json).exists() and not Path(json).is_file()):
         return None
-    # neither when it was, nor what costs were measured then; answers can be judged whether they were to be or not
+    # neither when it was, nor what costs were measured then; answers can be scored whether they were to be or not
     told = report.environment | report.settings
     run = {name: value for name, value in told.items() if name not in ("date", "step_costs", "left_out")}
     journal = Journal(Path(json), run | {"prompts": prompts_digest(planned)})
@@ -276,7 +277,7 @@ def _journal(json: str | None, report: Report, planned: Plan, *, resume: bool) -
 
 
 def _fill(
-    report: Report,
+    report: BenchRecord,
     planned: Plan,
     methods: list[Method],
     view: RunView,
@@ -294,12 +295,12 @@ def _fill(
 
 
 def _add(
-    report: Report,
+    report: BenchRecord,
     loaded: LoadedModel,
     suites: list[Suite],
     view: RunView,
     *,
-    not_judged: Collection[Metric],
+    not_scored: Collection[Metric],
     with_profile: bool,
 ) -> None:
     """Add what has no place between answers that are timed."""
@@ -308,11 +309,11 @@ def _add(
 
         view.note("timing model calls")
         report.profile = profile(loaded)
-    if any(suite.metric is not None and suite.metric not in not_judged for suite in suites):
-        from space_cli.bench.quality import judge_all
+    if any(suite.metric is not None and suite.metric not in not_scored for suite in suites):
+        from space_cli.bench.quality import score_all
 
         view.note("judging answers")
-        judge_all(report.samples, suites, missing=not_judged)
+        score_all(report.samples, suites, missing=not_scored)
 
 
 def _no_pictures(report_file: Path | None) -> dict[str, str]:
@@ -323,12 +324,12 @@ def _no_pictures(report_file: Path | None) -> dict[str, str]:
 
 
 def _list() -> int:
-    from space_cli.bench.suites import SUITES
     from space_cli.rows import SUFFIXES
+    from space_cli.tasks.suites import SUITES
 
     typer.echo("Suites")
-    for name, form in SUITES.items():
-        typer.echo(f"  {name:<18} {form.description}\n  {'':<18} from {form.needs}")
+    for name, dataset_format in SUITES.items():
+        typer.echo(f"  {name:<18} {dataset_format.description}\n  {'':<18} from {dataset_format.needs}")
     typer.echo(f"  {'NAME=FILE':<18} the same prompts from a file, or from another dataset of the Hub")
     typer.echo(f"  {'FILE':<18} one of these told by its fields, or rows with a prompt (or --field NAME)")
     typer.echo(f"  {'':<18} and, if you like, task_id and category; {', '.join(SUFFIXES)}")
@@ -341,15 +342,16 @@ def _list() -> int:
     return 0
 
 
-def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) -> Report:
+def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) -> BenchRecord:
     """Return the record of a run that has not begun."""
     from dataclasses import asdict
 
     import torch
 
-    from space_cli.bench.report import Report, environment
+    from space_cli.bench.record import BenchRecord
+    from space_cli.tasks.environment import environment
 
-    return Report(
+    return BenchRecord(
         environment=environment(loaded, threads=torch.get_num_threads()),
         settings={
             "model": loaded.name,
@@ -362,7 +364,7 @@ def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) 
 
 
 def _hand_out(
-    report: Report, json: str | None, report_file: Path | None, plot_file: Path | None, view: RunView
+    report: BenchRecord, json: str | None, report_file: Path | None, plot_file: Path | None, view: RunView
 ) -> None:
     """Write the files and show the table; with --json - standard output holds the JSON alone."""
     from space_cli.bench.results import results
@@ -380,14 +382,14 @@ def _hand_out(
         stack.callback(write_record, report, json)
 
 
-def _draw(file: Path, report: Report) -> None:
+def _draw(file: Path, report: BenchRecord) -> None:
     from space_cli.cli.drawing import write_plots
     from space_cli.cli.plots import plots
 
     write_plots(file, plots(report))
 
 
-def _write_report(file: Path, report: Report) -> None:
+def _write_report(file: Path, report: BenchRecord) -> None:
     from space_cli.cli.bench_page import bench_page
     from space_cli.cli.headline import headline
     from space_cli.cli.page import write_page

@@ -15,7 +15,7 @@ from space_cli.cli.plots import plots
 from space_cli.cli.tables import how, identical
 
 if TYPE_CHECKING:
-    from space_cli.bench.report import Report, Result, Sample
+    from space_cli.bench.record import BenchRecord, Result, Sample
     from space_cli.cli.drawing import Plot
 
 _OUTPUTS = {"all": "All answers", "without repetitive": "Without the prompts on which ar repeats itself"}
@@ -27,7 +27,7 @@ _LEGEND = (
 _SHADES = 3
 
 
-def bench_page(report: Report) -> list[Part]:
+def bench_page(report: BenchRecord) -> list[Part]:
     """Return a benchmark as the parts of a report."""
     parts: list[Part] = [
         f"# {headline(report, name=code)}",
@@ -125,7 +125,7 @@ def _by_category(results: Sequence[Result], cell: Any, *, without: str = "") -> 
     return table(["category", "prompts", *methods], rows, figures=True)
 
 
-def _plots(report: Report) -> list[Part]:
+def _plots(report: BenchRecord) -> list[Part]:
     drawn = plots(report)
     if not drawn:
         return []
@@ -150,7 +150,7 @@ def _figure(plot: Plot, *, can_draw: bool) -> list[Part]:
     return [Html(shown), figures]
 
 
-def _answers(report: Report) -> list[Part]:
+def _answers(report: BenchRecord) -> list[Part]:
     method = subject(report)
     own = [sample for sample in report.samples if sample.method == method and sample.text_by_step]
     if not own:
@@ -238,7 +238,7 @@ def _rejected(text: str) -> str:
     return html.escape(shown if shown.strip() else "␣" * len(shown)) or "∅"
 
 
-def _made(report: Report) -> list[Part]:
+def _made(report: BenchRecord) -> list[Part]:
     settings = dict(report.settings)
     command = settings.pop("command", None)
     parts: list[Part] = []

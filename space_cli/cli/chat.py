@@ -19,9 +19,9 @@ from space_cli.text import prose, well_formed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from space_cli.cli.session import Session
+    from space_cli.chat.session import Session
+    from space_cli.chat.templates import Turn
     from space_cli.models.loading import LoadedModel
-    from space_cli.models.prompting import Turn
 
 EPILOG = (
     "Example: space chat    Example: space chat --prompt 'def add(a, b):' --raw    Example: cat notes.txt | space chat"
@@ -116,8 +116,8 @@ def chat(
     with loading, _without_collecting():
         quiet_libraries()
 
+        from space_cli.chat.session import ChatSettings, Session
         from space_cli.cli.live import COMPILING
-        from space_cli.cli.session import ChatSettings, Session
         from space_cli.models.engines import prepare
         from space_cli.models.loading import load_model
 
@@ -201,7 +201,7 @@ def _saved(file: Path | None) -> tuple[list[Turn], str | None]:
     if file is None:
         return [], None
 
-    from space_cli.models.chat import load_turns
+    from space_cli.chat.conversation import load_turns
 
     return load_turns(file)
 
@@ -243,12 +243,12 @@ def _state_folder() -> Path:
 
 def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, quiet: bool) -> int:
     """Answer one prompt on standard output, or as JSON."""
+    from space_cli.chat.session import record_of
+    from space_cli.chat.templates import Turn
     from space_cli.cli.answer import summary, view_of
     from space_cli.cli.console import err, is_screen, out, plain, print_wrapped
-    from space_cli.cli.session import record_of
     from space_cli.cli.tables import write_record
     from space_cli.core.stream import Generation
-    from space_cli.models.prompting import Turn
 
     session.chat.turns.append(Turn("user", text))
     asked, generation = session.request(), Generation()

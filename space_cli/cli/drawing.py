@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 from space_cli.cli.console import visible
 from space_cli.errors import RunFailed, unwritten
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,7 +114,7 @@ def write_plots(file: Path, drawn: Sequence[Plot]) -> None:
         data = io.BytesIO()
         figure.savefig(data, format=file.suffix[1:], dpi=160)
     try:
-        write_whole(file, data.getvalue())
+        atomic_write(file, data.getvalue())
     except OSError as error:
         raise unwritten(file, error) from error
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from space_cli.cli.plots import is_sweep, sweep_k
 
 if TYPE_CHECKING:
-    from space_cli.bench.report import Report, Result
+    from space_cli.bench.record import BenchRecord, Result
 
 _MANY = 1 / 3
 _FEW = 5
@@ -17,7 +17,7 @@ Name = Callable[[str], str]
 """Sets the name of a suite, category or method, as `page.code` does in Markdown."""
 
 
-def subject(report: Report) -> str | None:
+def subject(report: BenchRecord) -> str | None:
     """Return the method that a report is about: space, a sweep's best k on its first suite, or the first beside ar."""
     methods = list(dict.fromkeys(result.method for result in report.results))
     if is_sweep(report):
@@ -27,7 +27,7 @@ def subject(report: Report) -> str | None:
     return "space" if "space" in others else next(iter([*others, *methods]), None)
 
 
-def headline(report: Report, *, name: Name = str) -> str:
+def headline(report: BenchRecord, *, name: Name = str) -> str:
     """Return the run in one sentence."""
     method = subject(report)
     rows = [row for row in _whole(report) if row.method == method]
@@ -51,7 +51,7 @@ def headline(report: Report, *, name: Name = str) -> str:
     return f"{name(method)} is {speed}{_equal(rows)}"
 
 
-def _whole(report: Report) -> list[Result]:
+def _whole(report: BenchRecord) -> list[Result]:
     return [row for row in report.results if row.outputs == "all" and row.category is None]
 
 
@@ -68,7 +68,7 @@ def _holds_one(row: Result) -> bool:
     return low < 1 < high
 
 
-def _beside(report: Report, row: Result) -> str:
+def _beside(report: BenchRecord, row: Result) -> str:
     """Return the figure without repetitive answers, where it is another."""
     for other in report.results:
         same = (other.suite, other.method, other.category) == (row.suite, row.method, None)
@@ -86,7 +86,7 @@ def _equal(rows: list[Result]) -> str:
     return f"; {differ} of {answers} answers differ from ar's" if differ else "; every answer identical"
 
 
-def remarks(report: Report, *, name: Name = str) -> Iterator[str]:
+def remarks(report: BenchRecord, *, name: Name = str) -> Iterator[str]:
     """Yield what a reader of the headline should know beside it, a paragraph each, as Markdown."""
     method = subject(report)
     rows = [row for row in report.results if row.method == method and row.speedup is not None and method != "ar"]
@@ -113,7 +113,7 @@ def _figure(row: Result, name: Name) -> str:
     return f"{row.speedup:.2f} on {name(row.suite)}{category}{outputs}{slower}"
 
 
-def _faster(report: Report, method: str | None, name: Name) -> Iterator[str]:
+def _faster(report: BenchRecord, method: str | None, name: Name) -> Iterator[str]:
     """Yield where another method beat the one the report is about."""
     if is_sweep(report):
         return
@@ -127,7 +127,7 @@ def _faster(report: Report, method: str | None, name: Name) -> Iterator[str]:
         yield f"Faster in this run: {', '.join(beaten)}."
 
 
-def _warnings(report: Report) -> Iterator[str]:
+def _warnings(report: BenchRecord) -> Iterator[str]:
     reference = [sample for sample in report.samples if sample.method == "ar"]
     loops = sum(sample.repetitive for sample in reference)
     if reference and loops >= _MANY * len(reference):

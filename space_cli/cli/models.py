@@ -147,13 +147,13 @@ def _write(record: dict[str, Any], json: str | None) -> None:
     from json import dumps
 
     from space_cli.cli.console import echo_json
-    from space_cli.files import write_whole
+    from space_cli.files import atomic_write
 
     text = dumps(record, indent=2) + "\n"
     if json == "-":
         echo_json(text)
     elif json is not None:
-        write_whole(Path(json), text)
+        atomic_write(Path(json), text)
 
 
 def _show(statuses: list[ModelStatus]) -> None:

@@ -85,7 +85,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 def _complete_suite(incomplete: str) -> list[str]:
-    from space_cli.bench.suites import SUITES
+    from space_cli.tasks.suites import SUITES
 
     return [name for name in SUITES if name.startswith(incomplete)]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from space_cli.cli.console import visible
 from space_cli.errors import unwritten
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -78,7 +78,7 @@ def write_page(file: Path, title: str, parts: Sequence[Part]) -> None:
         RunFailed: the file cannot be written.
     """
     try:
-        write_whole(file, as_markdown(parts) if file.suffix == ".md" else as_html(title, parts))
+        atomic_write(file, as_markdown(parts) if file.suffix == ".md" else as_html(title, parts))
     except OSError as error:
         raise unwritten(file, error) from error
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
-    from space_cli.bench.report import Report, Result
+    from space_cli.bench.record import BenchRecord, Result
 
 
-def plots(report: Report) -> list[Plot]:
+def plots(report: BenchRecord) -> list[Plot]:
     """Return the plots of a benchmark; one that would be empty is left out."""
     looks = styles(result.method for result in report.results if result.method != "ar")
     made = (
@@ -29,7 +29,7 @@ def plots(report: Report) -> list[Plot]:
     return [plot for plot in made if plot is not None]
 
 
-def is_sweep(report: Report) -> bool:
+def is_sweep(report: BenchRecord) -> bool:
     """Return whether the methods beside ar are values of k."""
     return bool(report.settings.get("sweep")) and any(sweep_k(each.method) is not None for each in report.results)
 
@@ -278,7 +278,7 @@ def _draw_shares(
     legend(figure, panels)
 
 
-def _call_costs(report: Report) -> Plot | None:
+def _call_costs(report: BenchRecord) -> Plot | None:
     """What a model call costs by its slots."""
     if report.profile is not None:
         lines = {f"behind {length}": dict(costs) for length, costs in report.profile.seconds.items()}

@@ -19,9 +19,9 @@ from space_cli.cli.live import Tally, newest_lines
 from space_cli.core.cache import KVCache
 
 if TYPE_CHECKING:
-    from space_cli.cli.session import Session
+    from space_cli.chat.session import Session
+    from space_cli.chat.templates import Prefix
     from space_cli.core.stream import Step
-    from space_cli.models.prompting import Known
 
 _SECONDS_PER_FRAME = 0.1
 
@@ -51,7 +51,7 @@ class _Runner:
         return f"{so_far.tokens} tokens  {so_far.steps} calls  {so_far.seconds:.1f} s"
 
 
-def race(session: Session, asked: Known, console: Console) -> None:
+def race(session: Session, asked: Prefix, console: Console) -> None:
     """Answer a request both ways; whose own clock is behind takes the next step, so the panes keep their real pace."""
     modes: dict[str, Literal["ar", "space"]] = {"one token at a time": "ar", "SPACE": "space"}
     runners = []

@@ -21,13 +21,13 @@ from prompt_toolkit.output import ColorDepth
 from rich.table import Table
 from rich.text import Text
 
+from space_cli.chat.conversation import load_turns
+from space_cli.chat.templates import Turn
 from space_cli.cli.answer import counted, greeting, summary, view_of
 from space_cli.cli.console import is_screen, out, plain, print_wrapped, unechoed, visible
 from space_cli.cli.live import named_histogram, tally_of
 from space_cli.core.stream import Generation
 from space_cli.errors import SpaceError, UsageProblem
-from space_cli.models.chat import load_turns
-from space_cli.models.prompting import Turn
 from space_cli.models.registry import located
 from space_cli.text import well_formed
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.document import Document
     from rich.console import Console
 
-    from space_cli.cli.session import Session
+    from space_cli.chat.session import Session
     from space_cli.models.loading import LoadedModel
 
 _QUOTES = '"""'

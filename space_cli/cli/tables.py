@@ -16,12 +16,13 @@ from rich.text import Text
 from space_cli.cli.console import echo_json, err, is_screen, out, plain
 from space_cli.cli.live import histogram, without_masks
 from space_cli.core.stream import Parts
-from space_cli.verify.record import LEAST_P_VALUE
+from space_cli.verify.record import MIN_P_VALUE
 
 if TYPE_CHECKING:
     from space_cli.bench.compare import Change
     from space_cli.bench.profile import Profile
-    from space_cli.bench.report import JsonRecord, Record, Report, Result, Sample
+    from space_cli.bench.record import BenchRecord, Result, Sample
+    from space_cli.records import JsonRecord, Record
     from space_cli.verify.record import Divergence, Row, Verification
 
 _PLACES_SHOWN = 8
@@ -39,7 +40,7 @@ def write_record(record: JsonRecord, json: str | None) -> None:
         record.write(Path(json))
 
 
-def show_bench(report: Report, done: str, *, to_stderr: bool) -> None:
+def show_bench(report: BenchRecord, done: str, *, to_stderr: bool) -> None:
     """Print the tables of a benchmark.
 
     Args:
@@ -197,7 +198,7 @@ def identical(result: Result) -> str:
     return "yes" if result.identical else f"no ({result.identical_prompts} of {result.prompts})"
 
 
-def _closing(report: Report) -> Text:
+def _closing(report: BenchRecord) -> Text:
     candidates = report.settings["candidates"]
     k = [f"k = {candidates}"] if candidates else []
     line = " · ".join([*how(report), *k, "identical: token for token the answer of ar"])
@@ -343,7 +344,7 @@ def verdict(record: Verification) -> str:
     places = [place[0] for place in by_place(record.divergences)]
     ties = sum(found.verdict == "tie" for found in places)
     violations = len(places) - ties
-    unlikely = [test for test in record.distributions if test.p_value < LEAST_P_VALUE]
+    unlikely = [test for test in record.distributions if test.p_value < MIN_P_VALUE]
     scope = f"{record.tokens} tokens of {len(record.answers)} answers"
     if record.lossless is None:
         return f"NO VERDICT: an error ended the run behind {scope}"

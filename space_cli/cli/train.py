@@ -257,9 +257,9 @@ def train(
     view.example(rendered(examples[0], loaded.tokenizer, template=template))
     view.begin(loaded, prepared, recipe)
     if dry_run:
-        from space_cli.training.rehearse import rehearse
+        from space_cli.training.dry_run import dry_run as do_dry_run
 
-        view.rehearsed(rehearse(loaded, prepared, recipe, base_model=_base_name(model, loaded)))
+        view.show_dry_run(do_dry_run(loaded, prepared, recipe, base_model=_base_name(model, loaded)))
         return 0
     space = _trained(loaded, prepared, recipe, _base_name(model, loaded), output, resume=resume, view=view)
     if process in (None, "0"):

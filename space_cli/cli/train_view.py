@@ -17,8 +17,8 @@ from space_cli.cli.console import err, is_screen, out, plain
 if TYPE_CHECKING:
     from space_cli.models.checkpoint import SpaceConfig
     from space_cli.models.loading import LoadedModel
+    from space_cli.training.dry_run import DryRun
     from space_cli.training.prepare import Prepared
-    from space_cli.training.rehearse import Rehearsal
     from space_cli.training.run import Recipe
 
 _SECONDS_PER_LINE = 5.0
@@ -134,7 +134,7 @@ class TrainView:
         """Say that a checkpoint is there."""
         self.note(f"saved {folder}")
 
-    def rehearsed(self, found: Rehearsal) -> None:
+    def show_dry_run(self, found: DryRun) -> None:
         """Say what a training would take."""
         console, without = out(), ""
         if found.ar_tokens_per_second is not None:

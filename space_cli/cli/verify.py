@@ -16,11 +16,11 @@ from space_cli.errors import RunFailed, UsageProblem
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from space_cli.bench.measure import Planned, Settings
     from space_cli.cli.live import RunView
     from space_cli.core.block import Block
     from space_cli.core.engine import Numerics
     from space_cli.models.loading import LoadedModel
+    from space_cli.tasks.plan import Planned, Settings
     from space_cli.verify.compare import Comparison
     from space_cli.verify.record import Verification
 
@@ -29,7 +29,7 @@ EPILOG = (
     "Example: space verify-lossless --model ./mine --drafts mixed --report proof.html"
 )
 
-_UNTRAINED_CANDIDATES, _MOST_CANDIDATES = 5, 31
+_UNTRAINED_CANDIDATES, _MAX_CANDIDATES = 5, 31
 
 _Against = Annotated[
     str | None,
@@ -95,7 +95,7 @@ def verify_lossless(
     quiet: options.Quiet = False,
 ) -> int:
     """Check that SPACE's output is token for token that of plain decoding, and examine every divergence."""
-    from space_cli.bench.suites import load_suite
+    from space_cli.tasks.suites import load_suite
 
     names = _named(against)
     _check_together(numerics, engine, drafts, candidates)
@@ -107,11 +107,11 @@ def verify_lossless(
 
     quiet_libraries()
 
-    from space_cli.bench.measure import Settings, most_tokens, plan, suites_for
     from space_cli.cli.live import run_view
-    from space_cli.core.choose import Sampling
+    from space_cli.core.sampling import Sampling
     from space_cli.models.engines import prepare
     from space_cli.models.loading import load_model
+    from space_cli.tasks.plan import Settings, most_tokens, plan, suites_for
     from space_cli.verify.compare import Comparison
 
     view = run_view(quiet=quiet)
@@ -204,19 +204,18 @@ def _named(against: str | None) -> tuple[str, ...]:
 
 def _block(loaded: LoadedModel, drafts: str, candidates: int | None) -> Block:
     """Return SPACE's block; for a model without masks, candidates alone."""
-    from space_cli.bench.measure import check_candidates
-    from space_cli.bench.methods import METHODS
     from space_cli.core.block import Block
+    from space_cli.tasks.plan import check_candidates
 
     if loaded.candidates:
-        check_candidates(loaded, candidates, [METHODS["space"]])
+        check_candidates(loaded, candidates)
         k = candidates or loaded.candidates
         return Block.chain(k, k)
     if drafts == "model":
         raise UsageProblem(f"{loaded.name} has no masks to draft with", hint="use --drafts adaptive or mixed")
     k = _UNTRAINED_CANDIDATES if candidates is None else candidates
-    if not 1 <= k <= _MOST_CANDIDATES:
-        raise UsageProblem(f"--candidates {k}: out of range", hint=f"choose 1 to {_MOST_CANDIDATES}")
+    if not 1 <= k <= _MAX_CANDIDATES:
+        raise UsageProblem(f"--candidates {k}: out of range", hint=f"choose 1 to {_MAX_CANDIDATES}")
     return Block.chain(k, 0)
 
 
@@ -236,7 +235,7 @@ def _record(loaded: LoadedModel, comparison: Comparison, settings: Settings, *, 
 
     import torch
 
-    from space_cli.bench.report import environment
+    from space_cli.tasks.environment import environment
     from space_cli.verify.record import Verification
 
     return Verification(
@@ -261,10 +260,10 @@ def _run(
     """Fill the record as far as it gets."""
     from space_cli.verify.compare import compare, samplers
     from space_cli.verify.distribution import compare_distributions
-    from space_cli.verify.kernels import check_kernels
+    from space_cli.verify.self_test import self_test
 
     task = planned[0].task
-    record.kernels = check_kernels(task, comparison.block, same_shape=comparison.same_shape)
+    record.kernels = self_test(task, comparison.block, same_shape=comparison.same_shape)
     for answer in compare(planned, comparison, view):
         record.answers.append(answer)
     if task.sampling.temperature and "hf" in comparison.against:

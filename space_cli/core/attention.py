@@ -36,12 +36,12 @@ _TRIALS = 24
 
 
 def padded_length(length: int) -> int:
-    """Return `length` rounded up to whole tiles of keys."""
+    """Return `length` rounded up to a multiple of `KEY_TILE`."""
     return -(-length // KEY_TILE) * KEY_TILE
 
 
 def can_be_invariant(model: PreTrainedModel) -> bool:
-    """Return whether the model is one whose rows this attention makes independent of the call's shape.
+    """Return whether this attention makes the model's rows independent of the shape of a call.
 
     That is SDPA on a CPU with half precision, or with weights as GGUF files have them. In float32 the matrix products
     themselves depend on the shape.
@@ -57,7 +57,7 @@ def has_replaceable_attention(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Lay an attention of ours over the model for the time of a call; one with attention of its own keeps it.
+    """Use one of our attentions in the model within the context; a model with its own attention keeps it.
 
     Args:
         model: that calls it.
@@ -74,7 +74,7 @@ def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def invariant_attention_of(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Lay the attention of this module over the model for the time of a call."""
+    """Use the attention of this module in the model within the context."""
     return attention_of(model, INVARIANT)
 
 
@@ -87,7 +87,7 @@ def invariant_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend in calls of one inner shape, whether one token, a block or a whole prompt is asked for.
+    """Compute attention in calls of one inner shape for one token, a block or a whole prompt alike.
 
     Args:
         module: the attention layer.
@@ -144,7 +144,7 @@ def _attend(
 
 
 def _whole_tiles(states: torch.Tensor) -> torch.Tensor:
-    """Return keys or values filled up to whole tiles; a cache that shows whole tiles already is not copied."""
+    """Return keys or values padded to whole tiles; no copy if they already are."""
     surplus = padded_length(states.shape[2]) - states.shape[2]
     return functional.pad(states, (0, 0, 0, surplus)) if surplus else states
 
@@ -168,7 +168,7 @@ def _causal_mask(first: int, rows: int, shown: int, dtype: torch.dtype, device: 
 @lru_cache
 @torch.inference_mode()
 def least_rows(dtype: torch.dtype, width: int) -> int:
-    """Return how few query rows SDPA may get without giving a row other bits than in a whole tile of rows.
+    """Return the smallest number of query rows for which SDPA gives the same bits as for a whole tile of rows.
 
     Measured on this machine with random rows, in some ten milliseconds; a whole tile where no smaller number holds.
     """

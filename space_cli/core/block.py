@@ -2,8 +2,8 @@
 
 A block is a tree. Its root is the head (the newest certain token), its inner nodes are candidates, and behind the head
 and behind candidates hang mask groups, each a chain of m mask slots. Everything else follows from the parents: a slot's
-position is its depth, and it sees the settled prefix, its ancestors and itself. The decoder runs such a block behind a
-cached prefix; the training collator sees a whole example as one block without a prefix, so that training and decoding
+position is its depth, and it sees the committed prefix, its ancestors and itself. The decoder runs such a block behind
+a cached prefix; the training collator sees a whole example as one block without a prefix, so that training and decoding
 cannot disagree about positions or visibility.
 """
 
@@ -11,19 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cached_property
 
 import numpy as np
 import torch
-
-
-class SlotKind(IntEnum):
-    """What stands in a slot."""
-
-    HEAD = 0
-    CANDIDATE = 1
-    MASK = 2
 
 
 @dataclass(frozen=True)
@@ -108,15 +99,6 @@ class Block:
         return tuple(parents)
 
     @cached_property
-    def kinds(self) -> tuple[SlotKind, ...]:
-        """Kind of each slot."""
-        return (
-            SlotKind.HEAD,
-            *[SlotKind.CANDIDATE] * self.num_candidates,
-            *[SlotKind.MASK] * (self.num_slots - self.num_tokens),
-        )
-
-    @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Position of each slot less the head's: its depth in the tree."""
         offsets = [0] * self.num_slots
@@ -167,13 +149,34 @@ class Block:
         return visible
 
     def position_ids(self, prefix_length: int) -> torch.Tensor:
-        """Return (1, Q) int64 positions for a head at position `prefix_length`, the number of settled tokens."""
+        """Return (1, Q) int64 positions for a head at position `prefix_length`, the number of committed tokens."""
         return torch.from_numpy(self.offset_ids)[None] + prefix_length
 
-    def attention_mask(self, prefix_length: int) -> torch.Tensor:
-        """Return the (1, 1, Q, L + Q) bool mask, True = may attend; every slot sees the whole prefix."""
-        prefix = torch.ones(self.num_slots, prefix_length, dtype=torch.bool)
-        return torch.cat([prefix, torch.from_numpy(self.visibility)], dim=1)[None, None]
+    def attention_mask(
+        self,
+        prefix_length: int,
+        *,
+        num_keys: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
+        """Return the (1, 1, Q, N) additive mask: 0 where a slot may attend, the lowest number of the dtype elsewhere.
+
+        Every slot sees the whole prefix. Eager attention takes no boolean mask, and SDPA on CPU would turn one into
+        this in every layer.
+
+        Args:
+            prefix_length: L.
+            num_keys: N, L + Q by default; nothing sees the keys behind the block.
+            dtype: of the model.
+            device: of the model.
+        """
+        end = prefix_length + self.num_slots
+        shape = (1, 1, self.num_slots, end if num_keys is None else num_keys)
+        mask = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
+        mask[..., :prefix_length] = 0
+        mask[..., prefix_length:end].masked_fill_(torch.from_numpy(self.visibility).to(device), 0)
+        return mask
 
 
 AR_BLOCK = Block.chain(0, 0)

@@ -1,4 +1,4 @@
-"""Keys and values of the settled prefix: one buffer, rolled back by moving a number, kept from answer to answer."""
+"""Keys and values of the committed prefix, in preallocated buffers that are cropped by changing a length."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 @dataclass(slots=True)
-class Extent:
-    """What all layers of a cache share: the slots there is room for, and how many they show.
+class CacheCapacity:
+    """The size of a cache, shared by its layers: allocated slots, and how many of them attention is shown.
 
     Attributes:
-        capacity: slots a buffer must have, made longer when next written to.
+        slots: that a buffer must have, made longer when next written to.
         multiple: the used part is shown rounded up to it.
         allocations: buffers made so far; while it stays, they stay where they are.
     """
 
-    capacity: int = 0
+    slots: int = 0
     multiple: int = 1
     allocations: int = 0
 
-    def of(self, used: int) -> int:
-        """Return the number of slots shown when `used` are in use."""
+    def shown(self, used: int) -> int:
+        """Return how many slots attention is shown when `used` are in use."""
         return -(-used // self.multiple) * self.multiple
 
 
 class PreallocatedLayer(CacheLayerMixin):
-    """Cache layer that writes into a buffer allocated ahead and attends over its used part only.
+    """A cache layer with a preallocated buffer, of which attention sees the used part only.
 
     `StaticCache` attends over the whole buffer, `DynamicCache` copies the whole prefix each step; this does neither.
     """
@@ -45,17 +45,17 @@ class PreallocatedLayer(CacheLayerMixin):
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self, extent: Extent) -> None:
+    def __init__(self, capacity: CacheCapacity) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.extent = extent
+        self.capacity = capacity
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate (B, H, capacity, D) buffers of the states' dtype and device."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (_zeros(states, self.extent.capacity) for states in (key_states, value_states))
+        self.keys, self.values = (_zeros(states, self.capacity.slots) for states in (key_states, value_states))
         self.is_initialized = True
-        self.extent.allocations += 1
+        self.capacity.allocations += 1
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -68,23 +68,23 @@ class PreallocatedLayer(CacheLayerMixin):
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         self.length = end
-        shown = self.extent.of(end)
+        shown = self.capacity.shown(end)
         return self.keys[:, :, :shown], self.values[:, :, :shown]
 
     def make_room(self, end: int) -> None:
-        """Copy what is held into longer buffers where `end` slots would not fit."""
-        if self.extent.of(end) <= self.keys.shape[2]:
+        """Grow the buffers if they hold fewer than `end` slots."""
+        if self.capacity.shown(end) <= self.keys.shape[2]:
             return
         for name in ("keys", "values"):
             held = getattr(self, name)
-            longer = _zeros(held, self.extent.capacity)
+            longer = _zeros(held, self.capacity.slots)
             longer[:, :, : self.length] = held[:, :, : self.length]
             setattr(self, name, longer)
-        self.extent.allocations += 1
+        self.capacity.allocations += 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return number of keys and offset of the first, as transformers' masks need them."""
-        return self.extent.of(self.length + query_length), 0
+        return self.capacity.shown(self.length + query_length), 0
 
     def get_seq_length(self) -> int:
         """Return L."""
@@ -92,7 +92,7 @@ class PreallocatedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Return the length of the buffer."""
-        return self.extent.capacity
+        return self.capacity.slots
 
 
 def _zeros(states: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -106,22 +106,22 @@ def _zeros(states: torch.Tensor, capacity: int) -> torch.Tensor:
 
 
 class KVCache:
-    """One model's cache with the verbs of decoding: length, rollback, keep; it may outlive a generation.
+    """The KV cache of one model: length, crop, commit. It may be reused by the next generation.
 
     Attributes:
-        extent: of all layers; a multiple above 1 needs a mask over the slots not in use.
-        token_ids: what the settled prefix holds, so that a later prompt that begins alike is not computed again.
+        capacity: of all layers; a multiple above 1 needs a mask over the slots not in use.
+        token_ids: what the committed prefix holds, so that a later prompt that begins alike is not computed again.
     """
 
     def __init__(self) -> None:
-        self.extent = Extent()
+        self.capacity = CacheCapacity()
         self.token_ids: list[int] = []
         # transformers calls it once per layer of the model
-        self.cache = Cache(layer_class_to_replicate=cast(Any, partial(PreallocatedLayer, self.extent)))
+        self.cache = Cache(layer_class_to_replicate=cast(Any, partial(PreallocatedLayer, self.capacity)))
 
     def reserve(self, max_length: int) -> None:
-        """Make room for so many tokens at once, the slots of a block included; what is held stays."""
-        self.extent.capacity = max(max_length, self.extent.capacity)
+        """Reserve room for `max_length` tokens, the slots of a block included; cached tokens stay."""
+        self.capacity.slots = max(max_length, self.capacity.slots)
 
     @property
     def length(self) -> int:
@@ -134,7 +134,7 @@ class KVCache:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
 
     def fork(self, length: int) -> KVCache:
-        """Return a cache of its own with the first `length` tokens."""
+        """Return a copy that holds the first `length` tokens."""
         copy = KVCache()
         copy.token_ids = self.token_ids[:length]
         copy.reserve(length)
@@ -142,34 +142,34 @@ class KVCache:
             copy.layer(index).update(layer.keys[:, :, :length], layer.values[:, :, :length])
         return copy
 
-    def rollback(self, length: int) -> None:
-        """Forget everything behind the first `length` tokens."""
+    def crop(self, length: int) -> None:
+        """Drop everything after the first `length` tokens."""
         del self.token_ids[length:]
         for layer in self.layers:
             layer.length = length
 
-    def keep(self, start: int, slots: Sequence[int]) -> None:
-        """Keep the first `start` tokens and, behind them, only those of the block's ascending `slots` that stand there.
+    def commit(self, start: int, slots: Sequence[int]) -> None:
+        """Keep the first `start` tokens and, of the block that follows them, the slots `slots` (ascending).
 
-        Slots that already stand in a row, as the accepted candidates of a chain do, cost nothing.
+        Slots that are already consecutive, like the accepted candidates of a chain, need no copy.
         """
         if slots and slots[-1] != len(slots) - 1:
             for layer in self.layers:
                 for states in (layer.keys, layer.values):
                     source = torch.tensor(slots, device=states.device) + start
                     states[:, :, start : start + len(slots)] = states[:, :, source]
-        self.rollback(start + len(slots))
+        self.crop(start + len(slots))
 
     def layer(self, index: int) -> PreallocatedLayer:
-        """Return a layer, made where the model has not asked for it yet."""
+        """Return a layer; create it if the model has not used it yet."""
         layers = self.cache.layers
         while len(layers) <= index:
-            layers.append(PreallocatedLayer(self.extent))
+            layers.append(PreallocatedLayer(self.capacity))
         return cast(PreallocatedLayer, layers[index])
 
     @property
     def layers(self) -> list[PreallocatedLayer]:
-        """The layers, once something was computed."""
+        """The layers; none before the first call."""
         return cast(list[PreallocatedLayer], self.cache.layers)
 
 

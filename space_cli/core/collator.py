@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from space_cli.core.block import Block
-from space_cli.core.choose import mix
+from space_cli.core.sampling import mix
 
 IGNORED = -100
 """The label that carries no loss, as in transformers."""
@@ -24,7 +24,7 @@ class SARCollator:
     """Batch examples for a Hugging Face causal LM, with mask groups added.
 
     A feature is a mapping with `input_ids` and, where part of it carries no loss (a prompt), `labels` of the same
-    length with -100 there. With a number `draw` in it, its anchors depend on that and the seed alone and not on
+    length with -100 there. With an `example_index` in it, its anchors depend on that and the seed alone and not on
     what was collated before, so that an interrupted training goes on with the very same batches. The batch holds
     `input_ids` and `position_ids` (B, S) int64, `attention_mask` (B, 1, S, S) bool, True = may attend, and `labels`
     (B, S) int64 placed as transformers' loss expects them: `labels[:, q + 1]` is what slot q learns, which is why a
@@ -34,10 +34,10 @@ class SARCollator:
         mask_token_ids: one id for all masks (the paper) or one per mask of a group ("distinct masks").
         masks_per_group: m.
         pad_token_id: fills shorter rows; padding sees itself alone, so that no row of the attention is empty.
-        form: "groups" puts `groups` groups at random anchors of each example, each blind to the others; "paper" cuts
-            the example behind one random anchor and appends one group there, with probability `p_sar`.
+        mask_layout: "groups" puts `groups` groups at random anchors of each example, each blind to the others; "paper"
+            cuts the example behind one random anchor and appends one group there, with probability `p_sar`.
         groups: G, at most; an example has no more groups than anchors.
-        p_sar: share of examples that get their group in the "paper" form (paper, section 4.1: 0.5).
+        p_sar: probability that an example gets its group in the "paper" layout (paper, section 4.1: 0.5).
         seed: of the anchors drawn.
         pad_to_multiple_of: rounds S up, for kernels and compilers that want few shapes.
 
@@ -47,7 +47,7 @@ class SARCollator:
     mask_token_ids: Sequence[int]
     masks_per_group: int
     pad_token_id: int
-    form: Literal["groups", "paper"] = "groups"
+    mask_layout: Literal["groups", "paper"] = "groups"
     groups: int = 8
     p_sar: float = 0.5
     seed: int = 0
@@ -55,8 +55,8 @@ class SARCollator:
     _generator: torch.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.form not in ("groups", "paper"):
-            raise ValueError(f"form must be 'groups' or 'paper', not {self.form!r}")
+        if self.mask_layout not in ("groups", "paper"):
+            raise ValueError(f"mask_layout must be 'groups' or 'paper', not {self.mask_layout!r}")
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -79,15 +79,15 @@ class SARCollator:
         return batch
 
     def row(self, feature: Mapping[str, Any]) -> tuple[Block, list[int], list[int]]:
-        """Return the block of one example, the ids in its slots and what each slot learns."""
+        """Return the block of one example, the token ids and the labels of its slots."""
         tokens, labels = list(feature["input_ids"]), list(feature.get("labels", feature["input_ids"]))
-        draw = feature.get("draw")
-        if draw is not None:
-            self._generator.manual_seed(mix(self.seed, draw))
+        example_index = feature.get("example_index")
+        if example_index is not None:
+            self._generator.manual_seed(mix(self.seed, example_index))
         if not tokens or len(tokens) != len(labels):
             raise ValueError(f"an example needs tokens and as many labels, not {len(tokens)} and {len(labels)}")
         anchors = self._draw_anchors(labels)
-        if self.form == "paper" and anchors:
+        if self.mask_layout == "paper" and anchors:
             tokens = tokens[: anchors[0] + 1]
         block = Block.chain(len(tokens) - 1, self.masks_per_group, anchors=anchors)
         targets = [_target(labels, offset + 1) for offset in block.offsets[: block.num_tokens]]
@@ -96,13 +96,13 @@ class SARCollator:
         return block, tokens + block.mask_token_ids(self.mask_token_ids), targets
 
     def _draw_anchors(self, labels: list[int]) -> list[int]:
-        """Draw positions whose first mask has something to learn: the token two positions on carries loss."""
+        """Draw anchors whose first mask has a label: the token two positions on carries loss."""
         if not self.masks_per_group:
             return []
-        if self.form == "paper" and torch.rand((), generator=self._generator).item() >= self.p_sar:
+        if self.mask_layout == "paper" and torch.rand((), generator=self._generator).item() >= self.p_sar:
             return []
         eligible = [n for n in range(len(labels) - 2) if labels[n + 1] != IGNORED and labels[n + 2] != IGNORED]
-        wanted = 1 if self.form == "paper" else self.groups
+        wanted = 1 if self.mask_layout == "paper" else self.groups
         drawn = torch.randperm(len(eligible), generator=self._generator)[:wanted].tolist()
         return sorted(eligible[index] for index in drawn)
 
@@ -126,7 +126,7 @@ def _target(labels: list[int], position: int) -> int:
 
 
 def _mask_targets(labels: list[int], anchor: int, masks: int) -> list[int]:
-    """Return what the masks behind `anchor` learn, nothing from the end of the response on."""
+    """Return the labels of the masks after `anchor`, ignored from the end of the response on."""
     targets = [_target(labels, anchor + 1 + j) for j in range(1, masks + 1)]
     end = targets.index(IGNORED) if IGNORED in targets else masks
     return targets[:end] + [IGNORED] * (masks - end)

@@ -12,19 +12,19 @@ from itertools import pairwise
 import torch
 
 from space_cli.core.block import Block
-from space_cli.core.choose import largest
 from space_cli.core.engine import EagerEngine
+from space_cli.core.sampling import largest
 
 SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 """Q of the blocks that are run: few, since kernels are prepared for a size when it is first met. None measured pays
 beyond the last, and up to there half precision keeps rows independent on CPUs."""
-MOST_SLOTS = SIZES[-1]
-_MOST_CALLS, _WARM_UP, _SECONDS = 16, 4, 0.1
+MAX_BLOCK_SLOTS = SIZES[-1]
+_MAX_CALLS, _WARM_UP, _SECONDS = 16, 4, 0.1
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What steps cost.
+    """The measured cost of steps.
 
     Attributes:
         seconds: of a model call, by its number of slots; all of `SIZES` are there.
@@ -36,14 +36,14 @@ class StepCosts:
 
     @cached_property
     def by_slots(self) -> list[float]:
-        """Seconds of a step whose block needs 0, 1, ..., `MOST_SLOTS` slots and is filled up to the next size."""
+        """Seconds of a step by the number of slots its block needs, padded to the next of `SIZES`."""
         return filled_up({size: seconds + self.overhead for size, seconds in self.seconds.items()})
 
 
 def filled_up(seconds: Mapping[int, float]) -> list[float]:
-    """Return seconds by 0, 1, ..., `MOST_SLOTS` slots, where blocks are filled up to the next of `SIZES`.
+    """Return seconds by number of slots (0 to `MAX_BLOCK_SLOTS`), where blocks are padded to the next of `SIZES`.
 
-    A block takes no longer than a larger one: other work on the machine, which only ever adds time, is told by that.
+    A block cannot take longer than a larger one. Where it was measured so, other work interfered: take the minimum.
     """
     table, at_most = list[float](), math.inf
     for below, size in reversed(list(pairwise((0, *SIZES)))):
@@ -58,7 +58,7 @@ ASSUMED_COSTS = StepCosts({size: 1.0 + size / 64 for size in SIZES})
 
 @torch.inference_mode()
 def measure_costs(engine: EagerEngine, prefix_length: int) -> StepCosts:
-    """Time model calls of each size behind a prefix, one size after the other; a second or so for a small model.
+    """Time model calls of each size after a prefix; takes about a second for a small model.
 
     A size is called many times in a row, as in an answer: after calls of another size, larger ones above all, a call
     takes longer. Other work on the machine only ever adds time: the lower quartile is taken.
@@ -71,12 +71,12 @@ def measure_costs(engine: EagerEngine, prefix_length: int) -> StepCosts:
     found: dict[int, list[float]] = {size: [] for size in SIZES}
     for size in SIZES:
         block, started = Block.chain(size - 1, 0), time.perf_counter()
-        for call in range(_MOST_CALLS):
+        for call in range(_MAX_CALLS):
             began = time.perf_counter()
             # the chosen tokens off the device: a step ends when they are known
             largest(engine.run(block, [0] * size))
             ended = time.perf_counter()
-            engine.abandon()
+            engine.rollback()
             if call >= _WARM_UP or ended - began > _SECONDS:
                 found[size].append(ended - began)
             if found[size] and ended - started > _SECONDS:

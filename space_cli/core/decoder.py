@@ -1,7 +1,7 @@
-"""Auto-correct decoding: every model call verifies the last guesses and drafts the next ones.
+"""Auto-correct decoding: every model call verifies the last candidates and drafts the next ones.
 
 The autoregressive (AR) baseline is the same loop with the block of one slot, `AR_BLOCK`: it shares the model object,
-the cache, the chooser and the stop rules with SPACE, and differs in the block alone.
+the cache, the sampler and the stop rules with SPACE, and differs in the block alone.
 
 Source: SPACE paper (arXiv 2402.11809), section 3.3 and algorithm 1.
 """
@@ -16,18 +16,16 @@ from transformers import PreTrainedModel
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.cache import KVCache
-from space_cli.core.choose import Chooser, Rows
-from space_cli.core.compiled import Program
-from space_cli.core.cuda import GraphProgram
 from space_cli.core.drafting import ChainDrafter, Drafter, Verified
-from space_cli.core.engine import Numerics, context_length, engine_for
+from space_cli.core.engine import Compiled, Numerics, context_length, engine_for
+from space_cli.core.sampling import Sampler, StepLogits
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Parts, Step
 from space_cli.errors import UsageProblem
 
 
 def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise `UsageProblem` unless prompt and new tokens fit the model's context."""
+    """Raise `UsageProblem` unless prompt and new tokens fit into the model's context."""
     limit = context_length(model.config)
     if limit is not None and prompt_tokens + max_new_tokens > limit:
         raise UsageProblem(
@@ -42,27 +40,27 @@ def decode(
     prompt_ids: Sequence[int],
     *,
     stop: StopRule,
-    chooser: Chooser,
+    sampler: Sampler,
     mask_token_ids: Sequence[int] = (),
     drafts: Drafter | None = None,
-    program: Program | GraphProgram | None = None,
+    compiled: Compiled | None = None,
     numerics: Numerics | None = None,
     cache: KVCache | None = None,
     logprobs: int | None = None,
 ) -> Iterator[Step]:
-    """Generate behind `prompt_ids`, one `Step` per model call; stop by not asking for more.
+    """Generate after `prompt_ids` and yield one `Step` per model call; the caller stops by not asking for more.
 
     Args:
         model: a causal LM that takes a 4-D attention mask and position ids.
         prompt_ids: at least one token id.
         stop: when it ends.
-        chooser: how tokens are chosen, drafts included.
+        sampler: how tokens are chosen, drafts included.
         mask_token_ids: one shared id, or one per mask of a group.
         drafts: proposes a block and candidates for each step; None is plain AR decoding. Whatever it proposes, the
             output stays the same.
-        program: the model, compiled; None runs it as it is.
+        compiled: the model, compiled; None runs it as it is.
         numerics: how calls are shaped; None is the model's default.
-        cache: of earlier generations with this model; only what is new of the prompt is computed, and what is settled
+        cache: of earlier generations with this model; only what is new of the prompt is computed, and what is committed
             when the generation ends, or is left, stays in it.
         logprobs: so many likeliest tokens are told of each place; None tells no log-probabilities.
 
@@ -78,31 +76,31 @@ def decode(
     drafts = ChainDrafter(AR_BLOCK) if drafts is None else drafts
     max_length = len(prompt_ids) + stop.max_new_tokens
     engine = engine_for(
-        model, program, max_length=max_length, max_slots=drafts.max_slots, numerics=numerics, cache=cache
+        model, compiled, max_length=max_length, max_slots=drafts.max_slots, numerics=numerics, cache=cache
     )
     state = stop.begin(prompt_ids)
     # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head comes with the first step
     computed = engine.prefill(tokens[:-1])
-    rows: Rows | None = None
+    step_logits: StepLogits | None = None
     group = range(0)
     try:
         while True:
             drafting = time.perf_counter()
-            proposal = drafts.draft(tokens, rows, group)
+            proposal = drafts.draft(tokens, step_logits, group)
             block, candidates = proposal.block, proposal.candidates
             mask_ids = block.mask_token_ids(mask_token_ids) if block.anchors else []
             began = time.perf_counter()
             logits = engine.run(block, [tokens[-1], *candidates, *mask_ids])
             ran = time.perf_counter()
-            rows = chooser.rows(logits, engine.likely)
-            path, emitted = _verify(rows, block, candidates, tokens)
+            step_logits = sampler.step_logits(logits, engine.top_k)
+            path, emitted = _verify(step_logits, block, candidates, tokens)
             chose = time.perf_counter()
-            engine.settle(path)
-            settled = time.perf_counter()
+            engine.commit(path)
+            committed = time.perf_counter()
             count, reason = state.push_all(emitted)
             tokens += emitted[:count]
             if reason is None:
-                drafts.observe(Verified(proposal, path, emitted, settled - drafting))
+                drafts.observe(Verified(proposal, path, emitted, committed - drafting))
             group = block.group(path[-1])
             yield Step(
                 tokens=tuple(emitted[:count]),
@@ -113,26 +111,30 @@ def decode(
                 seconds=time.perf_counter() - started,
                 finish_reason=reason,
                 prefilled=computed,
-                parts=Parts(ran - began, chose - ran, settled - chose, began - drafting),
+                parts=Parts(ran - began, chose - ran, committed - chose, began - drafting),
                 depth=max(block.offsets[: block.num_tokens]),
-                logprobs=() if logprobs is None else tuple(rows.logprobs(path[:count], emitted[:count], logprobs)),
+                logprobs=()
+                if logprobs is None
+                else tuple(step_logits.logprobs(path[:count], emitted[:count], logprobs)),
             )
             if reason is not None:
                 return
             started, computed = time.perf_counter(), 0
     finally:
-        engine.abandon()
+        engine.rollback()
 
 
-def _verify(rows: Rows, block: Block, candidates: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Walk from the head along candidates that equal the chosen token.
+def _verify(
+    step_logits: StepLogits, block: Block, candidates: Sequence[int], tokens: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Follow the path of candidates that equal the sampled tokens, from the head on.
 
     Returns:
         The slots passed (head first) and the tokens chosen at them, the last of which is the correction.
     """
     path, emitted, history = [0], [], list(tokens)
     while True:
-        token = rows.token(path[-1], history)
+        token = step_logits.token(path[-1], history)
         emitted.append(token)
         history.append(token)
         following = next((slot for slot in block.children[path[-1]] if candidates[slot - 1] == token), None)

@@ -1,12 +1,11 @@
-"""How a step is run: prefill, run a block, settle what was accepted."""
+"""How a step is run: prefill, run a block, commit what was accepted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -14,10 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from space_cli.core.attention import KEY_TILE, can_be_invariant, invariant_attention_of
 from space_cli.core.block import Block
 from space_cli.core.cache import KVCache, cache_arguments
-from space_cli.core.choose import Likely
-from space_cli.core.compiled import MOST_SLOTS, Program
-from space_cli.core.cuda import GraphProgram
-from space_cli.core.stream import in_common
+from space_cli.core.sampling import TopK
+from space_cli.core.stream import common_prefix_length
 
 Numerics = Literal["plain", "invariant"]
 """plain: the model's own attention over the used part of the cache. invariant: calls of one inner shape whatever the
@@ -48,8 +45,8 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 def _rope_changes(config: PretrainedConfig) -> list[Any]:
     """Return the lengths at which transformers' long rope takes other factors for all positions."""
-    told = getattr(config, "rope_parameters", None) or {}
-    layers = [each for each in told.values() if isinstance(each, dict)] or [told]
+    parameters = getattr(config, "rope_parameters", None) or {}
+    layers = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
     original = getattr(config, "original_max_position_embeddings", None)
     return [
         each.get("original_max_position_embeddings") or original
@@ -74,7 +71,7 @@ class EagerEngine:
         cache: of an earlier generation with the same model, to go on from; None starts with an empty one.
 
     Attributes:
-        likely: the likeliest tokens of the last call, where they are known without looking at its logits.
+        top_k: the likeliest tokens of the last call, where they are known without looking at its logits.
     """
 
     def __init__(
@@ -93,7 +90,7 @@ class EagerEngine:
         # slots beyond the context hold nothing that can still be emitted, and learned positions have no row for them
         self._last_position = (context_length(model.config) or max_length + max_slots) - 1
         self._slot_ids: Sequence[int] = ()
-        self.likely: Likely | None = None
+        self.top_k: TopK | None = None
 
     @property
     def length(self) -> int:
@@ -101,22 +98,22 @@ class EagerEngine:
         return self.cache.length
 
     def prefill(self, token_ids: Sequence[int]) -> int:
-        """Make the cache hold these tokens, no more and no less; return how many of them were computed.
+        """Fill the cache with these tokens, reusing the prefix it already holds; return how many were computed.
 
-        What an earlier generation left of them is kept. No logits are computed.
+        Cached tokens that differ are dropped. No logits are computed.
         """
         held = self.cache.token_ids
-        start = in_common(held, token_ids)
-        self.cache.rollback(start)
+        start = common_prefix_length(held, token_ids)
+        self.cache.crop(start)
         if start < len(token_ids):
             self._extend(token_ids[start:])
             held += token_ids[start:]
         return len(token_ids) - start
 
     def _extend(self, token_ids: Sequence[int]) -> None:
-        """Compute tokens behind what the cache holds."""
+        """Append tokens to the cache."""
         start = self.length
-        self.cache.extent.multiple = 1
+        self.cache.capacity.multiple = 1
         with self._attention():
             self.model.base_model(
                 input_ids=torch.tensor([list(token_ids)], device=self.model.device),
@@ -125,14 +122,14 @@ class EagerEngine:
             )
 
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
-        """Run a block behind the settled prefix; return (Q, V) logits. The cache then holds all slots.
+        """Run a block after the committed prefix; return (Q, V) logits. The cache then holds all slots of the block.
 
         Args:
             block: its shape.
             slot_ids: the token id in each slot, Q of them.
         """
         self._slot_ids = slot_ids
-        self.cache.extent.multiple = self._tile
+        self.cache.capacity.multiple = self._tile
         with self._attention():
             logits: torch.Tensor = self.model(
                 input_ids=torch.tensor([slot_ids], device=self.model.device),
@@ -143,83 +140,33 @@ class EagerEngine:
         return logits[0]
 
     def _mask(self, block: Block) -> torch.Tensor | None:
-        """Return the (1, 1, Q, N) mask of a block behind the prefix, the unused end of the cache hidden.
-
-        Additive and of the model's dtype: eager attention takes no other, and SDPA on CPU would turn a boolean mask
-        into this one again in every layer.
-        """
+        """Return the (1, 1, Q, N) mask of a block behind the prefix, the unused end of the cache hidden."""
         if block.num_slots == 1 and self._tile == 1:
             # one query that sees all keys needs none, and transformers then takes its faster grouped-query path
             return None
-        length, shown = self.length, self.cache.extent.of(self.length + block.num_slots)
-        shape, dtype, device = (1, 1, block.num_slots, shown), self.model.dtype, self.model.device
-        mask = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
-        mask[..., :length] = 0
-        mask[..., length : length + block.num_slots].masked_fill_(torch.from_numpy(block.visibility).to(device), 0)
-        return mask
+        num_keys = self.cache.capacity.shown(self.length + block.num_slots)
+        return block.attention_mask(self.length, num_keys=num_keys, dtype=self.model.dtype, device=self.model.device)
 
     def _attention(self) -> AbstractContextManager[None]:
         return invariant_attention_of(self.model) if self._tile > 1 else nullcontext()
 
-    def settle(self, slots: Sequence[int]) -> None:
-        """End a step: of the block's slots only `slots` (head and accepted candidates) join the settled prefix."""
-        self.cache.keep(self.length - len(self._slot_ids), slots)
+    def commit(self, slots: Sequence[int]) -> None:
+        """End a step: only `slots` (head and accepted candidates) of the block join the committed prefix."""
+        self.cache.commit(self.length - len(self._slot_ids), slots)
         self.cache.token_ids += [self._slot_ids[slot] for slot in slots]
 
-    def abandon(self) -> None:
-        """Forget the slots of a block that was not settled."""
-        self.cache.rollback(len(self.cache.token_ids))
+    def rollback(self) -> None:
+        """Drop the slots of the last block unless it was committed."""
+        self.cache.crop(len(self.cache.token_ids))
 
 
-class CompiledEngine(EagerEngine):
-    """Runs blocks, and the prompt in blocks of its own, through a compiled program of the model."""
+class Compiled(Protocol):
+    """A model in a compiled form (see the room `compile`), which brings the engine that runs it."""
 
-    def __init__(self, model: PreTrainedModel, program: Program, **arguments: Any) -> None:
-        super().__init__(model, **arguments)
-        self._program = program
-        self.cache.extent.multiple = 1
-        self._inputs: dict[int, _Inputs] = {}
-
-    def _extend(self, token_ids: Sequence[int]) -> None:
-        for start in range(0, len(token_ids), MOST_SLOTS):
-            some = token_ids[start : start + MOST_SLOTS]
-            # what a prompt's tokens are followed by is known
-            self._run(Block.chain(len(some) - 1, 0), some, wanted=1)
-
-    def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:
-        """Run a block behind the settled prefix; return (Q, V) logits. The cache then holds all slots."""
-        self._slot_ids = slot_ids
-        return self._run(block, slot_ids, wanted=block.num_slots)
-
-    def _run(self, block: Block, slot_ids: Sequence[int], *, wanted: int) -> torch.Tensor:
-        inputs = self._inputs.get(block.num_slots)
-        if inputs is None:
-            inputs = self._inputs[block.num_slots] = _Inputs(block.num_slots)
-        inputs.ids[:] = slot_ids
-        np.add(block.offset_ids, self.length, out=inputs.positions)
-        np.minimum(inputs.positions, self._last_position, out=inputs.positions)
-        logits, self.likely = self._program.run(block, *inputs.tensors, self.cache, wanted=wanted)
-        return logits
+    def engine(self, model: PreTrainedModel, **arguments: Any) -> EagerEngine:
+        """Return the engine; arguments as of `EagerEngine`."""
 
 
-class _Inputs:
-    """Token ids and positions of calls of one size, written in place: tensors take longer to make than a small layer.
-
-    Attributes:
-        ids: (Q) int64.
-        positions: (Q) int64.
-        tensors: the same memory, (1, Q) each.
-    """
-
-    def __init__(self, slots: int) -> None:
-        self.ids, self.positions = np.zeros((2, slots), dtype=np.int64)
-        self.tensors = torch.from_numpy(self.ids)[None], torch.from_numpy(self.positions)[None]
-
-
-def engine_for(model: PreTrainedModel, program: Program | GraphProgram | None, **arguments: Any) -> EagerEngine:
+def engine_for(model: PreTrainedModel, compiled: Compiled | None, **arguments: Any) -> EagerEngine:
     """Return the engine that runs a model, compiled or as it is; arguments as of `EagerEngine`."""
-    if isinstance(program, GraphProgram):
-        from space_cli.core.cuda_engine import GraphEngine  # which is one of the engines here
-
-        return GraphEngine(model, program, **arguments)
-    return EagerEngine(model, **arguments) if program is None else CompiledEngine(model, program, **arguments)
+    return EagerEngine(model, **arguments) if compiled is None else compiled.engine(model, **arguments)

@@ -14,7 +14,7 @@ _TAIL = 16
 
 
 class TextStream:
-    """Text of a growing token sequence, in pieces that never change afterwards.
+    """Incremental detokeniser: yields pieces of text that later tokens cannot change.
 
     Each piece is the difference between two decodes of a short tail: what a token adds depends on its neighbours (byte
     fallback, merged spaces), and an unfinished multi-byte character must wait for its last byte.
@@ -33,7 +33,7 @@ class TextStream:
         self._shown = len(self._tail)
 
     def push(self, token: int) -> str:
-        """Return the text that has become final with `token`; empty while a character is unfinished."""
+        """Add a token; return the text that is final now, empty while a character is incomplete."""
         self._tail.append(token)
         before = self._decode(self._tail[: self._shown])
         text = self._decode(self._tail)
@@ -47,14 +47,14 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """Return what is still held back, an unfinished character as U+FFFD."""
+        """Return the rest, an incomplete character as U+FFFD."""
         piece = self._decode(self._tail)[len(self._decode(self._tail[: self._shown])) :]
         self._tail, self._shown = [], 0
         return piece
 
 
 def tail_of(decode: Decode, token_ids: Sequence[int]) -> list[int]:
-    """Return the end of `token_ids`, as much of it as shows a text to go on from."""
+    """Return the last token ids, enough of them to detokenise what follows."""
     count = _TAIL
     while count < len(token_ids) and not decode(list(token_ids[-count:])).strip():
         count *= 2
@@ -62,14 +62,14 @@ def tail_of(decode: Decode, token_ids: Sequence[int]) -> list[int]:
 
 
 def text_behind(decode: Decode, before: Sequence[int], token_ids: Sequence[int]) -> str:
-    """Return the text of `token_ids` as it stands behind the tokens `before`."""
+    """Return the text that `token_ids` add after the tokens `before`."""
     tail = tail_of(decode, before)
     return decode([*tail, *token_ids])[len(decode(tail)) :]
 
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """The rules of a generation; `begin()` starts applying them to one.
+    """When a generation ends; `begin()` applies the rules to one generation.
 
     Attributes:
         max_new_tokens: exact upper bound of the tokens that come out.
@@ -97,7 +97,7 @@ class StopRule:
 
 
 class StopState:
-    """How far one generation is from its end."""
+    """The progress of one generation towards its stop rules."""
 
     def __init__(self, rule: StopRule, prompt_ids: Sequence[int] = ()) -> None:
         self._rule = rule
@@ -107,7 +107,7 @@ class StopState:
         self._stream = TextStream(rule.decode, prompt_ids) if rule.stop_strings and rule.decode else None
 
     def push(self, token: int) -> FinishReason | None:
-        """Take the next token and return why the generation ends with it, or None."""
+        """Add a token; return why the generation ends with it, or None."""
         self._count += 1
         if token in self._rule.eos_token_ids:
             return "eos"
@@ -119,7 +119,7 @@ class StopState:
         return "length" if self._count >= self._rule.max_new_tokens else None
 
     def push_all(self, tokens: Sequence[int]) -> tuple[int, FinishReason | None]:
-        """Take tokens up to the end; return how many belong to the generation and why it ends there, or None."""
+        """Add tokens; return how many of them belong to the generation, and why it ends there, or None."""
         for index, token in enumerate(tokens, start=1):
             reason = self.push(token)
             if reason is not None:
@@ -128,7 +128,7 @@ class StopState:
 
 
 class HeldBack:
-    """Text on its way out, cut in front of the first stop string; what may become one waits.
+    """Streams text up to the first stop string; holds back text that may become one.
 
     Args:
         stop_strings: none of them empty.
@@ -140,7 +140,7 @@ class HeldBack:
         self._ended = False
 
     def push(self, text: str) -> str:
-        """Return what is final with `text`; nothing once a stop string has come."""
+        """Add text; return what is final now, nothing after a stop string."""
         if self._ended:
             return ""
         self._held += text
@@ -151,13 +151,13 @@ class HeldBack:
         return final
 
     def flush(self) -> str:
-        """Return what is still held back: no stop string came of it."""
+        """Return the text held back, which did not become a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 def _begun(text: str, stop_strings: Sequence[str]) -> int:
-    """Return the length of the longest end of `text` with which a stop string begins."""
+    """Return the length of the longest suffix of `text` that is a prefix of a stop string."""
     longest = max(map(len, stop_strings), default=1) - 1
     ends = range(min(longest, len(text)), 0, -1)
     return next((size for size in ends if any(stop.startswith(text[-size:]) for stop in stop_strings)), 0)

@@ -15,13 +15,13 @@ def is_repetitive(tokens: Sequence[int]) -> bool:
     return len(tokens) > 3.5 * len(set(tokens))
 
 
-def in_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two texts have in common at their beginnings."""
+def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the common prefix of two token sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 class Parts(NamedTuple):
-    """Seconds of a step by what they were spent on; prefill and the stop rule are in none of them.
+    """Seconds of a step by phase; prefill and the stop rule are not included.
 
     On a GPU the model's part is only the launching; choosing waits for the tokens.
     """

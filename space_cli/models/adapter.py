@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from space_cli.core.packing import Adapter, LowRank
+from space_cli.compile.packing import Adapter, LowRank
 from space_cli.errors import UsageProblem
 from space_cli.models.checkpoint import ADAPTER_FILE
 
@@ -48,7 +48,7 @@ def low_rank(model: PreTrainedModel, rank: int) -> LoraConfig:
 
 
 class SlotGate:
-    """Which slots of the running call are masks; as a forward hook, silences a low-rank update everywhere else.
+    """Knows which slots of a call are masks; as a forward hook, zeroes a low-rank update for all others.
 
     Attributes:
         is_mask: (B, S) bool.
@@ -124,7 +124,7 @@ class MaskEmbedding(nn.Module):
 
 
 def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig) -> list[int]:
-    """Freeze the model and put a fresh adapter on it, in place; return the mask ids.
+    """Freeze the model and add a new adapter in place; return the mask ids.
 
     Raises:
         UsageProblem: the model has no linear layers that can carry an adapter.
@@ -150,13 +150,13 @@ def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig) -> list
 
 
 def adapter_of(model: PreTrainedModel) -> MaskEmbedding | None:
-    """Return the adapter's embeddings, or None where the model carries none."""
+    """Return the adapter's embeddings, or None if there is no adapter."""
     embedding = model.get_input_embeddings()
     return embedding if isinstance(embedding, MaskEmbedding) else None
 
 
 def adapter_updates(model: PreTrainedModel) -> Adapter | None:
-    """Return what an adapter adds to a model, as the compiled engine takes it; None where the model carries none."""
+    """Return the adapter's updates as the compiled engine needs them, or None if there is no adapter."""
     embedding = adapter_of(model)
     if embedding is None:
         return None
@@ -187,7 +187,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, masks: int) -> None:
-    """Put the adapter of a folder on its base model, in place.
+    """Load the adapter of a folder onto its base model, in place.
 
     Raises:
         UsageProblem: the adapter's files are absent or damaged, or belong to another model.

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from space_cli.errors import UsageProblem
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 from space_cli.text import read_text
 
 SPACE_CONFIG_NAME = "space_config.json"
@@ -19,7 +19,7 @@ ADAPTER_FILES = ("adapter_config.json", ADAPTER_FILE)
 
 
 class SpaceConfig(BaseModel):
-    """What SPACE must know of a checkpoint.
+    """The SPACE fields of a checkpoint.
 
     Attributes:
         format: version of this file.
@@ -46,7 +46,7 @@ class SpaceConfig(BaseModel):
 
     @property
     def accepted_by_depth(self) -> list[float]:
-        """How often a step accepted 1, 2, ... of the masks' guesses when last measured; empty if it never was."""
+        """Acceptance rate by depth when last measured; empty if never measured."""
         found = [each.get("accepted_by_depth") for each in self.acceptance.values() if isinstance(each, dict)]
         known = [shares for shares in found if isinstance(shares, list)]
         return list(takewhile(_is_share, known[-1])) if known else []
@@ -74,7 +74,7 @@ class SpaceConfig(BaseModel):
 
     def save(self, folder: Path) -> None:
         """Write the config into a folder, whole or not at all."""
-        write_whole(folder / SPACE_CONFIG_NAME, self.model_dump_json(indent=2) + "\n")
+        atomic_write(folder / SPACE_CONFIG_NAME, self.model_dump_json(indent=2) + "\n")
 
 
 def _is_share(value: object) -> bool:

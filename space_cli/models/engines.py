@@ -1,4 +1,4 @@
-"""Which engine runs a model, and what its steps cost: chosen once a model is loaded, kept on disk for the next time."""
+"""Chooses the engine of a model and measures the costs of its steps; both are cached on disk."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from typing import Literal
 
 import torch
 
+from space_cli.compile.compiled_model import CompiledModel
+from space_cli.compile.export import compile_model, unsupported_reason
+from space_cli.compile.fingerprint import fingerprint
+from space_cli.compile.toolchain import build_kernels, load_kernels, machine
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser
-from space_cli.core.compiled import Program, compile_program, fingerprint, why_not
-from space_cli.core.costs import MOST_SLOTS, SIZES, StepCosts, measure_costs
-from space_cli.core.cuda import GraphProgram
+from space_cli.core.costs import MAX_BLOCK_SLOTS, SIZES, StepCosts, measure_costs
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, Drafter
-from space_cli.core.engine import EagerEngine, embedding_rows, engine_for
+from space_cli.core.engine import Compiled, EagerEngine, embedding_rows, engine_for
 from space_cli.core.quantized import has_quantized_layers
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
-from space_cli.core.toolchain import build_kernels, load_kernels, machine
 from space_cli.errors import RunFailed, UsageProblem
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 from space_cli.models.adapter import adapter_updates
-from space_cli.models.graphs import graph_program
+from space_cli.models.graphs import cuda_graph_model
 from space_cli.models.kernels import engine_folder
 from space_cli.models.loading import LoadedModel
 from space_cli.models.memory import available_memory
@@ -37,12 +38,12 @@ from space_cli.models.refusals import is_refused, note_refusal
 from space_cli.models.speeds import PROMPT, Speeds, measure_speed, read_speeds, write_speeds
 
 EngineName = Literal["auto", "eager", "compiled"]
-"""eager: the model as transformers runs it. compiled: as a program of its own. auto: the faster one, where a program is
-on disk already, or where so many tokens are to come that compiling pays; else eager."""
+"""eager: the model as transformers runs it. compiled: compiled for this machine. auto: the faster one, where a compiled
+model is on disk already, or where so many tokens are to come that compiling pays; else eager."""
 
 # a token saves some milliseconds of dispatch, and more the more weights there are
 _TOKENS_WORTH_COMPILING, _BYTES_THAT_SAVE_AS_MUCH = 4000, 100 * 2**20
-# of the weights in memory once a program is compiled and loaded: the model, packed ones, what is not given back
+# of the weights in memory once it is compiled and loaded: the model, packed ones, what is not given back
 _COPIES = 3
 _PREFIX_LENGTH, _PROBE_LENGTH, _PROBE_TOKENS, _PROBE_SECONDS = 256, 4, 48, 0.4
 
@@ -54,7 +55,7 @@ def prepare(
     tokens: int = 0,
     on_compile: Callable[[], None] = lambda: None,
 ) -> LoadedModel:
-    """Return the model with its engine; what its steps cost, adaptive drafts are to ask of `measured`.
+    """Return the model with its engine; adaptive drafting needs `measured` as well.
 
     Args:
         loaded: as `load_model` gave it.
@@ -64,20 +65,22 @@ def prepare(
 
     Raises:
         UsageProblem: engine is compiled and the model cannot be.
-        RunFailed: engine is compiled and there is no compiler, no room for the program, or it computes something else.
+        RunFailed: engine is compiled and there is no compiler, no room for it, or it computes something else.
     """
-    return replace(loaded, program=_program(loaded, engine, tokens, on_compile), stats={})
+    return replace(loaded, compiled=_compiled(loaded, engine, tokens, on_compile), stats={})
 
 
 def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
-    """Return the model with the costs of its steps: those on disk, or measured now where there are none or `fresh`."""
-    program = None if loaded.program is None else fingerprint(loaded.model)
-    file = engine_folder() / f"costs-{_speed_key(loaded, program)}.json"
+    """Return the model with the costs of its steps, from disk, or measured now if there are none or with `fresh`."""
+    compiled_key = None if loaded.compiled is None else fingerprint(loaded.model)
+    file = engine_folder() / f"costs-{_speed_key(loaded, compiled_key)}.json"
     costs = None if fresh else _read_costs(file)
     if costs is None:
-        limit = loaded.context_length or _PREFIX_LENGTH + MOST_SLOTS
-        length = max(1, min(_PREFIX_LENGTH, limit - MOST_SLOTS))
-        costs = measure_costs(engine_for(loaded.model, loaded.program, max_length=length, max_slots=MOST_SLOTS), length)
+        limit = loaded.context_length or _PREFIX_LENGTH + MAX_BLOCK_SLOTS
+        length = max(1, min(_PREFIX_LENGTH, limit - MAX_BLOCK_SLOTS))
+        costs = measure_costs(
+            engine_for(loaded.model, loaded.compiled, max_length=length, max_slots=MAX_BLOCK_SLOTS), length
+        )
         drafting = _steps(
             loaded, AdaptiveDrafter(AcceptanceStats(costs, loaded.masks_per_group), loaded.masks_per_group)
         )
@@ -88,41 +91,39 @@ def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
 
 
 def _steps(loaded: LoadedModel, drafts: Drafter) -> list[Step]:
-    """Return the steps of a short generation, without the first, which has the prompt in it.
+    """Return the steps of a short generation without the first, which includes the prefill.
 
-    It ends sooner where steps take long: a start must not wait for a large model, nor for a busy machine.
+    It stops early if steps are slow, so that loading a large model is not delayed.
     """
     steps = decode(
         loaded.model,
         [index % 7 for index in range(_PROBE_LENGTH)],
         stop=StopRule(_PROBE_TOKENS),
-        chooser=Chooser(),
+        sampler=Sampler(),
         drafts=drafts,
         mask_token_ids=loaded.mask_token_ids,
-        program=loaded.program,
+        compiled=loaded.compiled,
     )
     next(steps)
     began = time.perf_counter()
     return [next(steps), *takewhile(lambda _: time.perf_counter() - began < _PROBE_SECONDS, steps)]
 
 
-def _program(
-    loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: Callable[[], None]
-) -> Program | GraphProgram | None:
+def _compiled(loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: Callable[[], None]) -> Compiled | None:
     if engine == "eager":
         return None
     if loaded.device.startswith("cuda"):
         required = engine == "compiled"
         fused = required or _is_worth_compiling(loaded, tokens)
-        return graph_program(loaded, fused=fused, required=required, on_compile=on_compile)
-    reason = why_not(loaded.model)
+        return cuda_graph_model(loaded, fused=fused, required=required, on_compile=on_compile)
+    reason = unsupported_reason(loaded.model)
     if reason is not None:
         if engine == "compiled":
             raise UsageProblem(f"--engine compiled: {loaded.name}: {reason}", hint="use --engine eager")
         return None
-    program_key = fingerprint(loaded.model)
-    package = engine_folder() / f"program-{program_key}.pt2"
-    refused, timed = package.with_suffix(".refused"), engine_folder() / f"speeds-{_speed_key(loaded, program_key)}.json"
+    model_key = fingerprint(loaded.model)
+    package = engine_folder() / f"program-{model_key}.pt2"
+    refused, timed = package.with_suffix(".refused"), engine_folder() / f"speeds-{_speed_key(loaded, model_key)}.json"
     is_asked_for = engine == "compiled"
     may_compile = is_asked_for or (_is_worth_compiling(loaded, tokens) and not is_refused(refused))
     if not is_asked_for:
@@ -130,12 +131,12 @@ def _program(
         if not (package.exists() or may_compile) or (known is not None and not known.compiled_is_faster):
             return None
     try:
-        program = _ready(loaded, package, refused, on_compile=on_compile if may_compile else None)
+        compiled = _ready(loaded, package, refused, on_compile=on_compile if may_compile else None)
     except RunFailed:
         if is_asked_for:
             raise
         return None
-    return program if is_asked_for or _is_faster(loaded, program, timed) else None
+    return compiled if is_asked_for or _is_faster(loaded, compiled, timed) else None
 
 
 def _is_worth_compiling(loaded: LoadedModel, tokens: int) -> bool:
@@ -149,31 +150,33 @@ def _size(loaded: LoadedModel) -> int:
     return sum(tensor.nbytes for tensor in chain(loaded.model.parameters(), loaded.model.buffers()))
 
 
-def _is_faster(loaded: LoadedModel, program: Program, timed: Path) -> bool:
-    """Return whether a program is faster than the model itself: as measured before, or now."""
+def _is_faster(loaded: LoadedModel, compiled: CompiledModel, timed: Path) -> bool:
+    """Return whether the compiled model is faster than the eager one, as measured before or now."""
     speeds = read_speeds(timed)
     if speeds is None:
         prompt = min(PROMPT, (loaded.context_length or PROMPT + 1) - 1)
         found = [
             measure_speed(engine_for(loaded.model, run_by, max_length=prompt, max_slots=1), prompt)
-            for run_by in (None, program)
+            for run_by in (None, compiled)
         ]
         speeds = Speeds(*found)
         write_speeds(speeds, timed)
     return speeds.compiled_is_faster
 
 
-def _ready(loaded: LoadedModel, package: Path, refused: Path, *, on_compile: Callable[[], None] | None) -> Program:
-    """Return the program on disk, made where it is not there or is damaged, unless `on_compile` is None.
+def _ready(
+    loaded: LoadedModel, package: Path, refused: Path, *, on_compile: Callable[[], None] | None
+) -> CompiledModel:
+    """Load the compiled model; compile it if it is missing or damaged, unless `on_compile` is None.
 
     Raises:
-        RunFailed: there is none and none can be made. What only a compilation could tell is noted.
+        RunFailed: there is none and compiling fails. A failed compilation is noted on disk.
     """
     if package.exists():
         try:
             return _checked(loaded, package)
         except RunFailed:
-            if on_compile is None or package.exists():  # nothing is wrong with the program
+            if on_compile is None or package.exists():  # nothing is wrong with what is on disk
                 raise
     if on_compile is None:
         raise RunFailed(f"{package}: there is none")
@@ -185,17 +188,17 @@ def _ready(loaded: LoadedModel, package: Path, refused: Path, *, on_compile: Cal
     on_compile()
     try:
         load_kernels(build_kernels(package.parent))
-        compile_program(loaded.model, package, adapter_updates(loaded.model))
-        program = _checked(loaded, package)
+        compile_model(loaded.model, package, adapter_updates(loaded.model))
+        compiled = _checked(loaded, package)
     except RunFailed as error:
         note_refusal(refused, str(error))
         raise
     refused.unlink(missing_ok=True)
-    return program
+    return compiled
 
 
 def _check_room(loaded: LoadedModel) -> None:
-    """Refuse to compile what would not fit into memory."""
+    """Refuse to compile a model that would not fit into memory."""
     needed, free = (_COPIES - 1) * _size(loaded), available_memory()
     if needed > free:
         raise RunFailed(
@@ -205,49 +208,49 @@ def _check_room(loaded: LoadedModel) -> None:
 
 
 @torch.inference_mode()
-def _checked(loaded: LoadedModel, package: Path) -> Program:
-    """Return the program on disk, once it has computed what the model itself computes.
+def _checked(loaded: LoadedModel, package: Path) -> CompiledModel:
+    """Load the compiled model and check that it computes what the eager model computes.
 
     Raises:
         RunFailed: it cannot be loaded or differs; it is then removed.
     """
     model = loaded.model
     try:
-        program = Program(package, build_kernels(package.parent), model, adapter_updates(model))
+        compiled = CompiledModel(package, build_kernels(package.parent), model, adapter_updates(model))
         # ordinary words: behind a few control tokens half precision can be off by whole spreads (SmolLM2)
         size = embedding_rows(model)
         prefix, tokens = [size // 2, size // 3, size // 5], [size // 3, size // 7, size // 2, size // 3]
         logits = []
-        for run_by in (None, program):
+        for run_by in (None, compiled):
             engine: EagerEngine = engine_for(model, run_by, max_length=len(prefix) + 8, max_slots=8)
             engine.prefill(prefix)
             alone = engine.run(AR_BLOCK, tokens[:1])
-            engine.abandon()
+            engine.rollback()
             logits.append(torch.cat([alone, engine.run(Block.tree([0, 0, 2], 0), tokens)]).float())
     except RuntimeError as error:
         package.unlink(missing_ok=True)
         raise RunFailed(f"{package}: cannot be run: {str(error).splitlines()[0]}") from error
-    own, compiled = logits
-    # kernels round differently; a wrong program is off by whole spreads
+    own, found = logits
+    # kernels round differently; a wrong one is off by whole spreads
     allowed = own.std() * (1e-2 if model.dtype == torch.float32 and not has_quantized_layers(model) else 0.5)
-    if not (own - compiled).abs().max() <= allowed:
+    if not (own - found).abs().max() <= allowed:
         package.unlink(missing_ok=True)
         raise RunFailed(f"{loaded.name}, compiled, computes something else", hint="use --engine eager")
-    return program
+    return compiled
 
 
-def _speed_key(loaded: LoadedModel, program: str | None) -> str:
-    """Return a hash of what the cost of a step depends on; `program` is the fingerprint of the one that runs."""
+def _speed_key(loaded: LoadedModel, compiled: str | None) -> str:
+    """Return a hash of what the cost of a step depends on; `compiled` is the fingerprint of the one that runs."""
     config = loaded.model.config.to_json_string()
-    told = (machine(), loaded.device, loaded.dtype, torch.get_num_threads(), program, config)
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
+    inputs = (machine(), loaded.device, loaded.dtype, torch.get_num_threads(), compiled, config)
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()[:32]
 
 
 def _read_costs(file: Path) -> StepCosts | None:
     try:
-        told = json.loads(file.read_bytes())
-        seconds = {size: float(told["seconds"][str(size)]) for size in SIZES}
-        return StepCosts(seconds, float(told["overhead"]))
+        saved = json.loads(file.read_bytes())
+        seconds = {size: float(saved["seconds"][str(size)]) for size in SIZES}
+        return StepCosts(seconds, float(saved["overhead"]))
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours
         return None
 
@@ -255,6 +258,6 @@ def _read_costs(file: Path) -> StepCosts | None:
 def _write_costs(costs: StepCosts, file: Path) -> None:
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(file, json.dumps(asdict(costs)))
+        atomic_write(file, json.dumps(asdict(costs)))
     except OSError:  # measured again the next time
         return

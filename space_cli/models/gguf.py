@@ -68,7 +68,7 @@ def gguf_config(gguf: GgufFile) -> PretrainedConfig:
 
 
 def _scaling(gguf: GgufFile, tensors: Iterable[str]) -> dict[str, Any] | None:
-    """Return how positions are scaled, in transformers' words."""
+    """Return transformers' rope parameters."""
     kind, factor = gguf.own("rope.scaling.type"), gguf.own("rope.scaling.factor")
     if any(name.startswith("rope_f") for name in tensors):
         raise UsageProblem(
@@ -88,7 +88,7 @@ def _scaling(gguf: GgufFile, tensors: Iterable[str]) -> dict[str, Any] | None:
 
 
 def gguf_dtype(gguf: GgufFile) -> str:
-    """Return the dtype that the weights were written in; what is quantised is computed with in float32."""
+    """Return the dtype of the weights in the file; float32 for quantised ones."""
     types = {tensor.type for tensor in gguf.tensors}
     if types <= {"F32", "BF16"} and "BF16" in types:
         return "bfloat16"
@@ -96,7 +96,7 @@ def gguf_dtype(gguf: GgufFile) -> str:
 
 
 def gguf_model(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype, *, packed: bool) -> PreTrainedModel:
-    """Return the model with its weights, on the CPU; packed ones stay in the bits that the file has them in.
+    """Return the model with its weights, on the CPU; packed weights keep the file's bits.
 
     Raises:
         UsageProblem: weights are absent.

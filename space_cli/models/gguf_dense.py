@@ -1,4 +1,4 @@
-"""The weights of a GGUF file under transformers' names, each matrix in full: what is in blocks is taken out of them."""
+"""The weights of a GGUF file under transformers' names, dequantised."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def tensor_names(gguf: GgufFile, config: PretrainedConfig, wanted: Iterable[str]
     processor = processor_of(gguf, config)
     names: dict[str, str] = {}
     for ours in wanted:
-        told = processor.preprocess_name(ours)
-        module, dot, kind = told.rpartition(".")
+        name = processor.preprocess_name(ours)
+        module, dot, kind = name.rpartition(".")
         if kind not in ("weight", "bias"):
-            module, dot, kind = told, "", ""
+            module, dot, kind = name, "", ""
         theirs = table.get_name(module)
         if theirs is None:
-            processor.perform_fallback_tensor_mapping(names, dot + kind, "", told)
+            processor.perform_fallback_tensor_mapping(names, dot + kind, "", name)
         else:
             names[theirs + dot + kind] = ours
     return names
 
 
 def processor_of(gguf: GgufFile, config: PretrainedConfig) -> Any:
-    """Return what undoes llama.cpp's changes of tensors."""
+    """Return the processor that reverts llama.cpp's tensor conversions."""
     kind: Any = TENSOR_PROCESSORS.get(gguf.architecture, TensorProcessor)
     return kind(config=config.to_dict())
 

@@ -81,7 +81,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What a GGUF file, or the first of several shards, says of itself.
+    """The header of a GGUF file, or of the first of several shards.
 
     Attributes:
         files: the shards in order, or the one file.
@@ -103,7 +103,7 @@ class GgufFile:
         return any(tensor.type not in ("F32", "F16", "BF16") for tensor in self.tensors)
 
     def own(self, key: str, default: Any = None) -> Any:
-        """Return a value of the metadata whose key begins with the architecture."""
+        """Return a metadata value whose key is prefixed by the architecture."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
 
@@ -242,9 +242,10 @@ class _Reader:
     def _located(self, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
         if kind not in TENSOR_TYPES:
             names = ", ".join(known for known, _, _ in TENSOR_TYPES.values())
-            told = _OTHER_TYPES.get(kind, f"number {kind}")
+            type_name = _OTHER_TYPES.get(kind, f"number {kind}")
             raise UsageProblem(
-                f"{self._file}: tensor {name} is of type {told}, which is not supported", hint=f"supported: {names}"
+                f"{self._file}: tensor {name} is of type {type_name}, which is not supported",
+                hint=f"supported: {names}",
             )
         type_, weights, num_bytes = TENSOR_TYPES[kind]
         if not shape or shape[-1] % weights:

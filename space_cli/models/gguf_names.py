@@ -1,4 +1,4 @@
-"""Where the GGUF file of a name is: a file, one that an installed package carries, or one of a repository on the Hub.
+"""Finds the GGUF file of a name: on disk, in an installed package, or in a repository on the Hub.
 
 `package:NAME/FILE` is found without importing the package. `org/repo:Q4_K_M` means the file of that quantisation, as
 other tools write it, and `org/repo:FILE.gguf` the file itself; of several shards all are fetched.
@@ -21,7 +21,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def is_gguf(source: str) -> bool:
-    """Return whether a source names a GGUF file, be it there or not."""
+    """Return whether a source names a GGUF file, existing or not."""
     return (
         source.startswith(PACKAGE)
         or _HUB_FILE.fullmatch(source) is not None
@@ -36,7 +36,7 @@ def is_on_hub(source: str) -> bool:
 
 
 def gguf_path(source: str, revision: str | None = None) -> Path:
-    """Return the file that a source names, the first one of several shards; fetched where it is not here yet.
+    """Return the file that a source names (the first of several shards); download it if needed.
 
     Raises:
         UsageProblem: there is none; says where it was looked for.
@@ -58,7 +58,7 @@ def gguf_path(source: str, revision: str | None = None) -> Path:
 
 
 def package_file(source: str) -> Path | None:
-    """Return the file of an installed package, found without importing it; None where the package is not installed.
+    """Return the file of an installed package, without importing it; None if the package is not installed.
 
     Raises:
         UsageProblem: the package has no such file.
@@ -111,7 +111,7 @@ def _hub_file(source: str, revision: str | None) -> Path:
 
 
 def _files_of(repository: str, source: str, revision: str | None) -> list[str]:
-    """Return the GGUF files of a repository, those in the local cache where the Hub cannot be reached."""
+    """Return the GGUF files of a repository; those in the local cache if the Hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.errors import HTTPError as AnyHTTPError  # type: ignore[attr-defined]  # httpx's or httpx2's
@@ -139,7 +139,7 @@ def _files_of(repository: str, source: str, revision: str | None) -> list[str]:
 
 
 def cached_gguf(source: str, revision: str | None) -> Path | None:
-    """Return a file of the Hub that was fetched before, the first one of several shards, or None."""
+    """Return a cached file of the Hub (the first of several shards), or None."""
     match = _HUB_FILE.fullmatch(source)
     assert match is not None
     folder = _snapshot(match[1], revision)
@@ -151,7 +151,7 @@ def cached_gguf(source: str, revision: str | None) -> Path | None:
 
 
 def _snapshot(repository: str, revision: str | None) -> Path | None:
-    """Return the folder of what was fetched of a repository before."""
+    """Return the folder of a repository in the local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -166,7 +166,7 @@ def _gguf_names(folder: Path) -> list[str]:
 
 
 def _chosen(names: Sequence[str], repository: str, wanted: str) -> list[str]:
-    """Return the file meant, or all shards of it."""
+    """Return the chosen file, or all its shards."""
     if wanted.lower().endswith(".gguf"):
         stem = _SHARD.sub("", wanted[: -len(".gguf")])
         found = [name for name in names if _stem(name) == stem]

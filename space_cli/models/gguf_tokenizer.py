@@ -1,4 +1,4 @@
-"""A tokenizer built from the metadata of a GGUF file, to the token ids that llama.cpp itself gives.
+"""Builds a tokenizer from the metadata of a GGUF file; it gives the token ids that llama.cpp gives.
 
 Source: llama.cpp's `src/llama-vocab.cpp`, whose patterns these are; where it spells them out for its own engine, the
 tokenizer.json that it names is followed.
@@ -118,11 +118,11 @@ def gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> PreTrainedTokeniz
 
 
 def end_ids(metadata: Mapping[str, Any]) -> frozenset[int]:
-    """Return the ids that end an answer: those the metadata name, and those whose text is known to."""
+    """Return the ids that end an answer: those named by the metadata, and known end-of-turn tokens."""
     tokens: Sequence[str] = metadata.get("tokenizer.ggml.tokens") or []
     ends = {number for number, token in enumerate(tokens) if token in _ENDS}
-    told = (metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS)
-    ends |= {number for number in told if isinstance(number, int) and 0 <= number < len(tokens)}
+    ids = (metadata.get(f"tokenizer.ggml.{key}") for key in _END_KEYS)
+    ends |= {number for number in ids if isinstance(number, int) and 0 <= number < len(tokens)}
     texts = {tokens[number] for number in ends}
     # in these families <|end|> ends one of the parts of an answer
     if "<|end|>" in texts and (
@@ -158,7 +158,7 @@ def _byte_level(metadata: Mapping[str, Any], ids: dict[str, int], where: str) ->
 
 
 def _sentencepiece(metadata: Mapping[str, Any], ids: dict[str, int]) -> Tokenizer:
-    """Return SentencePiece's BPE: of two neighbours, those whose union has the highest score are joined first."""
+    """Return SentencePiece's BPE, which merges the neighbours with the highest score first."""
     scores = metadata.get("tokenizer.ggml.scores") or [-float(number) for number in range(len(ids))]
     merges = [
         (-scores[number], token[:place], token[place:])
@@ -185,7 +185,7 @@ def _sentencepiece(metadata: Mapping[str, Any], ids: dict[str, int]) -> Tokenize
 
 
 def _strips(metadata: Mapping[str, Any]) -> bool:
-    """Return whether special tokens take the white space behind them; only these models' do, and no key says so."""
+    """Return whether special tokens strip the white space after them, as those of a few models do."""
     name = str(metadata.get("general.name", "")).lower()
     return "phi-3" in name or "phi3" in name
 
@@ -200,12 +200,12 @@ def _roles(metadata: Mapping[str, Any], kind: str) -> dict[str, int]:
     default = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     count = len(metadata["tokenizer.ggml.tokens"])
-    told = {names[role]: metadata.get(f"tokenizer.ggml.{role}_token_id", default.get(role)) for role in names}
-    return {name: number for name, number in told.items() if isinstance(number, int) and 0 <= number < count}
+    ids = {names[role]: metadata.get(f"tokenizer.ggml.{role}_token_id", default.get(role)) for role in names}
+    return {name: number for name, number in ids.items() if isinstance(number, int) and 0 <= number < count}
 
 
 def _surroundings(metadata: Mapping[str, Any], roles: Mapping[str, int], tokens: Sequence[str]) -> Any:
-    """Return what puts BOS in front of a text and EOS behind it, as the metadata tell."""
+    """Return the post-processor that adds BOS and EOS as the metadata say."""
     is_sentencepiece = metadata["tokenizer.ggml.model"] == "llama"
     by_default = is_sentencepiece or metadata.get("tokenizer.ggml.pre") in _WHOLE_WORDS_FIRST
     front = roles.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", by_default) else None

@@ -70,7 +70,7 @@ def load_packed(gguf: GgufFile, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _fill(model: PreTrainedModel, gguf: GgufFile, name: str, value: torch.Tensor) -> None:
-    """Put full weights where a name says."""
+    """Set the unquantised weights."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     expected: torch.Tensor = getattr(module, leaf)
@@ -81,7 +81,7 @@ def _fill(model: PreTrainedModel, gguf: GgufFile, name: str, value: torch.Tensor
 
 
 def _matrix(model: PreTrainedModel, tensor: Tensor, names: dict[str, str], processor: Any) -> _Matrix | None:
-    """Return what can stay as it is in the file, or None."""
+    """Return a matrix that can stay packed, or None."""
     name = names.get(tensor.name)
     if name is None or tensor.type not in WeightType.__members__ or len(tensor.shape) != 2:
         return None
@@ -108,7 +108,7 @@ def _matrix(model: PreTrainedModel, tensor: Tensor, names: dict[str, str], proce
 
 
 def _fill_quantized(model: PreTrainedModel, matrix: _Matrix) -> None:
-    """Put a quantised layer in the place of the one that a matrix is the weights of."""
+    """Replace a layer by a quantised one with the weights of a matrix."""
     path, tensor = matrix.name.removesuffix(".weight"), matrix.tensor
     module = model.get_submodule(path)
     weight_type, (outputs, width) = WeightType[tensor.type], tensor.shape
@@ -131,7 +131,7 @@ def _fill_quantized(model: PreTrainedModel, matrix: _Matrix) -> None:
 
 
 def _tie(model: PreTrainedModel) -> None:
-    """Give output embeddings that the file does not have the input embeddings' weights."""
+    """Tie output embeddings to the input embeddings if the file has none."""
     output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if output is None or not cast(torch.Tensor, output.weight).is_meta:
         return

@@ -1,4 +1,4 @@
-"""The engine of models on a CUDA device: their steps as graphs, checked against the model as it is."""
+"""CUDA graphs of a loaded model, checked against the eager model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from space_cli.compile.cuda import CudaGraphModel, unsupported_reason
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.cuda import GraphProgram, why_not
 from space_cli.core.engine import engine_for
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.models.loading import LoadedModel
@@ -17,10 +17,10 @@ _PREFIX, _TOKENS = (1, 2, 3), (2, 3, 1, 2)
 _TREE = Block.tree([0, 0, 2], 0)
 
 
-def graph_program(
+def cuda_graph_model(
     loaded: LoadedModel, *, fused: bool, required: bool, on_compile: Callable[[], None] = lambda: None
-) -> GraphProgram | None:
-    """Return the model's steps as graphs, once they have computed what the model itself computes.
+) -> CudaGraphModel | None:
+    """Return the model as CUDA graphs, checked against the eager model.
 
     Args:
         loaded: on one CUDA device; on a CPU it runs without graphs.
@@ -32,7 +32,7 @@ def graph_program(
         UsageProblem: required, and the model cannot have graphs.
         RunFailed: required, and they could not be made, or compute something else.
     """
-    reason = why_not(loaded.model)
+    reason = unsupported_reason(loaded.model)
     if reason is not None:
         if required:
             raise UsageProblem(f"--engine compiled: {loaded.name}: {reason}", hint="use --engine eager")
@@ -40,7 +40,7 @@ def graph_program(
     try:
         if fused:
             on_compile()
-        return _checked(loaded, GraphProgram(loaded.model, fused=fused))
+        return _checked(loaded, CudaGraphModel(loaded.model, fused=fused))
     except RunFailed:
         if required:
             raise
@@ -53,25 +53,25 @@ def graph_program(
 
 
 @torch.inference_mode()
-def _checked(loaded: LoadedModel, program: GraphProgram) -> GraphProgram:
-    """Return the program.
+def _checked(loaded: LoadedModel, compiled: CudaGraphModel) -> CudaGraphModel:
+    """Return the graphs.
 
     Raises:
         RunFailed: it computes something else than the model.
     """
     model, logits = loaded.model, []
-    for run_by in (None, program):
+    for run_by in (None, compiled):
         engine = engine_for(model, run_by, max_length=len(_PREFIX) + 8, max_slots=8)
         engine.prefill(list(_PREFIX))
         alone = engine.run(AR_BLOCK, _TOKENS[:1])
-        engine.abandon()
+        engine.rollback()
         logits.append(torch.cat([alone, engine.run(_TREE, _TOKENS)]).float())
     own, found = logits
-    # kernels round differently; a wrong program is off by whole spreads
+    # kernels round differently; a wrong one is off by whole spreads
     allowed = own.std() * (1e-2 if model.dtype == torch.float32 else 0.5)
     if not (own - found).abs().max() <= allowed:
         raise RunFailed(f"{loaded.name}, as graphs, computes something else", hint="use --engine eager")
-    return program
+    return compiled
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Which named models are on this machine and which were trained for SPACE; reads files only, asks no network."""
+"""Lists which named models are on this machine and which were trained for SPACE; offline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHARDS = "model.safetensors.index.json"
 
 
 class ModelStatus(BaseModel):
-    """One name of models.toml as it stands here.
+    """The status of one entry of models.toml.
 
     Attributes:
         kind: what `source` is.
@@ -83,7 +83,7 @@ def _kind(entry: ModelEntry, *, is_local: bool) -> Literal["bundled", "folder", 
 
 
 def _gguf_found(entry: ModelEntry) -> dict[str, object]:
-    """Return what is known of a GGUF file, whose masks are those of models.toml or of an adapter."""
+    """Return the status of a GGUF file, whose masks come from models.toml or an adapter."""
     if entry.source.startswith(PACKAGE):
         file = package_file(entry.source)
     elif is_on_hub(entry.source):
@@ -100,7 +100,7 @@ def _gguf_found(entry: ModelEntry) -> dict[str, object]:
 
 
 def _found(folder: Path, entry: ModelEntry) -> dict[str, object]:
-    """Return what the files of a model say; its space_config.json goes before models.toml, as in loading."""
+    """Return the status of a model's files; space_config.json overrides models.toml, as in loading."""
     config = SpaceConfig.load(folder) if (folder / SPACE_CONFIG_NAME).is_file() else None
     missing = _missing(folder, is_adapter=config is not None and config.method == "adapter")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -119,7 +119,7 @@ def _found(folder: Path, entry: ModelEntry) -> dict[str, object]:
 
 
 def _known_absent(entry: ModelEntry) -> bool:
-    """Return whether a model without space_config.json here has none: a cache also notes what the Hub does not have."""
+    """Return whether the cache knows that the model has no space_config.json on the Hub."""
     if Path(entry.source).is_dir():
         return True
     from huggingface_hub import try_to_load_from_cache
@@ -129,7 +129,7 @@ def _known_absent(entry: ModelEntry) -> bool:
 
 
 def _missing(folder: Path, *, is_adapter: bool) -> str | None:
-    """Return the first file that loading would miss."""
+    """Return the first missing file."""
     names = ["config.json"]
     if is_adapter:
         return next((name for name in ADAPTER_FILES if not (folder / name).is_file()), None)

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from space_cli.core.toolchain import build_kernels, load_kernels
+from space_cli.compile.toolchain import build_kernels, load_kernels
 from space_cli.errors import RunFailed
 
 
 def engine_folder() -> Path:
-    """Return where compiled models, kernels and what was measured of them are kept."""
+    """Return the cache folder of compiled models, kernels and their measurements."""
     return user_cache_path("space") / "engines"
 
 
 @lru_cache(maxsize=1)
 def kernels_problem() -> str | None:
-    """Load the kernels, built first where they are not on disk; return in a line why they cannot be had, or None."""
+    """Load the kernels, building them if needed; return in a line why that fails, or None."""
     folder = engine_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

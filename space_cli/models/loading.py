@@ -20,20 +20,18 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from space_cli.chat.templates import encode
 from space_cli.core.block import Block
-from space_cli.core.compiled import Program
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
-from space_cli.core.cuda import GraphProgram
 from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Guide, Strategy
 from space_cli.core.drafting.ngrams import Source
-from space_cli.core.engine import context_length, embedding_rows
+from space_cli.core.engine import Compiled, context_length, embedding_rows
 from space_cli.core.quantized import num_parameters
 from space_cli.errors import UsageProblem
 from space_cli.models import support
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.gguf_names import gguf_path, is_gguf
 from space_cli.models.kernels import kernels_problem
-from space_cli.models.prompting import encode
 from space_cli.models.registry import ModelEntry, read_models, resolve
 from space_cli.models.stops import stop_ids
 from space_cli.models.texts import PastAnswers
@@ -47,7 +45,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and what decoding needs to know of it.
+    """A model with everything that decoding needs.
 
     Attributes:
         name: as the user gave it.
@@ -56,7 +54,7 @@ class LoadedModel:
         mask_token_ids: one shared id or one per mask; empty for a model never trained for SPACE.
         candidates: k to decode with by default; 0 for a model never trained for SPACE.
         masks_per_group: m of the training, the largest k that makes sense.
-        program: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
+        compiled: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
         completes: it is a base model, which goes on with a text, whatever its chat template.
         gguf: the file its weights came from, the first of several shards; None for a folder of safetensors.
         corpora: texts to copy from.
@@ -77,7 +75,7 @@ class LoadedModel:
     candidates: int
     masks_per_group: int
     prompt_template: str | None
-    program: Program | GraphProgram | None = None
+    compiled: Compiled | None = None
     costs: StepCosts = ASSUMED_COSTS
     completes: bool = False
     gguf: Path | None = None
@@ -87,7 +85,7 @@ class LoadedModel:
 
     @property
     def is_chat_model(self) -> bool:
-        """Whether it answers requests rather than going on with a text."""
+        """Whether it is a chat model rather than a base model."""
         return bool(self.tokenizer.chat_template) and not self.completes
 
     def drafts(
@@ -98,7 +96,7 @@ class LoadedModel:
         texts: Iterable[Sequence[int]] = (),
         guide: Guide | None = None,
     ) -> Drafter:
-        """Return how a generation of this model drafts: the chain of `candidates`, or what measured cost makes best.
+        """Return a drafter: the chain of `candidates`, or adaptive blocks by measured costs.
 
         A model without masks drafts what it copies.
 
@@ -123,11 +121,11 @@ class LoadedModel:
         )
 
     def sources(self, strategy: Strategy = EVERYTHING) -> list[Source]:
-        """Return the texts beyond its context that a generation copies from."""
+        """Return the texts outside the context that drafts are copied from."""
         return [self.past, *self.corpora] if strategy.memory and self.past is not None else list(self.corpora)
 
     def remember(self, answer: Sequence[int]) -> None:
-        """Add the token ids of an answer to those that later ones copy from."""
+        """Add an answer to the texts that later drafts are copied from."""
         if self.past is not None:
             self.past.add(answer)
 
@@ -251,7 +249,7 @@ def _from_gguf(
 
 
 def _device(device: str) -> str:
-    """Return the device `auto` stands for, or check the one asked for."""
+    """Resolve `auto`, or check the given device."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = device.partition(":")[0]
@@ -281,7 +279,7 @@ def _dtype(dtype: str, device: str, config: PretrainedConfig) -> str:
 
 
 def _placement(quantization: str, device: str) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that put weights where they belong as they are read."""
+    """Return the arguments of `from_pretrained` that place weights on devices."""
     if device == SPREAD:
         return {"device_map": _OVER_ALL}
     return {} if quantization == "none" else {"device_map": {"": device}}
@@ -334,13 +332,13 @@ def _base(
 
 
 def _base_completes(space: SpaceConfig | None, models_file: Path | None) -> bool:
-    """Return whether what was tuned is a base model; models.toml says so of those it names."""
+    """Return whether the tuned model is a base model, according to models.toml."""
     known = read_models(models_file)
     return space is not None and space.base_model in known and known[space.base_model].completes
 
 
 def _put_adapter_on(model: PreTrainedModel, entry: ModelEntry, revision: str | None, space: SpaceConfig) -> None:
-    """Load an adapter's files, from the Hub where they are not here, onto its base."""
+    """Load an adapter, from the Hub if needed, onto its base model."""
     from space_cli.models.adapter import load_adapter  # peft takes half a second to import
 
     files = [cached_file(entry.checkpoint, name, revision=revision) for name in ADAPTER_FILES]
@@ -348,7 +346,7 @@ def _put_adapter_on(model: PreTrainedModel, entry: ModelEntry, revision: str | N
 
 
 def _mask_fields(name: str, model: PreTrainedModel, space: SpaceConfig | None, entry: ModelEntry) -> dict[str, Any]:
-    """Return what is known of the masks, from space_config.json or else models.toml; checked against the embeddings."""
+    """Return the mask fields of space_config.json or models.toml, checked against the embeddings."""
     known = space or entry
     ids = tuple(known.mask_token_ids or ())
     rows = embedding_rows(model)

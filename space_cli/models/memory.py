@@ -1,4 +1,4 @@
-"""How much memory a process may still take: what the machine has free, or less where a container is limited."""
+"""The memory that a process may still allocate, container limits included."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _entry(stat: str, name: str) -> int:
 
 
 def _groups(root: Path) -> list[Path]:
-    """Return the folders of the process's control group and of those around it, whose limits count as well."""
+    """Return the folders of the process's control group and its ancestors."""
     mount = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

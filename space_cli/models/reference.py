@@ -1,4 +1,4 @@
-"""What a quantised model is held against: the same weights in float32, run by transformers alone."""
+"""The reference of a quantised model: the same weights in float32, run by transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _made: WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = WeakKeyDictionary()
 
 
 def reference_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model with its weights dequantised, made the first time it is asked for; others as they are."""
+    """Return the model with dequantised weights (cached); other models are returned unchanged."""
     if not has_quantized_layers(model):
         return model
     if model not in _made:

@@ -1,4 +1,4 @@
-"""Why a model was not compiled, kept so that not every start tries in vain, and only while it still holds.
+"""Remembers on disk why a model could not be compiled, so that not every start tries again.
 
 A refusal's file is named for the model, the versions and the sources; in it is what else a compilation depends on.
 """
@@ -11,7 +11,7 @@ import shutil
 import time
 from pathlib import Path
 
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 from space_cli.models.memory import available_memory
 
 _SECONDS = 7 * 24 * 3600
@@ -20,21 +20,21 @@ _MORE_ROOM = 2**28
 
 
 def note_refusal(file: Path, reason: str) -> None:
-    """Keep why a model was not compiled, where that can be written."""
-    told = {"reason": reason, "compiler": _compiler(), "room": _room(file.parent), "time": time.time()}
+    """Write down why a model could not be compiled, if possible."""
+    refusal = {"reason": reason, "compiler": _compiler(), "room": _room(file.parent), "time": time.time()}
     try:
-        write_whole(file, json.dumps(told))
+        atomic_write(file, json.dumps(refusal))
     except OSError:
         return
 
 
 def is_refused(file: Path) -> bool:
-    """Return whether a refusal is kept and nothing it depended on has changed for the better since."""
+    """Return whether a failure is on record and nothing relevant has improved since."""
     try:
-        told = json.loads(file.read_bytes())
-        then = [int(free) for free in told["room"]]
-        is_recent = 0 <= time.time() - float(told["time"]) < _SECONDS
-        same = told["compiler"] == _compiler()
+        refusal = json.loads(file.read_bytes())
+        then = [int(free) for free in refusal["room"]]
+        is_recent = 0 <= time.time() - float(refusal["time"]) < _SECONDS
+        same = refusal["compiler"] == _compiler()
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours
         return False
     has_more = any(now >= 2 * before + _MORE_ROOM for now, before in zip(_room(file.parent), then, strict=False))
@@ -42,7 +42,7 @@ def is_refused(file: Path) -> bool:
 
 
 def _compiler() -> list[str | int]:
-    """Return which compiler is used, and of when."""
+    """Return the compiler and its modification time."""
     name = os.environ.get("CXX", "c++")
     found = shutil.which(name)
     if found is None:

@@ -1,4 +1,4 @@
-"""models.toml: names for models, and what a checkpoint without space_config.json does not say of itself."""
+"""models.toml: names for models, and the SPACE fields of checkpoints without space_config.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tomlkit.exceptions import TOMLKitError
 
 from space_cli.errors import UsageProblem
-from space_cli.files import expanded, write_whole
+from space_cli.files import atomic_write, expanded
 from space_cli.models.checkpoint import SPACE_CONFIG_NAME
 from space_cli.models.gguf_names import PACKAGE, has_package_file, is_gguf, is_on_hub
 from space_cli.text import read_text, well_formed
@@ -25,7 +25,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ModelEntry(BaseModel):
-    """One model: where it is, and its SPACE fields where it has no space_config.json.
+    """One model: its source, and its SPACE fields if it has no space_config.json.
 
     Attributes:
         otherwise: where it is if `source` names a package that is not installed.
@@ -78,12 +78,12 @@ def shipped_models_file() -> Path:
 
 
 def own_models_file() -> Path:
-    """Return where the user's own names are kept, whether there are any or not."""
+    """Return the path of the user's own models file, existing or not."""
     return user_config_path("space") / "models.toml"
 
 
 def read_models(models_file: Path | None = None) -> dict[str, ModelEntry]:
-    """Return the entries of the shipped models.toml, over them the user's own, and over those the ones of a file.
+    """Return all entries; a given file overrides the user's own, which override the shipped ones.
 
     Raises:
         UsageProblem: a file is missing or malformed; names file, table and key.
@@ -116,7 +116,7 @@ def add_model(name: str, entry: ModelEntry, file: Path) -> None:
         if _parsed(text, file) != before | {name: _located(entry, file)}:
             raise UsageProblem(f"{file}: {name!r} would not be read as it was given; nothing was written")
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, text)
+        atomic_write(file, text)
     except OSError as error:
         raise UsageProblem(f"{file}: {error.strerror or error}") from error
     except TOMLKitError as error:
@@ -163,7 +163,7 @@ def _parsed(text: str, file: Path) -> dict[str, ModelEntry]:
 
 
 def located(name: str) -> str:
-    """Return what means the same from every folder: folders and files by their full path, all else as it is."""
+    """Return a source that does not depend on the working folder: paths become absolute."""
     if Path(expanded(name)).is_dir():
         return str(Path(expanded(name)).resolve())
     is_file = is_gguf(name) and not is_on_hub(name) and not name.startswith(PACKAGE)
@@ -171,13 +171,13 @@ def located(name: str) -> str:
 
 
 def default_model() -> str:
-    """Return the model of commands that name none: a real one where it is installed, else the bundled one."""
+    """Return the default model: a real one if installed, else the bundled one."""
     is_installed = read_models()[REAL_MODEL].source.startswith(PACKAGE)
     return REAL_MODEL if is_installed else BUNDLED_MODEL
 
 
 def _located(entry: ModelEntry, file: Path) -> ModelEntry:
-    """Make a bundled or relative source a path, and a package's file one of the Hub where the package is absent.
+    """Resolve bundled, relative and package sources; a missing package's file is taken from the Hub.
 
     A relative path counts from the file it stands in.
     """

@@ -1,4 +1,4 @@
-"""Which of two engines is faster for a model on this machine: timed once, kept beside its program."""
+"""Times both engines of a model once and remembers on disk which is faster."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 
 from space_cli.core.block import AR_BLOCK
-from space_cli.core.choose import largest
 from space_cli.core.engine import EagerEngine
-from space_cli.files import write_whole
+from space_cli.core.sampling import largest
+from space_cli.files import atomic_write
 
 PROMPT = 64
 """Tokens of the prompt that is timed."""
 # an answer as many are: 128 tokens to a prompt of 256
 _ANSWER_STEPS, _ANSWER_PROMPTS = 128, 4
-_MOST_CALLS, _SECONDS = 12, 0.15
+_MAX_CALLS, _SECONDS = 12, 0.15
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Speed:
 
     @property
     def answer(self) -> float:
-        """Seconds of an answer of the usual lengths."""
+        """Seconds of an answer of typical length."""
         return _ANSWER_STEPS * self.step + _ANSWER_PROMPTS * self.prompt
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Those of both engines."""
+    """The speeds of both engines."""
 
     eager: Speed
     compiled: Speed
@@ -64,16 +64,16 @@ def measure_speed(engine: EagerEngine, prompt: int = PROMPT) -> Speed:
 
     def step() -> None:
         largest(engine.run(AR_BLOCK, [0]))
-        engine.abandon()
+        engine.rollback()
 
     return Speed(prompt=_fastest(read), step=_fastest(step))
 
 
 def _fastest(call: Callable[[], None]) -> float:
-    """Return the shortest time of some calls, the first apart, in which a call's parts are made ready."""
+    """Return the shortest time of some calls after a warm-up call."""
     call()
     began, found = time.perf_counter(), list[float]()
-    while len(found) < _MOST_CALLS and (not found or time.perf_counter() - began < _SECONDS):
+    while len(found) < _MAX_CALLS and (not found or time.perf_counter() - began < _SECONDS):
         started = time.perf_counter()
         call()
         found.append(time.perf_counter() - started)
@@ -81,19 +81,19 @@ def _fastest(call: Callable[[], None]) -> float:
 
 
 def read_speeds(file: Path) -> Speeds | None:
-    """Return what was measured, or None."""
+    """Read the measurements, or return None."""
     try:
-        told = json.loads(file.read_bytes())
+        saved = json.loads(file.read_bytes())
         return Speeds(
-            **{name: Speed(float(told[name]["step"]), float(told[name]["prompt"])) for name in ("eager", "compiled")}
+            **{name: Speed(float(saved[name]["step"]), float(saved[name]["prompt"])) for name in ("eager", "compiled")}
         )
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours
         return None
 
 
 def write_speeds(speeds: Speeds, file: Path) -> None:
-    """Keep what was measured, where that can be written."""
+    """Write the measurements, if possible."""
     try:
-        write_whole(file, json.dumps(asdict(speeds)))
+        atomic_write(file, json.dumps(asdict(speeds)))
     except OSError:  # measured again the next time
         return

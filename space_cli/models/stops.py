@@ -11,8 +11,8 @@ from typing import cast
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from space_cli.chat.templates import Turn, render
 from space_cli.errors import UsageProblem
-from space_cli.models.prompting import Turn, render
 
 _ASKED, _ANSWERED = "Which colour?", "Green43"
 _SAMPLED_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
@@ -47,7 +47,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def repair(config: GenerationConfig) -> str | None:
-    """Make a generation config one that can be saved, in place; return what was done in words, or None.
+    """Repair a generation config in place so that it can be saved; return what was changed, or None.
 
     Published ones can say `do_sample: false` beside a temperature, which transformers refuses to write.
 
@@ -64,8 +64,8 @@ def repair(config: GenerationConfig) -> str | None:
         try:
             config.validate(strict=True)
         except ValueError as error:
-            told = " ".join(str(error).split())[:300]
-            raise UsageProblem(f"generation_config.json cannot be saved: {told}", hint="mend it first") from error
+            reason = " ".join(str(error).split())[:300]
+            raise UsageProblem(f"generation_config.json cannot be saved: {reason}", hint="mend it first") from error
     return word
 
 

@@ -47,7 +47,7 @@ def check_config(config: PretrainedConfig, name: str) -> None:
 
 @torch.inference_mode()
 def check_block(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model on which a block gives other logits than the same tokens one by one.
+    """Refuse a model for which a block gives different logits than the same tokens one by one.
 
     Raises:
         UsageProblem: with the reason in one line.
@@ -60,7 +60,7 @@ def check_block(model: PreTrainedModel, name: str) -> None:
         engine = EagerEngine(model, max_length=length, max_slots=_PROBE_BLOCK.num_slots)
         engine.prefill(prefix)
         expected = torch.cat([engine.run(AR_BLOCK, [token]) for token in tokens]).float()
-        engine.abandon()
+        engine.rollback()
         head, *candidates = tokens
         masks = prefix[: _PROBE_BLOCK.num_slots - _PROBE_BLOCK.num_tokens]
         found = engine.run(_PROBE_BLOCK, [head, prefix[0], *candidates, *masks])[_PROBE_PATH].float()
@@ -84,10 +84,10 @@ def check_block(model: PreTrainedModel, name: str) -> None:
 
 def _check_quantization(config: PretrainedConfig, name: str) -> None:
     """Refuse checkpoints whose weights were quantised by other means than bitsandbytes'."""
-    told = getattr(config, "quantization_config", None)
-    if told is None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
         return
-    fields = told if isinstance(told, dict) else told.to_dict()
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
     method = str(fields.get("quant_method") or ("bitsandbytes" if is_bitsandbytes(fields) else "unknown"))
     if not is_bitsandbytes(fields):
         raise UsageProblem(
@@ -105,7 +105,7 @@ def is_bitsandbytes(fields: dict[str, Any]) -> bool:
 
 
 def _has_alibi(config: PretrainedConfig) -> bool:
-    """Return whether distances come from slots of the cache instead of position ids (Bloom, MPT, some Falcons)."""
+    """Return whether the model uses ALiBi, which ignores position ids (Bloom, MPT, some Falcons)."""
     return config.model_type in ("bloom", "mpt") or bool(getattr(config, "alibi", False))
 
 

@@ -1,4 +1,4 @@
-"""Text to copy from beyond the context: past answers of a model, and files that the user names."""
+"""Texts outside the context to copy drafts from: past answers, and files that the user names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class PastAnswers:
         return found + (self._sorted.lookup(tokens) if self._sorted is not None else [])
 
     def add(self, answer: Sequence[int]) -> None:
-        """Take in an answer, and write it to the file; where that cannot be written, this process alone knows it."""
+        """Add an answer and append it to the file, if possible."""
         row = np.array([*answer, SEPARATOR], dtype=np.int32)
         self._recent.add(answer)
         self._unsorted.append(row)
@@ -76,7 +76,7 @@ def read_corpus(
     paths: Sequence[Path],
     on_progress: Callable[[str, float], None] = lambda *_: None,
 ) -> SortedText:
-    """Return the text of files and folders, sorted; kept on disk, so that only changed ones are read again.
+    """Return the sorted text of files and folders; cached on disk until they change.
 
     Hidden files and folders, links, and files that are no UTF-8 text are left out.
 
@@ -197,7 +197,7 @@ def _read_kept(folder: Path) -> SortedText | None:
 
 
 def _keep(text: SortedText, folder: Path) -> None:
-    """Write a sorted text; the folders used longest ago make room for it."""
+    """Write a sorted text to the cache; the least recently used ones are deleted."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         for part in reversed(_PARTS):

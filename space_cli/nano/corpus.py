@@ -31,13 +31,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 
 SOURCES = Path(__file__).with_name("sources.toml")
 HELD_OUT = 1500
 CHAT_REQUEST = "Complete the following Python function.\n\n"
 _CHAT_EVERY = 10
-_MOST_PER_PACKAGE = 9000
+_MAX_PER_PACKAGE = 9000
 _RUN = 13
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 _NOISE_COMMENT = re.compile(r"\s*#.*(noqa|type: ignore|pragma|pylint|TODO|XXX|FIXME)")
@@ -214,7 +214,7 @@ def _download(requirement: str, folder: Path) -> None:
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:
-    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:
@@ -237,7 +237,7 @@ def main() -> None:
             dropped += shared
             for function in found:
                 body = re.sub(r"\s+", "", function["completion"])
-                if body not in seen and counts[function["package"]] < _MOST_PER_PACKAGE:
+                if body not in seen and counts[function["package"]] < _MAX_PER_PACKAGE:
                     seen.add(body)
                     counts[function["package"]] += 1
                     rows.append(function)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from space_cli.api import Message
 from space_cli.server.errors import ApiError
 
-MOST_CHOICES, MOST_STOPS, MOST_PROMPTS, MOST_TOKENS = 8, 16, 16, 2**20
+MAX_CHOICES, MAX_STOPS, MAX_PROMPTS, MAX_TOKENS = 8, 16, 16, 2**20
 _Text = Annotated[str, Field(min_length=1)]
 
 
@@ -123,9 +123,9 @@ class _Request(BaseModel):
     top_k: Annotated[int | None, Field(ge=0)] = None
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: _Text | Annotated[list[_Text], Field(max_length=MOST_STOPS)] | None = None
-    max_tokens: Annotated[int | None, Field(ge=1, le=MOST_TOKENS)] = None
-    n: Annotated[int | None, Field(ge=1, le=MOST_CHOICES)] = None
+    stop: _Text | Annotated[list[_Text], Field(max_length=MAX_STOPS)] | None = None
+    max_tokens: Annotated[int | None, Field(ge=1, le=MAX_TOKENS)] = None
+    n: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     repetition_penalty: Annotated[float | None, Field(gt=0)] = None
@@ -182,7 +182,7 @@ class ChatRequest(_Request):
     """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int | None, Field(ge=1, le=MOST_TOKENS)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1, le=MAX_TOKENS)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     prediction: Prediction | None = None
@@ -213,7 +213,7 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """The body of `/v1/completions`."""
 
-    prompt: str | list[int] | Annotated[list[str], Field(max_length=MOST_PROMPTS)] | list[list[int]]
+    prompt: str | list[int] | Annotated[list[str], Field(max_length=MAX_PROMPTS)] | list[list[int]]
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     echo: bool | None = None
 

@@ -8,9 +8,9 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from space_cli.core.block import Block
-from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, is_repetitive
 
@@ -60,7 +60,7 @@ def measure_acceptance(
     generations = []
     for number, prompt_ids in enumerate(prompts, start=1):
         drafts = ChainDrafter(Block.chain(candidates, candidates))
-        steps = decode(model, prompt_ids, stop=stop, chooser=Chooser(), drafts=drafts, mask_token_ids=mask_token_ids)
+        steps = decode(model, prompt_ids, stop=stop, sampler=Sampler(), drafts=drafts, mask_token_ids=mask_token_ids)
         generations.append(Generation(list(steps)))
         on_progress(number, len(prompts))
     if not generations:

@@ -38,7 +38,7 @@ _METHODS = {
 
 def card(space: SpaceConfig, name: str) -> str:
     """Return the model card of a checkpoint."""
-    told = space.training
+    settings = space.training
     lines = [
         f"| {when} | {each['candidates']} | {each['tokens_per_step']:.2f} | {_figure(each['tokens_per_step_plain'])} |"
         f" {each['repetitive']} of {each['prompts']} | {_figure(each['answer_loss'])} |"
@@ -49,13 +49,13 @@ def card(space: SpaceConfig, name: str) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     )
     return _TEMPLATE.format(
-        base=told["base"],
+        base=settings["base"],
         name=name,
         k=space.candidates,
-        method=_METHODS[space.method].format(base=told["base"]),
+        method=_METHODS[space.method].format(base=settings["base"]),
         acceptance="\n".join([*heading, *lines]) if lines else "Acceptance was not measured: no prompts were held out.",
-        examples=told["examples"] + told["distilled"],
-        distilled=told["distilled"],
+        examples=settings["examples"] + settings["distilled"],
+        distilled=settings["distilled"],
     )
 
 

@@ -1,4 +1,4 @@
-r"""From an example to token ids and labels: the tokenizer's chat template, a form with one gap, or plain text.
+r"""From an example to token ids and labels: the tokenizer's chat template, a template with one gap, or plain text.
 
 What a model is given at inference and what it answers are tokenised as two pieces, so that training meets exactly the
 prompt's tokens that inference does. An example is a script of such pieces:
@@ -13,20 +13,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from space_cli.core.collator import IGNORED
-from space_cli.errors import UsageProblem
-from space_cli.models.prompting import (
+from space_cli.chat.templates import (
     DEFAULT_TEMPLATE,
+    Escaper,
     Turn,
+    escape_turns,
+    fill_template,
+    has_own_template,
     ids_behind,
     lead_ids,
     render,
-    seam_for,
-    special_tokens,
-    split_template,
-    taken_apart,
     without_lead,
 )
+from space_cli.core.collator import IGNORED
+from space_cli.errors import UsageProblem
 from space_cli.models.stops import turn_end
 from space_cli.training.data import Completion, Example, Text
 
@@ -61,7 +61,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, template: st
     Args:
         example: what to train on.
         tokenizer: of the model to train.
-        template: a form like `DEFAULT_TEMPLATE` that takes the place of the tokenizer's chat template.
+        template: a template like `DEFAULT_TEMPLATE` that takes the place of the tokenizer's chat template.
         max_length: in tokens.
 
     Raises:
@@ -138,23 +138,24 @@ class _Script:
 
 
 def _script(example: Example, tokenizer: PreTrainedTokenizerBase, template: str | None) -> _Script:
-    special = special_tokens(tokenizer)
     if isinstance(example, Text):
-        seam = seam_for([example.text])
-        text = taken_apart(without_lead(example.text, tokenizer), special, seam)
-        return _with_lead([_Piece(text, learned=True, ends=True)], seam, tokenizer)
+        escaper = Escaper.of(example.text, tokenizer)
+        text = escaper.text(without_lead(example.text, tokenizer))
+        return _with_lead([_Piece(text, learned=True, ends=True)], escaper.seam, tokenizer)
     if isinstance(example, Completion):
-        seam = seam_for([example.prompt, example.completion])
-        given = without_lead(example.prompt, tokenizer), example.completion
-        prompt, completion = (taken_apart(text, special, seam) for text in given)
-        return _with_lead([_Piece(prompt, learned=False), _Piece(completion, learned=True, ends=True)], seam, tokenizer)
-    seam = seam_for([turn.content for turn in example.turns])
-    turns = [Turn(turn.role, taken_apart(turn.content, special, seam)) for turn in example.turns]
+        escaper = Escaper.of([example.prompt, example.completion], tokenizer)
+        prompt = _Piece(escaper.text(without_lead(example.prompt, tokenizer)), learned=False)
+        completion = _Piece(escaper.text(example.completion), learned=True, ends=True)
+        return _with_lead([prompt, completion], escaper.seam, tokenizer)
+    escaper = Escaper.of([turn.content for turn in example.turns], tokenizer)
+    turns = escape_turns(example.turns, escaper, tokenizer, template=template)
     while turns[-1].role != "assistant":  # nothing is learned of what nobody answers
         turns.pop()
-    if template is None and tokenizer.chat_template:
-        return _Script(_chat_pieces(turns, tokenizer, where=example.where), seam, lead=[])
-    return _with_lead(_form_pieces(turns, DEFAULT_TEMPLATE if template is None else template), seam, tokenizer)
+    if has_own_template(tokenizer, template):
+        return _Script(_chat_pieces(turns, tokenizer, where=example.where), escaper.seam, lead=[])
+    return _with_lead(
+        _template_pieces(turns, DEFAULT_TEMPLATE if template is None else template), escaper.seam, tokenizer
+    )
 
 
 def _with_lead(pieces: list[_Piece], seam: str, tokenizer: PreTrainedTokenizerBase) -> _Script:
@@ -162,19 +163,13 @@ def _with_lead(pieces: list[_Piece], seam: str, tokenizer: PreTrainedTokenizerBa
     return _Script(pieces, seam, lead_ids(pieces[0].text.split(seam)[0], tokenizer))
 
 
-def _form_pieces(turns: list[Turn], template: str) -> list[_Piece]:
-    """Fill the form once for each answer, with all that was said since the one before."""
-    head, tail = split_template(template)
-    pieces: list[_Piece] = []
-    asked: list[str] = []
-    for index, turn in enumerate(turns):
-        if turn.role != "assistant":
-            asked.append(turn.content)
-            continue
-        request = "\n\n".join(filter(None, asked))
-        pieces += [_Piece(head + request + tail, learned=False), _Piece(turn.content, learned=index > 0, ends=True)]
-        asked = []
-    return pieces
+def _template_pieces(turns: list[Turn], template: str) -> list[_Piece]:
+    """Return the pieces of the filled template; a first turn that answers nothing carries no loss."""
+    first = 2 if turns[0].role == "assistant" else 0
+    return [
+        _Piece(text, learned=is_answer and index >= first, ends=is_answer)
+        for index, (text, is_answer) in enumerate(fill_template(turns, template))
+    ]
 
 
 def _chat_pieces(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, *, where: str) -> list[_Piece]:

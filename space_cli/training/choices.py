@@ -33,8 +33,8 @@ def _check_optimizer(name: str) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     except (ImportError, ValueError, AssertionError) as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise UsageProblem(f"--optim {name}: cannot be used here: {told}", hint="use adamw_torch") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageProblem(f"--optim {name}: cannot be used here: {reason}", hint="use adamw_torch") from error
 
 
 def _check_reporting(name: str) -> None:

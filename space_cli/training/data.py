@@ -14,9 +14,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from space_cli.chat.templates import Role, Turn
 from space_cli.errors import UsageProblem
 from space_cli.files import expanded
-from space_cli.models.prompting import Role, Turn
 from space_cli.rows import HubDataset, Row, SourceRow, read_rows, string
 from space_cli.training.documents import SUFFIXES as TEXT_SUFFIXES
 from space_cli.training.documents import read_documents

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from space_cli.core.choose import mix
+from space_cli.core.sampling import mix
 from space_cli.core.stream import is_repetitive
 from space_cli.errors import unwritten
 from space_cli.training.batch import Request, answer_in_batches
@@ -91,8 +91,8 @@ def distil(
 
 def _request(prompt_ids: Sequence[int], number: int, settings: Distillation) -> _Request:
     temperature = settings.temperatures[number % len(settings.temperatures)]
-    told = json.dumps([list(prompt_ids), temperature, settings.max_new_tokens, settings.seed, settings.fingerprint])
-    return _Request(tuple(prompt_ids), temperature, hashlib.sha256(told.encode()).hexdigest()[:32])
+    inputs = json.dumps([list(prompt_ids), temperature, settings.max_new_tokens, settings.seed, settings.fingerprint])
+    return _Request(tuple(prompt_ids), temperature, hashlib.sha256(inputs.encode()).hexdigest()[:32])
 
 
 def _answer(

@@ -14,18 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from space_cli.core.choose import mix
+from space_cli.chat.templates import DEFAULT_TEMPLATE, Escaper, Turn, has_own_template, render, split_template
+from space_cli.core.sampling import mix
 from space_cli.core.stream import is_repetitive
 from space_cli.errors import UsageProblem, unwritten
 from space_cli.models.loading import LoadedModel
-from space_cli.models.prompting import DEFAULT_TEMPLATE, Turn, render, seam_for, split_template
 from space_cli.training.batch import Request, answer_in_batches
 from space_cli.training.chat_format import prompt_ids
 from space_cli.training.data import OWN_DATA, Conversation
 from space_cli.training.start import identity
 
 _QUESTION_TOKENS = 96
-_LEAST_QUESTION = 4
+_MIN_QUESTION = 4
 _TEMPERATURE = 0.8
 _FRUITLESS_ROUNDS = 8
 
@@ -97,8 +97,8 @@ def own_examples(
 
 def _turn_of_a_user(loaded: LoadedModel, template: str | None) -> tuple[list[int], str]:
     """Return the token ids up to where a user begins, and the text that ends the turn."""
-    if template is None and loaded.tokenizer.chat_template:
-        seam = seam_for([])
+    if has_own_template(loaded.tokenizer, template):
+        seam = Escaper.of((), loaded.tokenizer).seam
         opening, _, closing = render([Turn("user", seam)], loaded.tokenizer, OWN_DATA, asks=True).partition(seam)
         ids = list(loaded.tokenizer(opening, add_special_tokens=False)["input_ids"])
     else:
@@ -123,7 +123,7 @@ def _questions(
         text = loaded.decode(ids[:-1] if ended else ids)
         text, sign, _ = text.partition(closing) if closing else (text, "", "")
         # what was cut off by length is no question
-        if (ended or sign) and len(ids) >= _LEAST_QUESTION and not is_repetitive(ids):
+        if (ended or sign) and len(ids) >= _MIN_QUESTION and not is_repetitive(ids):
             questions.append(text.strip())
     return [question for question in questions if question]
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from space_cli.core.choose import mix
 from space_cli.core.collator import IGNORED
 from space_cli.core.engine import embedding_rows
+from space_cli.core.sampling import mix
 from space_cli.errors import UsageProblem
 from space_cli.models.adapter import adapter_of, attach_adapter, low_rank
 from space_cli.models.loading import LoadedModel, unpack
@@ -49,8 +49,8 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """Tell these examples from others."""
-        told = json.dumps([self.examples, self.prompts, self.held_out_examples])
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        inputs = json.dumps([self.examples, self.prompts, self.held_out_examples])
+        return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
 
 def prepare_examples(

@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from space_cli.core.collator import IGNORED, SARCollator
 from space_cli.core.stopping import StopRule
 from space_cli.errors import UsageProblem
-from space_cli.files import write_whole
+from space_cli.files import atomic_write
 from space_cli.models.checkpoint import SpaceConfig
 from space_cli.models.loading import LoadedModel
 from space_cli.training.acceptance import Acceptance, measure_acceptance
@@ -115,7 +115,7 @@ def train(
         if not resume:
             empty(output, loaded)
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+        atomic_write(output / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
     stop = StopRule(recipe.answer_tokens, loaded.eos_token_ids)
     before = _acceptance(
         loaded, prepared, loaded.mask_token_ids, min(recipe.candidates, loaded.masks_per_group), stop, view
@@ -153,8 +153,8 @@ def train(
     if processes.is_main_process:
         space.save(output)
         history = trainer.state.log_history
-        write_whole(output / LOG_FILE, "".join(json.dumps(row) + "\n" for row in history))
-        write_whole(output / CARD_FILE, card(space, output.name))
+        atomic_write(output / LOG_FILE, "".join(json.dumps(row) + "\n" for row in history))
+        atomic_write(output / CARD_FILE, card(space, output.name))
         if not draw_curves(history, output / CURVES_FILE):
             view.note(f"no {CURVES_FILE}: pip install 'space-decoding[plot]'")
     return space
@@ -179,7 +179,7 @@ def _resumed(output: Path, settings: dict[str, Any]) -> Path | None:
     except (OSError, ValueError) as error:
         raise UsageProblem(f"{output}: no training to resume", hint="leave --resume out") from error
     now = json.loads(json.dumps(settings))
-    then, now = ({**told, **told.get("arguments", {}), "arguments": None} for told in (earlier, now))
+    then, now = ({**each, **each.get("arguments", {}), "arguments": None} for each in (earlier, now))
     if then.get("base_identity") != now["base_identity"]:
         raise UsageProblem(
             f"{output}: was trained on other weights, in another form or of another revision",
@@ -271,7 +271,7 @@ def make_trainer(
         mask_token_ids=space.mask_token_ids,
         masks_per_group=space.masks_per_group if with_masks else 0,
         pad_token_id=min(loaded.eos_token_ids, default=0) if padding is None else int(padding),
-        form=recipe.form,
+        mask_layout=recipe.form,
         groups=recipe.groups,
         p_sar=recipe.p_sar,
         seed=recipe.seed,

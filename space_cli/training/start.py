@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from space_cli.core.compiled import weights_digest
+from space_cli.compile.fingerprint import weights_digest
 from space_cli.errors import UsageProblem
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME
 from space_cli.models.loading import LoadedModel

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from space_cli.core.choose import mix
 from space_cli.core.collator import IGNORED, SARCollator, mask_index
+from space_cli.core.sampling import mix
 from space_cli.models.adapter import adapter_of, load_adapter_weights, save_adapter
 from space_cli.models.checkpoint import SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.loading import unpack
@@ -50,7 +50,7 @@ class Epochs(Dataset[dict[str, Any]]):
         if self._drawn[0] != epoch:
             generator = torch.Generator().manual_seed(mix(self._seed, epoch))
             self._drawn = (epoch, torch.randperm(len(self._examples), generator=generator).tolist())
-        return {**self._examples[self._drawn[1][place]], "draw": index}
+        return {**self._examples[self._drawn[1][place]], "example_index": index}
 
 
 class SARTrainer(Trainer):
@@ -147,9 +147,9 @@ class SARTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Measure whole examples: the paper's form, which cuts them at their group, would measure others each time."""
-        if self._collator.form == "groups":
+        if self._collator.mask_layout == "groups":
             return super().get_eval_dataloader(eval_dataset)
-        training, self.data_collator = self.data_collator, replace(self._collator, form="groups")
+        training, self.data_collator = self.data_collator, replace(self._collator, mask_layout="groups")
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:

@@ -11,18 +11,18 @@ from typing import Literal
 
 import torch
 
-from space_cli.bench.measure import Planned, View
-from space_cli.bench.methods import METHODS, Task, run_decode
 from space_cli.core.attention import invariant_attention_of
 from space_cli.core.block import Block
-from space_cli.core.choose import Chooser, Rows
 from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, ChainDrafter, Proposal, Verified
 from space_cli.core.drafting.chain import Substitute
 from space_cli.core.engine import embedding_rows
-from space_cli.core.stream import Generation, Step, in_common
+from space_cli.core.sampling import Sampler, StepLogits
+from space_cli.core.stream import Generation, Step, common_prefix_length
 from space_cli.models.loading import LoadedModel
-from space_cli.verify.divergence import Anatomist
+from space_cli.tasks.plan import Planned, View
+from space_cli.tasks.task import Task, run_decode, run_generate
+from space_cli.verify.divergence import DivergenceAnalyzer
 from space_cli.verify.record import Answer, Divergence
 
 DraftsName = Literal["adaptive", "model", "mixed"]
@@ -56,13 +56,13 @@ class Comparison:
 
 def compare(planned: Sequence[Planned], comparison: Comparison, view: View) -> Iterator[Answer]:
     """Yield what is found for each prompt, seed and turn, in order; later turns follow SPACE's answers."""
-    anatomist = Anatomist(planned[0].task.loaded.model)
+    analyzer = DivergenceAnalyzer(planned[0].task.loaded.model)
     for first in planned:
         begin = first.task.sampling.seed
         for seed in range(begin, begin + comparison.seeds):
             each: Planned | None = first.under_seed(seed)
             while each is not None:
-                answer = _Case(each, comparison, anatomist, view).answer()
+                answer = _Case(each, comparison, analyzer, view).answer()
                 each.task.loaded.remember(answer.token_ids)
                 yield answer
                 each = each.following(answer.token_ids)
@@ -71,17 +71,19 @@ def compare(planned: Sequence[Planned], comparison: Comparison, view: View) -> I
 class _Case:
     """One prompt under one seed."""
 
-    def __init__(self, planned: Planned, comparison: Comparison, anatomist: Anatomist, view: View) -> None:
+    def __init__(self, planned: Planned, comparison: Comparison, analyzer: DivergenceAnalyzer, view: View) -> None:
         self._planned, self._task = planned, planned.task
-        self._comparison, self._anatomist, self._view = comparison, anatomist, view
-        self._chooser = Chooser.from_sampling(self._task.sampling)
+        self._comparison, self._analyzer, self._view = comparison, analyzer, view
+        self._sampler = Sampler.from_sampling(self._task.sampling)
         self._seed = self._task.sampling.seed if self._task.sampling.temperature else None
 
     def answer(self) -> Answer:
         """Answer by all methods and examine what differs."""
         ar = self._watched("ar", lambda on_step: run_ar(self._task, self._comparison, on_step)).tokens
-        guesses: list[Sequence[int]] = []
-        space = self._watched("space", lambda on_step: run_space(self._task, self._comparison, ar, on_step, guesses))
+        predictions: list[Sequence[int]] = []
+        space = self._watched(
+            "space", lambda on_step: run_space(self._task, self._comparison, ar, on_step, predictions)
+        )
         answers = {"ar": ar} if "ar" in self._comparison.against else {}
         if "hf" in self._comparison.against and self._seed is None:
             answers["hf"] = self._watched("hf", self._run_hf).tokens
@@ -91,7 +93,7 @@ class _Case:
         divergences = [
             self._parting(name, tokens, space.tokens) for name, tokens in answers.items() if tokens != space.tokens
         ]
-        checked, wrong = self._check_drafts(space, guesses)
+        checked, wrong = self._check_drafts(space, predictions)
         return Answer(
             suite=self._planned.suite.name,
             prompt=self._planned.name,
@@ -114,17 +116,17 @@ class _Case:
         # bit for bit the same only where generate's calls have our inner shapes too
         invariant = self._task.numerics == "invariant"
         with invariant_attention_of(self._task.loaded.model) if invariant else nullcontext():
-            return METHODS["hf"].run(self._task, on_step)
+            return run_generate(self._task, on_step)
 
     def _parting(self, against: str, expected: list[int], got: list[int]) -> Divergence:
         """Examine the first place where two answers differ."""
-        position = in_common(expected, got)
+        position = common_prefix_length(expected, got)
         history = [*self._task.prompt_ids, *got[:position]]
         one, other = (answer[position] if position < len(answer) else None for answer in (expected, got))
         return self._examined(against, position, history, history, one, other)
 
     @torch.inference_mode()
-    def _check_drafts(self, space: Generation, guesses: Sequence[Sequence[int]]) -> tuple[int, list[Divergence]]:
+    def _check_drafts(self, space: Generation, predictions: Sequence[Sequence[int]]) -> tuple[int, list[Divergence]]:
         """Recompute what some mask groups guessed by a plain causal call without cache or block.
 
         Wrong drafts change no output, only speed; they are found here or nowhere.
@@ -132,11 +134,11 @@ class _Case:
         loaded = self._task.loaded
         checked, wrong = 0, []
         ids = loaded.mask_token_ids
-        # with a penalty, adaptive drafts leave the guesses before a guess out of its history
+        # with a penalty, adaptive drafts leave the predictions before one out of its history
         skipped = self._comparison.drafts == "adaptive" and self._task.sampling.repetition_penalty != 1.0
         last = len(space.steps) - 1 if ids and not skipped else 0
         for index in sorted({last * part // _DRAFTS_PER_ANSWER for part in range(_DRAFTS_PER_ANSWER)} if last else ()):
-            count = len(guesses[index + 1])
+            count = len(predictions[index + 1])
             if not count:
                 continue
             masks = [ids[0]] * count if len(ids) == 1 else list(ids[:count])
@@ -144,11 +146,13 @@ class _Case:
             done = [token for step in space.steps[: index + 1] for token in step.tokens]
             input_ids = [*self._task.prompt_ids, *done[:-1], *masks]
             call = torch.tensor([input_ids], device=loaded.model.device)
-            rows = self._chooser.rows(loaded.model(input_ids=call, use_cache=False).logits[0, -len(masks) :])
+            step_logits = self._sampler.step_logits(
+                loaded.model(input_ids=call, use_cache=False).logits[0, -len(masks) :]
+            )
             history = [*self._task.prompt_ids, *done]
             checked += 1
-            for mask, got in enumerate(guesses[index + 1]):
-                expected = rows.token(mask, history)
+            for mask, got in enumerate(predictions[index + 1]):
+                expected = step_logits.token(mask, history)
                 if expected != got:
                     seen = input_ids[: len(input_ids) - len(masks) + mask + 1]
                     wrong.append(self._examined("drafts", len(done) + mask, seen, history, expected, got))
@@ -185,7 +189,7 @@ class _Case:
         )
         if expected is None or got is None:
             return divergence
-        finding = self._anatomist.examine(input_ids, history, self._chooser, expected=expected, got=got)
+        finding = self._analyzer.examine(input_ids, history, self._sampler, expected=expected, got=got)
         divergence.gap, divergence.noise = finding.gap, finding.noise
         divergence.exact_dtype, divergence.verdict = finding.exact_dtype, finding.verdict
         divergence.reason = _reason(divergence, self._task.loaded.dtype)
@@ -206,7 +210,7 @@ def run_space(
     comparison: Comparison,
     expected: Sequence[int],
     on_step: Callable[[Step], None],
-    guesses: list[Sequence[int]] | None = None,
+    predictions: list[Sequence[int]] | None = None,
 ) -> Generation:
     """Answer as SPACE.
 
@@ -215,15 +219,15 @@ def run_space(
         comparison: gives block and drafts.
         expected: AR's answer, from which mixed drafts are made.
         on_step: sees each step.
-        guesses: gets the candidates that the model itself drafted for each step.
+        predictions: gets the candidates that the model itself drafted for each step.
     """
     if comparison.drafts == "adaptive":
-        return run_decode(task, _Watched(task.loaded, [] if guesses is None else guesses), on_step)
+        return run_decode(task, _Watched(task.loaded, [] if predictions is None else predictions), on_step)
     mixed = mixed_drafter([*task.prompt_ids, *expected], embedding_rows(task.loaded.model), comparison.turns)
 
     def drafter(tokens: Sequence[int], candidates: Sequence[int]) -> Sequence[int]:
-        if guesses is not None:
-            guesses.append(candidates[: comparison.block.masks])
+        if predictions is not None:
+            predictions.append(candidates[: comparison.block.masks])
         return mixed(tokens, candidates) if comparison.drafts == "mixed" else candidates
 
     return run_decode(task, ChainDrafter(comparison.block, drafter), on_step)
@@ -236,13 +240,13 @@ class _Watched(AdaptiveDrafter):
     is still to be checked.
     """
 
-    def __init__(self, loaded: LoadedModel, guesses: list[Sequence[int]]) -> None:
+    def __init__(self, loaded: LoadedModel, predictions: list[Sequence[int]]) -> None:
         stats = AcceptanceStats(ASSUMED_COSTS, loaded.masks_per_group, trials=math.inf)
         super().__init__(stats, loaded.masks_per_group, sources=loaded.sources())
-        self._noted = guesses
+        self._noted = predictions
 
-    def draft(self, tokens: Sequence[int], rows: Rows | None = None, group: range = range(0)) -> Proposal:
-        proposal = super().draft(tokens, rows, group)
+    def draft(self, tokens: Sequence[int], step_logits: StepLogits | None = None, group: range = range(0)) -> Proposal:
+        proposal = super().draft(tokens, step_logits, group)
         self._noted.append([row[0][0] for row in proposal.predictions])
         return proposal
 

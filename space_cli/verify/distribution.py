@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import torch
 
-from space_cli.bench.measure import Planned
-from space_cli.bench.methods import Task, next_token_probabilities
 from space_cli.core.stopping import StopRule
+from space_cli.tasks.plan import Planned
+from space_cli.tasks.task import Task, next_token_probabilities
 from space_cli.verify.record import Distribution
 
-_LEAST_EXPECTED, _MOST_BINS = 5.0, 40
+_MIN_EXPECTED, _MAX_BINS = 5.0, 40
 _FIRST_TOKENS = 16
 
 _Cell = tuple[int, ...]
@@ -33,39 +33,39 @@ def compare_distributions(
         draws: number of seeds.
     """
     task = replace(planned.task, stop=StopRule(2, planned.task.loaded.eos_token_ids))
-    chances, likely = _exact(task)
-    bounds, expected = _bins(chances, draws)
+    probabilities, frequent = _exact(task)
+    bounds, expected = _bins(probabilities, draws)
     found = []
     for method, sampler in samplers.items():
         drawn = Counter[int]()
         for seed in range(task.sampling.seed, task.sampling.seed + draws):
             tokens = sampler(replace(task, sampling=replace(task.sampling, seed=seed)))
-            cell = tuple(tokens if tokens[0] in likely else tokens[:1])
+            cell = tuple(tokens if tokens[0] in frequent else tokens[:1])
             drawn[min(bisect_left(bounds, cell), len(bounds) - 1)] += 1
         terms = [(drawn[number] - count) ** 2 / count for number, count in enumerate(expected)]
         found.append(_result(planned, method, draws, terms))
     return found
 
 
-def _bins(chances: dict[_Cell, float], draws: int) -> tuple[list[_Cell], list[float]]:
+def _bins(probabilities: dict[_Cell, float], draws: int) -> tuple[list[_Cell], list[float]]:
     """Pool neighbouring cells until enough is expected of each bin; return the last cell of each, and what is expected.
 
     Likely tokens are not kept apart from unlikely ones, so that a flat distribution still makes many bins.
     """
-    least = max(_LEAST_EXPECTED, draws / _MOST_BINS)
+    least = max(_MIN_EXPECTED, draws / _MAX_BINS)
     bounds: list[_Cell] = []
     expected: list[float] = []
     pooled = 0.0
-    for cell in sorted(chances):
-        pooled += draws * chances[cell]
+    for cell in sorted(probabilities):
+        pooled += draws * probabilities[cell]
         if pooled >= least:
             bounds.append(cell)
             expected.append(pooled)
             pooled = 0.0
     if not bounds:
-        return [max(chances)], [float(draws)]
+        return [max(probabilities)], [float(draws)]
     # what is left joins the last bin
-    bounds[-1] = max(chances)
+    bounds[-1] = max(probabilities)
     expected[-1] += pooled
     return bounds, expected
 
@@ -92,13 +92,15 @@ def _result(planned: Planned, method: str, draws: int, terms: list[float]) -> Di
 def _exact(task: Task) -> tuple[dict[_Cell, float], set[int]]:
     """Return the probability of each pair of first tokens, of less likely first tokens alone; and the likely ones."""
     first = next_token_probabilities(task, task.prompt_ids)
-    likely = set(first.topk(min(_FIRST_TOKENS, len(first))).indices.tolist()) - task.stop.eos_token_ids
-    chances: dict[_Cell, float] = {}
+    frequent = set(first.topk(min(_FIRST_TOKENS, len(first))).indices.tolist()) - task.stop.eos_token_ids
+    probabilities: dict[_Cell, float] = {}
     for token in first.nonzero()[:, 0].tolist():
-        chance = first[token].item()
-        if token not in likely:
-            chances[(token,)] = chance
+        probability = first[token].item()
+        if token not in frequent:
+            probabilities[(token,)] = probability
         else:
             second = next_token_probabilities(task, [*task.prompt_ids, token])
-            chances |= {(token, other): chance * second[other].item() for other in second.nonzero()[:, 0].tolist()}
-    return chances, likely
+            probabilities |= {
+                (token, other): probability * second[other].item() for other in second.nonzero()[:, 0].tolist()
+            }
+    return probabilities, frequent

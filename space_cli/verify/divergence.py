@@ -15,8 +15,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from space_cli.core.cache import cache_arguments
-from space_cli.core.choose import Chooser
 from space_cli.core.quantized import dequantize, num_parameters
+from space_cli.core.sampling import Sampler
 from space_cli.verify.record import Verdict
 
 _ROWS_MEASURED = 32
@@ -38,7 +38,7 @@ class Finding:
     verdict: Verdict
 
 
-class Anatomist:
+class DivergenceAnalyzer:
     """Examines divergences of one model; makes a copy of it in a wider type the first time it is asked.
 
     Args:
@@ -50,21 +50,21 @@ class Anatomist:
 
     @torch.inference_mode()
     def examine(
-        self, input_ids: Sequence[int], history: Sequence[int], chooser: Chooser, *, expected: int, got: int
+        self, input_ids: Sequence[int], history: Sequence[int], sampler: Sampler, *, expected: int, got: int
     ) -> Finding:
         """Say whether rounding explains that one side chose `expected` and the other `got`.
 
         Args:
             input_ids: the call whose last row was chosen from: plain causal text, with masks behind it for a draft.
             history: the tokens before the choice, as logits processors and noise see them.
-            chooser: of the run.
+            sampler: of the run.
             expected: token id.
             got: token id.
         """
         exact, noise, exact_dtype = self._measure(input_ids)
-        scores = chooser.rows(exact[None]).scores(0, history)
+        scores = sampler.step_logits(exact[None]).scores(0, history)
         gap = (scores[expected] - scores[got]).abs().item()
-        explained = all(_rounding_explains(token, exact, noise, chooser, history) for token in (expected, got))
+        explained = all(_rounding_explains(token, exact, noise, sampler, history) for token in (expected, got))
         return Finding(
             gap=gap if gap < float("inf") else None,
             noise=noise,
@@ -119,18 +119,18 @@ class Anatomist:
         return needed < available * 0.8
 
 
-def _rounding_explains(token: int, exact: torch.Tensor, noise: float, chooser: Chooser, history: Sequence[int]) -> bool:
-    """Return whether logits within `noise` of the exact ones have the chooser take `token`.
+def _rounding_explains(token: int, exact: torch.Tensor, noise: float, sampler: Sampler, history: Sequence[int]) -> bool:
+    """Return whether logits within `noise` of the exact ones have the sampler take `token`.
 
     First in the most favourable way, then at random: filters such as top-p depend on all logits at once.
     """
     favoured = exact.clone()
     favoured[token] += 2 * noise
-    if chooser.rows(favoured[None]).token(0, history) == token:
+    if sampler.step_logits(favoured[None]).token(0, history) == token:
         return True
     generator = torch.Generator().manual_seed(0)
     for _ in range(_ROUNDINGS_TRIED):
         error = (torch.rand(exact.shape, generator=generator, dtype=torch.float64) * 2 - 1) * noise
-        if chooser.rows((exact + error.to(exact.device))[None]).token(0, history) == token:
+        if sampler.step_logits((exact + error.to(exact.device))[None]).token(0, history) == token:
             return True
     return False

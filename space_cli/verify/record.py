@@ -8,17 +8,17 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from space_cli.bench.report import Record
+from space_cli.records import Record
 
 Verdict = Literal["tie", "violation"]
 AGAINST = ("ar", "hf", "base")
 """What SPACE is compared with: our AR baseline, transformers' `generate`, an adapter's base without the adapter."""
-LEAST_P_VALUE = 1e-4
+MIN_P_VALUE = 1e-4
 """A distribution test below this counts as a violation."""
 
 
 class Divergence(BaseModel):
-    """The first place where two answers part, or a draft that is not what its masks guess.
+    """The first place where two answers part, or a draft that is not what its masks predict.
 
     Attributes:
         prompt: the task id.
@@ -56,7 +56,7 @@ class Answer(BaseModel):
         tokens: in SPACE's answer, whose ids are `token_ids`.
         identical: whether it equals the answer of each method compared with.
         accepted_by_step: acceptance length of each step.
-        drafts_checked: mask groups whose guesses were recomputed by a plain causal call.
+        drafts_checked: mask groups whose predictions were recomputed by a plain causal call.
     """
 
     suite: str
@@ -81,7 +81,7 @@ class Row(BaseModel):
     violations: int
 
 
-class Kernels(BaseModel):
+class KernelSelfTest(BaseModel):
     """Whether this machine gives a token the same bits alone and in a block.
 
     Attributes:
@@ -100,7 +100,7 @@ class Distribution(BaseModel):
 
     Attributes:
         bins: groups of pairs of tokens, each with an expected count of at least five.
-        p_value: chance that a right sampler is at least this far off.
+        p_value: probability that a right sampler is at least this far off.
     """
 
     suite: str
@@ -134,7 +134,7 @@ class Verification(Record):
     never_accepted: list[int] = Field(default_factory=list)
     rows: list[Row] = Field(default_factory=list)
     divergences: list[Divergence] = Field(default_factory=list)
-    kernels: Kernels | None = None
+    kernels: KernelSelfTest | None = None
     distributions: list[Distribution] = Field(default_factory=list)
     answers: list[Answer] = Field(default_factory=list)
 
@@ -163,7 +163,7 @@ class Verification(Record):
         self.rows = _rows(self.answers)
         counted = {"tie", "violation"} if strict else {"violation"}
         self.lossless = not any(divergence.verdict in counted for divergence in self.divergences) and all(
-            test.p_value >= LEAST_P_VALUE for test in self.distributions
+            test.p_value >= MIN_P_VALUE for test in self.distributions
         )
         if self.broken and self.lossless:
             self.lossless = None

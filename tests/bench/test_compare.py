@@ -4,7 +4,7 @@ import pytest
 from samples import sample
 
 from space_cli.bench.compare import changes, differing, read_report
-from space_cli.bench.report import Report
+from space_cli.bench.record import BenchRecord
 from space_cli.errors import UsageProblem
 
 
@@ -15,7 +15,7 @@ def report(rates, *, prompts=8, environment=None, **changed):
         for method, speed in rates.items()
         for n in range(prompts)
     ]
-    return Report(environment=environment or {"dtype": "bfloat16"}, settings={"model": "nano"}, samples=samples)
+    return BenchRecord(environment=environment or {"dtype": "bfloat16"}, settings={"model": "nano"}, samples=samples)
 
 
 def verdicts(before, after):

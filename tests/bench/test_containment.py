@@ -3,10 +3,10 @@ import json
 import pytest
 
 from space_cli.bench import sandbox
-from space_cli.bench.sandbox import run_program, why_not
+from space_cli.bench.sandbox import run_submission, unsupported_reason
 from space_cli.errors import RunFailed
 
-PROBLEM = why_not()
+PROBLEM = unsupported_reason()
 contained = pytest.mark.skipif(PROBLEM is not None, reason=f"programs are refused here: {PROBLEM}")
 
 
@@ -36,22 +36,22 @@ def test_programs_are_refused_where_they_cannot_be_contained(stand_in):
     stand_in("import os\nos.write(1, b'-Function not implemented')\n")
 
     with pytest.raises(RunFailed, match="cannot be contained here: Function not implemented"):
-        run_program("pass")
-    assert why_not() == "generated code cannot be contained here: Function not implemented"
+        run_submission("pass")
+    assert unsupported_reason() == "generated code cannot be contained here: Function not implemented"
     assert sandbox.containment().refused == ()
 
 
 def test_programs_are_refused_where_something_gets_through(stand_in):
     stand_in("import os\nos.write(1, b'+AssertionError')\n")
 
-    assert why_not().startswith("generated code is not contained here: reading, writing")
+    assert unsupported_reason().startswith("generated code is not contained here: reading, writing")
 
 
 def test_programs_are_refused_where_python_does_not_start(stand_in):
     stand_in("raise SystemExit(1)")
 
     with pytest.raises(RunFailed, match="cannot be contained here: Python did not start"):
-        run_program("pass")
+        run_submission("pass")
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])
@@ -59,7 +59,7 @@ def test_programs_are_refused_outside_linux(monkeypatch, system):
     monkeypatch.setattr(sandbox.sys, "platform", system)
 
     with pytest.raises(RunFailed, match="on Linux alone"):
-        run_program("pass")
+        run_submission("pass")
 
 
 @contained
@@ -77,4 +77,4 @@ def test_a_missing_part_of_the_containment_ends_the_process_before_the_program(s
     stand_in(f"import sys\nsys.path.insert(0, {folder})\nimport sandbox_child as child\n{break_it}\nchild.main()\n")
 
     with pytest.raises(RunFailed, match=told):
-        run_program("pass")
+        run_submission("pass")

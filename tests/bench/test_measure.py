@@ -6,15 +6,17 @@ from samples import sample
 from transformers import GenerationConfig
 
 import space_cli
-from space_cli.bench.measure import Settings, check_candidates, measure, plan, suites_for
+from space_cli.bench.measure import measure
 from space_cli.bench.methods import METHODS, Method, chains, choose_methods, methods_named
-from space_cli.bench.report import Report, environment
+from space_cli.bench.record import BenchRecord
 from space_cli.bench.results import results
-from space_cli.bench.suites import Prompt, Suite, load_suite
-from space_cli.core.choose import Sampling
+from space_cli.core.sampling import Sampling
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
 from space_cli.models.loading import load_model
+from space_cli.tasks.environment import environment
+from space_cli.tasks.plan import Settings, check_candidates, plan, suites_for
+from space_cli.tasks.suites import Prompt, Suite, load_suite
 
 SUITE = Suite(
     "small", tuple(Prompt(f"small/{n}", (text,)) for n, text in enumerate(["def add(a", "for x in", "print("]))
@@ -147,7 +149,7 @@ def test_seeds_give_several_answers_to_each_prompt_all_identical_between_methods
 def test_candidates_keep_to_what_was_trained(loaded):
     for candidates in (0, 4):
         with pytest.raises(UsageProblem, match=f"--candidates {candidates}: .* was trained for 1 to 3"):
-            check_candidates(loaded, candidates, [METHODS["space"]])
+            check_candidates(loaded, candidates)
 
 
 def test_unknown_methods_and_untrained_models_are_told(loaded):
@@ -252,11 +254,11 @@ def test_a_checkout_without_git_has_no_commit(loaded, tmp_path, monkeypatch):
 
 
 def test_report_is_written_whole_or_not_at_all(tmp_path):
-    report = Report(environment={}, settings={}, samples=[sample("1", "ar")])
+    report = BenchRecord(environment={}, settings={}, samples=[sample("1", "ar")])
 
     report.write(tmp_path / "run.json")
 
-    assert Report.model_validate_json((tmp_path / "run.json").read_text()) == report
+    assert BenchRecord.model_validate_json((tmp_path / "run.json").read_text()) == report
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
 
 

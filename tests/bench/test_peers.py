@@ -11,12 +11,13 @@ from tiny import tiny_model
 from transformers import GenerationConfig
 
 from space_cli.bench import llama_cpp
-from space_cli.bench.measure import Settings, measure, plan
+from space_cli.bench.measure import measure
 from space_cli.bench.methods import METHODS, choose_methods, methods_named
-from space_cli.bench.suites import Prompt, Suite, load_suite
-from space_cli.core.choose import Sampling
+from space_cli.core.sampling import Sampling
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.models.loading import load_model
+from space_cli.tasks.plan import Settings, plan
+from space_cli.tasks.suites import Prompt, Suite, load_suite
 
 SUITE = Suite(
     "small", tuple(Prompt(f"small/{n}", (text,)) for n, text in enumerate(["def add(a", "for x in", "print("]))
@@ -194,7 +195,7 @@ def test_llama_cpp_runs_bfloat16_weights_and_ends_at_stop_strings(tiny_model_dir
 
 @pytest.mark.usefixtures("_llama_cpp", "cache")
 def test_llama_cpp_is_loaded_again_where_an_answer_needs_more_room(loaded, monkeypatch):
-    monkeypatch.setattr(llama_cpp, "_LEAST_CONTEXT", 16)
+    monkeypatch.setattr(llama_cpp, "_MIN_CONTEXT", 16)
     other = llama(loaded)
     suite = replace(SUITE, prompts=(*SUITE.prompts, Prompt("small/long", ("def add(a, b):\n" * 12,))))
 

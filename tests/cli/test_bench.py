@@ -249,7 +249,7 @@ def test_a_terminal_shows_the_run_live(clean_env, tiny_model_dir, prompts_file):
     assert "tokens by step" in text
     assert "/2 prompts" in text
     assert "speedup" in text
-    assert text.rstrip().splitlines()[-1].find("Traceback") == -1
+    assert "Traceback" not in text
 
 
 @pytest.mark.slow
@@ -289,9 +289,8 @@ def test_profile_tells_where_time_goes(run_space, tmp_path):
     record = json.loads((tmp_path / "run.json").read_text())
     profile, samples = record["profile"], record["samples"]
     assert done.returncode == 0, done.stderr
-    assert [
-        heading for heading in ("A step, in milliseconds", "A model call, in milliseconds") if heading in done.stdout
-    ]
+    assert "A step, in milliseconds" in done.stdout
+    assert "A model call, in milliseconds" in done.stdout
     # nano: 5.9 M parameters of two bytes, embeddings tied
     assert 11e6 < profile["weight_bytes"] < 13e6
     assert list(profile["seconds"]) == ["256", "512", "992"]

@@ -158,7 +158,6 @@ def test_what_libraries_warn_of_is_for_debug_alone(clean_env, options, is_shown)
         ("OSError(28, 'No space left on device', 'out.json')", "space: the disk is full: out.json", 3),
         ("MemoryError()", "space: out of memory", 3),
         ("RuntimeError('one\\ntwo')", "space: RuntimeError: one (rerun", 3),
-        ("CheckFailed('not lossless')", "space: not lossless", 1),
         ("RunFailed('a.', hint='b')", "space: a; b", 3),
         ("UsageProblem('\\x1b[31mred')", "space: ␛[31mred", 2),
         ("BrokenPipeError()", "", 0),

@@ -86,7 +86,7 @@ def test_an_output_that_is_not_empty_is_left_alone(run_space, tiny_model_dir, da
 
 
 @pytest.mark.parametrize("method", ["full", "adapter"])
-def test_a_rehearsal_says_what_a_training_takes_and_leaves_nothing(run_space, tiny_model_dir, data, tmp_path, method):
+def test_a_dry_run_says_what_a_training_takes_and_leaves_nothing(run_space, tiny_model_dir, data, tmp_path, method):
     options = ("--dry-run", "--method", method, "--rank", "4", "--epochs", "3")
 
     done = run_space("train", "--model", tiny_model_dir, "--data", data, "--output", tmp_path / "out", *FAST, *options)

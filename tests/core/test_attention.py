@@ -141,7 +141,7 @@ def test_invariant_calls_compute_what_plain_ones_do(tiny_models, family, length)
             for _ in range(3):
                 plain, invariant = (engine.run(block, [7] * block.num_slots) for engine in engines)
                 for engine in engines:
-                    engine.settle([0])
+                    engine.commit([0])
 
                 assert torch.allclose(plain, invariant, atol=1e-3)
         assert model.config._attn_implementation == "sdpa"

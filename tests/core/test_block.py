@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from oracles import chain_visibility, mask_by_definition
 from strategies import blocks
 
-from space_cli.core.block import AR_BLOCK, Block, SlotKind
+from space_cli.core.block import AR_BLOCK, Block
 
 
 @given(st.integers(0, 7), st.integers(0, 7))
@@ -27,20 +27,25 @@ def test_chain_positions_are_those_of_the_paper(candidates, masks):
     assert list(block.offsets) == [*range(candidates + 1), *groups]
 
 
-@given(blocks(), st.integers(0, 9))
-def test_mask_and_positions_follow_from_parents(block, prefix):
-    mask = block.attention_mask(prefix)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(blocks(), st.integers(0, 9), st.integers(0, 9))
+def test_mask_and_positions_follow_from_parents(dtype, block, prefix, unused):
+    end = prefix + block.num_slots
 
-    assert torch.equal(mask, mask_by_definition(block, prefix))
+    mask = block.attention_mask(prefix, num_keys=end + unused, dtype=dtype)
+
+    assert torch.equal(mask[..., :end] == 0, mask_by_definition(block, prefix))
+    assert (mask[mask != 0] == torch.finfo(dtype).min).all()
+    assert (mask[..., end:] != 0).all()
+    assert torch.equal(block.attention_mask(prefix, dtype=dtype), mask[..., :end])
     assert block.position_ids(prefix)[0].tolist() == [prefix + int(row.sum()) - 1 for row in block.visibility]
 
 
 @given(blocks())
 def test_head_and_candidates_come_first_and_groups_are_blind_to_each_other(block):
-    kinds = list(block.kinds)
+    groups = [slot for anchor in block.anchors for slot in block.group(anchor)]
 
-    assert kinds == sorted(kinds)
-    assert kinds.count(SlotKind.HEAD) == 1
+    assert groups == list(range(block.num_tokens, block.num_slots))
     for one in block.anchors:
         for other in block.anchors:
             if one != other:

@@ -9,9 +9,9 @@ from tiny import MASK_IDS
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.cache import KVCache
-from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 
 SHAPES = {"ar": AR_BLOCK, "space": Block.chain(3, 3)}
@@ -23,7 +23,7 @@ def answer(model, prompt_ids, shape, *, tokens=12, cache=None):
         model,
         prompt_ids,
         stop=stop,
-        chooser=Chooser(),
+        sampler=Sampler(),
         drafts=ChainDrafter(SHAPES[shape]),
         mask_token_ids=mask_ids,
         cache=cache,

@@ -98,7 +98,7 @@ def test_paper_form_cuts_the_example_and_appends_one_group():
     lengths = set()
 
     for seed in range(20):
-        batch = SARCollator([299], 2, PAD, form="paper", p_sar=1.0, seed=seed)([feature])
+        batch = SARCollator([299], 2, PAD, mask_layout="paper", p_sar=1.0, seed=seed)([feature])
         ids = batch["input_ids"][0].tolist()
         cut = ids.index(299)
         assert ids[:cut] == feature["input_ids"][:cut]
@@ -110,7 +110,7 @@ def test_paper_form_cuts_the_example_and_appends_one_group():
 
 
 def test_paper_form_leaves_the_share_of_examples_that_p_sar_says():
-    collator = SARCollator([299], 2, PAD, form="paper", p_sar=0.5, seed=3)
+    collator = SARCollator([299], 2, PAD, mask_layout="paper", p_sar=0.5, seed=3)
 
     with_group = sum(
         bool((collator([{"input_ids": list(range(10, 30))}])["input_ids"] == 299).any()) for _ in range(400)
@@ -129,7 +129,7 @@ def test_the_same_seed_draws_the_same_anchors():
 
 def test_wrong_forms_and_empty_examples_are_refused():
     with pytest.raises(ValueError, match="form"):
-        SARCollator(MASKS, 3, PAD, form="other")
+        SARCollator(MASKS, 3, PAD, mask_layout="other")
     with pytest.raises(ValueError, match="tokens"):
         SARCollator(MASKS, 3, PAD)([{"input_ids": []}])
 

@@ -7,9 +7,9 @@ from strategies import blocks
 from tiny import MASK_IDS, VOCABULARY, in_all, tiny_configs
 
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
+from space_cli.core.sampling import Sampler, Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.errors import UsageProblem
@@ -28,7 +28,7 @@ def generate(model, block=AR_BLOCK, *, prompt=PROMPT, stop=None, sampling=SAMPLI
         model,
         prompt,
         stop=stop or StopRule(24),
-        chooser=Chooser.from_sampling(sampling),
+        sampler=Sampler.from_sampling(sampling),
         mask_token_ids=masks if block.masks <= len(masks) else masks[:1],
         drafts=ChainDrafter(block, drafter),
     )
@@ -120,7 +120,7 @@ def test_rollback_leaves_the_cache_as_if_never_drafted(tiny_models):
         for engine in (drafted, fresh):
             engine.prefill(PROMPT)
         drafted.run(block, [5, 6, 7, *[296] * 6])
-        drafted.settle([])
+        drafted.commit([])
         after, expected = (engine.run(block, [9, 8, 7, *[296] * 6]) for engine in (drafted, fresh))
 
     assert drafted.length == fresh.length
@@ -137,7 +137,7 @@ def test_a_branch_of_a_tree_is_moved_to_the_front_of_the_cache(tiny_models):
         for engine in (branched, straight):
             engine.prefill(PROMPT)
         branched.run(block, [5, 99, 6, 7])
-        branched.settle([0, 2, 3])
+        branched.commit([0, 2, 3])
         straight.prefill([*PROMPT, 5, 6, 7])
         after, expected = (engine.run(block, [1, 2, 3, 4]) for engine in (branched, straight))
 
@@ -211,7 +211,7 @@ def test_an_empty_prompt_is_refused(tiny_models):
 
 
 def test_inference_mode_does_not_leak_between_steps(tiny_models):
-    steps = decode(tiny_models["llama"], PROMPT, stop=StopRule(4), chooser=Chooser())
+    steps = decode(tiny_models["llama"], PROMPT, stop=StopRule(4), sampler=Sampler())
 
     next(steps)
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from tiny import MASK_IDS
 
 from space_cli.core.block import Block
-from space_cli.core.choose import Chooser, Sampling
-from space_cli.core.costs import ASSUMED_COSTS, MOST_SLOTS, SIZES, StepCosts
+from space_cli.core.costs import ASSUMED_COSTS, MAX_BLOCK_SLOTS, SIZES, StepCosts
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Strategy, Verified
+from space_cli.core.sampling import Sampler, Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 
@@ -30,7 +30,7 @@ def generate(model, drafts, *, sampling=SAMPLINGS[0], tokens=24):
         model,
         PROMPT,
         stop=StopRule(tokens),
-        chooser=Chooser.from_sampling(sampling),
+        sampler=Sampler.from_sampling(sampling),
         mask_token_ids=MASK_IDS,
         drafts=drafts,
     )
@@ -79,7 +79,7 @@ def test_where_slots_are_free_blocks_are_large(tiny_models):
 def steps_over(text, drafts, *, done, costs=ASSUMED_COSTS):
     """Decode where `text` is what the model says; return the steps and the seconds that they took by `costs`."""
     steps, seconds = [], 0.0
-    while done < len(text) - MOST_SLOTS:
+    while done < len(text) - MAX_BLOCK_SLOTS:
         proposal, begin, path = drafts.draft(text[:done]), done, [0]
         block = proposal.block
         while following := [s for s in block.children[path[-1]] if proposal.candidates[s - 1] == text[done]]:
@@ -170,7 +170,7 @@ def test_a_chain_puts_one_prediction_per_position_and_asks_for_substitutes(tiny_
 def test_costs_never_fall_with_the_size(costs):
     table = costs.by_slots
 
-    assert len(table) == MOST_SLOTS + 1
+    assert len(table) == MAX_BLOCK_SLOTS + 1
     assert table == sorted(table)
     assert all(table[size] <= costs.seconds[size] + costs.overhead for size in SIZES)
-    assert table[-1] == costs.seconds[MOST_SLOTS] + costs.overhead
+    assert table[-1] == costs.seconds[MAX_BLOCK_SLOTS] + costs.overhead

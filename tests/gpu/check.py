@@ -145,7 +145,7 @@ def main() -> int:
     chosen = arguments.only.split(",") if arguments.only else list(sections.SECTIONS)
     for name in chosen:
         run.section, began = name, time.monotonic()
-        if run.left < sections.LEAST_SECONDS[name] and not run.dry:
+        if run.left < sections.MIN_SECONDS[name] and not run.dry:
             run.failed[name] = f"not begun: {run.left:.0f} s left"
             continue
         try:

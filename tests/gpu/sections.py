@@ -15,14 +15,14 @@ import torch
 from trained import quantized, trained
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from space_cli.compile.cuda import CudaGraphModel, _ancestry
+from space_cli.compile.cuda_attention import BlockTensors, attend, attend_plainly
+from space_cli.compile.cuda_engine import GraphEngine
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser, Sampling
-from space_cli.core.cuda import GraphProgram, _ancestry
-from space_cli.core.cuda_attention import BlockTensors, attend, attend_plainly
-from space_cli.core.cuda_engine import GraphEngine
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import EagerEngine
+from space_cli.core.sampling import Sampler, Sampling
 from space_cli.core.stopping import StopRule
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def steps(run: Run) -> None:
         table.time("eager", eager, (1, 32))
         for fused in (False, True):
             try:
-                program = GraphProgram(model, fused=fused)
+                program = CudaGraphModel(model, fused=fused)
                 kind = "fused graph" if fused else "graph"
                 for numerics, sizes in (("invariant", SIZES), ("plain", (1, 36) if fused else SIZES)):
                     engine = GraphEngine(model, program, max_length=1500, max_slots=64, numerics=numerics)
@@ -209,9 +209,9 @@ class _Steps:
 
             def step(block: Block = block) -> None:
                 logits = engine.run(block, [5] * block.num_slots)
-                if engine.likely is None:
+                if engine.top_k is None:
                     logits.argmax(dim=-1).tolist()
-                engine.abandon()
+                engine.rollback()
 
             began = time.perf_counter()
             step()
@@ -224,7 +224,7 @@ class _Steps:
             run.row(f"{self._name}, {kind}, {size} slots", **numbers, first_s=first)
 
 
-def _profile(run: Run, name: str, engine: GraphEngine, program: GraphProgram) -> None:
+def _profile(run: Run, name: str, engine: GraphEngine, program: CudaGraphModel) -> None:
     """Note the time of a replayed graph alone, which kernels it is spent in, and that nothing else waits."""
     if run.dry:
         return
@@ -236,7 +236,7 @@ def _profile(run: Run, name: str, engine: GraphEngine, program: GraphProgram) ->
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             engine.run(AR_BLOCK, [5])
-            engine.settle([0])
+            engine.commit([0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     # the one is the wait for the likeliest tokens
@@ -274,7 +274,7 @@ def exact(run: Run) -> None:
     for name in [name for name in _shapes(run) if name != "7B"]:
         model = random_model(run, name)
         for fused in (False,) if run.dry else (False, True):
-            program = GraphProgram(model, fused=fused)
+            program = CudaGraphModel(model, fused=fused)
             told = f"{name}{', fused' if fused else ''}"
             _bits(run, told, model, program)
             for block, what in ((Block.tree([0, 0, 2, 2, 1, 4], 3), "tree"), (Block.chain(7, 3), "chain of 32 slots")):
@@ -283,7 +283,7 @@ def exact(run: Run) -> None:
         release()
 
 
-def _bits(run: Run, name: str, model: LlamaForCausalLM, program: GraphProgram) -> None:
+def _bits(run: Run, name: str, model: LlamaForCausalLM, program: CudaGraphModel) -> None:
     """Compare a text's logits alone with those in a block, in tiles of 32, of 64, and in plain sizes."""
     tokens = [(7 * index) % 250 + 1 for index in range(_PREFIX + 24)]
     prefix, following = tokens[:_PREFIX], tokens[_PREFIX:]
@@ -303,7 +303,7 @@ def _bits(run: Run, name: str, model: LlamaForCausalLM, program: GraphProgram) -
 
 def _logits(
     model: LlamaForCausalLM,
-    program: GraphProgram,
+    program: CudaGraphModel,
     prefix: Sequence[int],
     following: Sequence[int],
     block: Block,
@@ -315,11 +315,11 @@ def _logits(
     for start in range(0, len(following), block.num_tokens):
         ids = [*following[start : start + block.num_tokens], *[3] * (block.num_slots - block.num_tokens)]
         rows += engine.run(block, ids)[: block.num_tokens].float()
-        engine.settle(range(block.num_tokens))
+        engine.commit(range(block.num_tokens))
     return rows
 
 
-def _agree(run: Run, name: str, model: LlamaForCausalLM, program: GraphProgram, block: Block) -> None:
+def _agree(run: Run, name: str, model: LlamaForCausalLM, program: CudaGraphModel, block: Block) -> None:
     """Generate with drafts of which half are right, and count the tokens in common with AR."""
     answers, tokens, same, longest = 2 if run.dry else 6, 24 if run.dry else 160, 0, 0
     for answer in range(answers):
@@ -341,16 +341,16 @@ def _agree(run: Run, name: str, model: LlamaForCausalLM, program: GraphProgram, 
 
 
 def _tokens(
-    model: LlamaForCausalLM, program: GraphProgram, prompt: Sequence[int], tokens: int, drafts: ChainDrafter | None
+    model: LlamaForCausalLM, program: CudaGraphModel, prompt: Sequence[int], tokens: int, drafts: ChainDrafter | None
 ) -> list[int]:
     steps = decode(
         model,
         prompt,
         stop=StopRule(tokens),
-        chooser=Chooser.from_sampling(Sampling()),
+        sampler=Sampler.from_sampling(Sampling()),
         mask_token_ids=[3],
         drafts=drafts,
-        program=program,
+        compiled=program,
     )
     return [token for step in steps for token in step.tokens]
 
@@ -363,5 +363,5 @@ SECTIONS = {
     "trained": trained,
     "quantized": quantized,
 }
-LEAST_SECONDS = {"bandwidth": 5, "kernels": 20, "steps": 60, "exact": 40, "trained": 40, "quantized": 30}
+MIN_SECONDS = {"bandwidth": 5, "kernels": 20, "steps": 60, "exact": 40, "trained": 40, "quantized": 30}
 """What a section needs to be worth beginning."""

@@ -7,13 +7,13 @@ import torch
 import transformers as tf
 from tiny import MASK_IDS, lively
 
+from space_cli.compile.cuda import CudaGraphModel
+from space_cli.compile.cuda_engine import GraphEngine
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser
-from space_cli.core.cuda import GraphProgram
-from space_cli.core.cuda_engine import GraphEngine
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import EagerEngine
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -37,12 +37,12 @@ def model(request):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["graphs", "fused"])
 def program(request, model):
-    return GraphProgram(model, fused=request.param)
+    return CudaGraphModel(model, fused=request.param)
 
 
 def generate(model, program, drafts=None):
-    arguments = {"stop": StopRule(200), "chooser": Chooser(), "mask_token_ids": MASK_IDS}
-    steps = decode(model, PROMPT, drafts=drafts, program=program, **arguments)
+    arguments = {"stop": StopRule(200), "sampler": Sampler(), "mask_token_ids": MASK_IDS}
+    steps = decode(model, PROMPT, drafts=drafts, compiled=program, **arguments)
     return [token for step in steps for token in step.tokens]
 
 
@@ -64,13 +64,13 @@ def test_a_graph_computes_what_the_model_computes(model, program):
         EagerEngine(model, max_length=200, max_slots=32),
         GraphEngine(model, program, max_length=200, max_slots=32),
     ]
-    for block, settled in ((AR_BLOCK, [0]), (Block.tree([0, 0, 2], 2), [0, 2]), (Block.chain(7, 3), [0, 1, 2])):
+    for block, committed in ((AR_BLOCK, [0]), (Block.tree([0, 0, 2], 2), [0, 2]), (Block.chain(7, 3), [0, 1, 2])):
         logits = []
         for engine in engines:
             engine.prefill(list(range(70)))
             for _ in range(3):  # captured, then replayed
                 found = engine.run(block, list(range(block.num_slots))).float()
-                engine.settle(settled)
+                engine.commit(committed)
             logits.append(found)
         assert (logits[0] - logits[1]).abs().max() <= logits[0].std() * (1e-3 if model.dtype == torch.float32 else 0.3)
 
@@ -80,14 +80,14 @@ def test_a_step_waits_once(model, program):
     engine = GraphEngine(model, program, max_length=100, max_slots=8)
     engine.prefill(PROMPT)
     engine.run(AR_BLOCK, [5])
-    engine.settle([0])
+    engine.commit([0])
 
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             engine.run(Block.tree([0, 0], 0), [5, 6, 7])
-            engine.settle([0, 2])
+            engine.commit([0, 2])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

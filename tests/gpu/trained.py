@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from space_cli.bench.measure import Settings, measure, plan
+from space_cli.bench.measure import measure
 from space_cli.bench.methods import METHODS
-from space_cli.bench.suites import load_suite
 from space_cli.core.block import Block
-from space_cli.core.choose import Sampling
 from space_cli.core.engine import EagerEngine, engine_for
+from space_cli.core.sampling import Sampling
 from space_cli.models.engines import measured, prepare
 from space_cli.models.loading import load_model
+from space_cli.tasks.plan import Settings, plan
+from space_cli.tasks.suites import load_suite
 from space_cli.verify.compare import Comparison, compare
 
 if TYPE_CHECKING:
@@ -140,9 +141,9 @@ def _one_quantization(run: Run, name: str, kind: str, folder: str, sizes: tuple[
     read = sum(each.nbytes for each in model.parameters())
     table = _Steps(run, f"{name} {kind}", read, None)
     table.time("eager", EagerEngine(model, max_length=400, max_slots=64), (1, 32))
-    from space_cli.core.cuda import GraphProgram
+    from space_cli.compile.cuda import CudaGraphModel
 
-    program = GraphProgram(model)
+    program = CudaGraphModel(model)
     for numerics, some in (("invariant", (1, 32, 64)), ("plain", sizes)):
         engine = engine_for(model, program, max_length=400, max_slots=64, numerics=numerics)
         table.time(f"graph, {numerics}", engine, some)

@@ -6,9 +6,9 @@ import torch
 from tiny import in_all, tiny_configs, tiny_model
 
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.errors import UsageProblem
 from space_cli.models.adapter import adapter_of, attach_adapter, load_adapter, low_rank, save_adapter
@@ -31,7 +31,7 @@ def trained(model):
 
 def answer(model, block, masks=()):
     steps = decode(
-        model, PROMPT, stop=StopRule(24), chooser=Chooser(), drafts=ChainDrafter(block), mask_token_ids=masks
+        model, PROMPT, stop=StopRule(24), sampler=Sampler(), drafts=ChainDrafter(block), mask_token_ids=masks
     )
     return [token for step in steps for token in step.tokens]
 

@@ -5,7 +5,7 @@ import torch
 from inside import told
 from tiny import lively
 
-from space_cli.core.choose import Chooser, Likely, Sampling
+from space_cli.core.sampling import Sampler, Sampling, TopK
 from space_cli.errors import RunFailed
 
 
@@ -62,20 +62,20 @@ def test_broken_weights_are_told_by_every_command(space, broken, change, what, c
 def test_no_token_is_chosen_from_logits_that_are_no_numbers(dtype, value, sampling):
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
     logits[1] = value
-    rows = Chooser.from_sampling(sampling).rows(logits.to(dtype))
+    step_logits = Sampler.from_sampling(sampling).step_logits(logits.to(dtype))
 
-    assert 0 <= rows.token(0, [1]) < 50
+    assert 0 <= step_logits.token(0, [1]) < 50
     with pytest.raises(RunFailed, match="not finite"):
-        rows.token(1, [1])
+        step_logits.token(1, [1])
 
 
 def test_nor_from_likely_ones():
-    likely = Likely(torch.zeros(2, 4, dtype=torch.int64), torch.tensor([[0.9, 0.1, 0, 0], [torch.nan] * 4]))
-    rows = Chooser().rows(torch.zeros(2, 50), likely)
+    top_k = TopK(torch.zeros(2, 4, dtype=torch.int64), torch.tensor([[0.9, 0.1, 0, 0], [torch.nan] * 4]))
+    step_logits = Sampler().step_logits(torch.zeros(2, 50), top_k)
 
-    assert rows.token(0, [1]) == 0
+    assert step_logits.token(0, [1]) == 0
     with pytest.raises(RunFailed, match="not finite"):
-        rows.token(1, [1])
+        step_logits.token(1, [1])
 
 
 def test_a_model_that_breaks_behind_a_longer_text_gets_no_verdict(space, tiny_models, tiny_model_dir, tmp_path):

@@ -11,16 +11,17 @@ import torch
 import transformers as tf
 from tiny import MASK_IDS, lively
 
-from space_cli.core import toolchain
+from space_cli.compile import toolchain
+from space_cli.compile.compiled_model import CompiledEngine
+from space_cli.compile.toolchain import build_kernels
 from space_cli.core.block import Block
-from space_cli.core.choose import Chooser
 from space_cli.core.costs import ASSUMED_COSTS, SIZES
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
-from space_cli.core.engine import CompiledEngine, EagerEngine, engine_for
+from space_cli.core.engine import EagerEngine, engine_for
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
-from space_cli.core.toolchain import build_kernels
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.models import engines, refusals
 from space_cli.models.engines import measured, prepare
@@ -62,7 +63,7 @@ def cache(tmp_path_factory):
     home = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
-        assert measured(prepare(loaded_model(), engine="compiled")).program is not None
+        assert measured(prepare(loaded_model(), engine="compiled")).compiled is not None
     return home
 
 
@@ -89,10 +90,10 @@ def tokens_of(loaded):
         loaded.model,
         [5, 9, 33],
         stop=StopRule(20),
-        chooser=Chooser(),
+        sampler=Sampler(),
         drafts=ChainDrafter(Block.chain(2, 2)),
         mask_token_ids=MASK_IDS,
-        program=loaded.program,
+        compiled=loaded.compiled,
     )
     return [token for step in steps for token in step.tokens]
 
@@ -101,7 +102,7 @@ def tokens_of(loaded):
 def test_what_is_compiled_once_is_taken_by_auto_ever_after():
     loaded = prepare(loaded_model(), on_compile=never)
 
-    assert loaded.program is not None
+    assert loaded.compiled is not None
     assert tokens_of(loaded) == tokens_of(loaded_model())
 
 
@@ -110,10 +111,10 @@ def test_auto_compiles_only_where_enough_tokens_are_to_come():
     said = []
 
     few = prepare(loaded_model(), tokens=10, on_compile=lambda: said.append(1))
-    assert (few.program, said) == (None, [])
+    assert (few.compiled, said) == (None, [])
     many = prepare(loaded_model(), tokens=ENOUGH, on_compile=lambda: said.append(1))
 
-    assert many.program is not None
+    assert many.compiled is not None
     assert said == [1]
 
 
@@ -130,7 +131,7 @@ def test_a_tuned_model_takes_the_program_of_its_base():
 
 @pytest.mark.usefixtures("filled")
 def test_eager_leaves_the_program_alone():
-    assert prepare(loaded_model(), engine="eager").program is None
+    assert prepare(loaded_model(), engine="eager").compiled is None
 
 
 @pytest.mark.usefixtures("filled")
@@ -179,12 +180,12 @@ def test_a_damaged_program_is_made_again(filled):
     package, said = filled("program"), []
     package.write_bytes(package.read_bytes()[:5000])
 
-    assert prepare(loaded_model(), on_compile=never).program is None  # a short run goes on without
+    assert prepare(loaded_model(), on_compile=never).compiled is None  # a short run goes on without
     loaded = prepare(loaded_model(), engine="compiled", on_compile=lambda: said.append(1))
 
     assert said == [1]
     assert tokens_of(loaded) == tokens_of(loaded_model())
-    assert prepare(loaded_model(), engine="compiled", on_compile=never).program is not None
+    assert prepare(loaded_model(), engine="compiled", on_compile=never).compiled is not None
 
 
 def test_a_program_that_computes_something_else_is_never_used(filled):
@@ -192,7 +193,7 @@ def test_a_program_that_computes_something_else_is_never_used(filled):
     wrong = filled("program").with_name(f"program-{engines.fingerprint(other.model)}.pt2")
     shutil.copy(filled("program"), wrong)
 
-    assert prepare(other, on_compile=never).program is None
+    assert prepare(other, on_compile=never).compiled is None
     assert not wrong.exists()
 
 
@@ -214,7 +215,7 @@ def test_a_library_that_cannot_be_loaded_is_told_and_costs_auto_nothing(filled, 
     monkeypatch.setattr(toolchain, "_loaded", {})
     monkeypatch.setattr(toolchain.ctypes, "CDLL", refuse)
 
-    assert prepare(loaded_model(), on_compile=never).program is None
+    assert prepare(loaded_model(), on_compile=never).compiled is None
     with pytest.raises(RunFailed, match="kernels cannot be loaded: failed to map segment"):
         prepare(loaded_model(), engine="compiled", on_compile=never)
     assert filled("program").exists()
@@ -225,7 +226,7 @@ def test_a_processor_that_this_one_is_not_is_told_before_anything_is_compiled(mo
     monkeypatch.setenv("SPACE_CPU", "x86-64-v4")
     monkeypatch.setattr(toolchain, "_processor_flags", lambda: "flags: sse2 fma avx2 bmi2 avx512f")
 
-    assert prepare(loaded_model(), tokens=ENOUGH).program is None
+    assert prepare(loaded_model(), tokens=ENOUGH).compiled is None
     with pytest.raises(RunFailed, match="x86-64-v4: this processor does not have avx512bw, avx512dq, avx512vl"):
         prepare(loaded_model(), engine="compiled")
 
@@ -260,15 +261,15 @@ def test_auto_takes_the_engine_whose_answers_take_less_time_as_timed_once(
 
     first, second = prepare(loaded_model()), prepare(loaded_model())
 
-    assert (first.program is not None, second.program is not None) == (is_compiled, is_compiled)
+    assert (first.compiled is not None, second.compiled is not None) == (is_compiled, is_compiled)
     assert kinds == [EagerEngine, CompiledEngine]
-    assert prepare(loaded_model(), engine="compiled").program is not None
+    assert prepare(loaded_model(), engine="compiled").compiled is not None
 
 
 @pytest.mark.usefixtures("filled")
 def test_engines_are_timed_on_a_step_and_a_prompt():
     loaded = prepare(loaded_model(), engine="compiled")
-    for program in (None, loaded.program):
+    for program in (None, loaded.compiled):
         speed = measure_speed(engine_for(loaded.model, program, max_length=64, max_slots=1))
         assert 0 < speed.step < speed.answer
         assert 0 < speed.prompt < speed.answer
@@ -304,7 +305,7 @@ def failing_compiler(monkeypatch):
 def test_a_compiler_that_fails_without_a_word_is_told_in_a_few(monkeypatch):
     monkeypatch.setenv("CXX", "false")
 
-    with pytest.raises(RunFailed, match="works: false ends with exit code 1$"):
+    with pytest.raises(RunFailed, match=r"works: false ends with exit code 1$"):
         prepare(loaded_model(), engine="compiled")
 
 
@@ -314,7 +315,7 @@ def test_without_a_compiler_auto_goes_on_eager_and_does_not_try_again(monkeypatc
 
     with pytest.raises(RunFailed, match="no C"):
         prepare(loaded_model(), engine="compiled")
-    assert prepare(loaded_model(), tokens=ENOUGH, on_compile=never).program is None
+    assert prepare(loaded_model(), tokens=ENOUGH, on_compile=never).compiled is None
     assert tried == [1]
 
 
@@ -356,14 +357,14 @@ def test_a_model_that_cannot_be_compiled_says_why():
 
     with pytest.raises(UsageProblem, match="its dtype is float16"):
         prepare(replace(loaded, dtype="float16"), engine="compiled")
-    assert prepare(replace(loaded, dtype="float16"), tokens=ENOUGH).program is None
+    assert prepare(replace(loaded, dtype="float16"), tokens=ENOUGH).compiled is None
 
 
 def test_a_cache_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
     (tmp_path / "space").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    assert prepare(loaded_model(), tokens=ENOUGH).program is None
+    assert prepare(loaded_model(), tokens=ENOUGH).compiled is None
     with pytest.raises(RunFailed):
         prepare(loaded_model(), engine="compiled")
 

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import processors
 from transformers import Phi3Config
 
+from space_cli.chat.templates import Turn, encode, request
 from space_cli.core.engine import context_length
-from space_cli.models.prompting import Turn, encode, request
 from space_cli.training.chat_format import prompt_ids
 from space_cli.training.data import Completion
 

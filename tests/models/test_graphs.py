@@ -5,17 +5,17 @@ import torch
 import transformers as tf
 from tiny import MASK_IDS, lively
 
-from space_cli.core import cuda
+from space_cli.compile import cuda
+from space_cli.compile.cuda import CudaGraphModel
 from space_cli.core.block import Block
-from space_cli.core.choose import Chooser
-from space_cli.core.cuda import GraphProgram
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.models import graphs
 from space_cli.models.engines import prepare
-from space_cli.models.graphs import graph_program
+from space_cli.models.graphs import cuda_graph_model
 from space_cli.models.loading import LoadedModel
 
 ENOUGH = 1_000_000
@@ -48,10 +48,10 @@ def tokens_of(loaded):
         loaded.model,
         [5, 9, 33],
         stop=StopRule(20),
-        chooser=Chooser(),
+        sampler=Sampler(),
         drafts=ChainDrafter(Block.chain(2, 2)),
         mask_token_ids=MASK_IDS,
-        program=loaded.program,
+        compiled=loaded.compiled,
     )
     return [token for step in steps for token in step.tokens]
 
@@ -64,9 +64,9 @@ def on_cuda(loaded):
 def test_a_model_on_a_gpu_runs_as_graphs():
     loaded = prepare(on_cuda(loaded_model()))
 
-    assert isinstance(loaded.program, GraphProgram)
+    assert isinstance(loaded.compiled, CudaGraphModel)
     assert tokens_of(loaded) == tokens_of(loaded_model())
-    assert prepare(on_cuda(loaded_model()), engine="eager").program is None
+    assert prepare(on_cuda(loaded_model()), engine="eager").compiled is None
 
 
 @pytest.mark.parametrize(("engine", "tokens", "fused"), [("auto", 10, 0), ("auto", ENOUGH, 1), ("compiled", 10, 1)])
@@ -86,7 +86,7 @@ def test_a_model_that_cannot_have_graphs_says_why():
 
     with pytest.raises(UsageProblem, match="attention is its own"):
         prepare(on_cuda(loaded), engine="compiled")
-    assert prepare(on_cuda(loaded)).program is None
+    assert prepare(on_cuda(loaded)).compiled is None
 
 
 def test_graphs_that_compute_something_else_are_never_used(monkeypatch):
@@ -94,20 +94,20 @@ def test_graphs_that_compute_something_else_are_never_used(monkeypatch):
         logits.mul_(-1)
         return own(logits)
 
-    own = cuda._likeliest
-    monkeypatch.setattr(cuda, "_likeliest", wrong)
+    own = cuda._top_k
+    monkeypatch.setattr(cuda, "_top_k", wrong)
 
     with pytest.raises(RunFailed, match="computes something else"):
-        graph_program(loaded_model(), fused=False, required=True)
-    assert graph_program(loaded_model(), fused=False, required=False) is None
+        cuda_graph_model(loaded_model(), fused=False, required=True)
+    assert cuda_graph_model(loaded_model(), fused=False, required=False) is None
 
 
 def test_what_defeats_the_capture_leaves_the_eager_engine(monkeypatch):
     def fails(*_):
         raise torch.AcceleratorError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(graphs.GraphProgram, "_first", fails)
+    monkeypatch.setattr(graphs.CudaGraphModel, "_first", fails)
 
     with pytest.raises(RunFailed, match=r"cannot be captured: .*operation not permitted when stream is capturing;"):
-        graph_program(loaded_model(), fused=False, required=True)
-    assert prepare(on_cuda(loaded_model())).program is None
+        cuda_graph_model(loaded_model(), fused=False, required=True)
+    assert prepare(on_cuda(loaded_model())).compiled is None

@@ -7,9 +7,9 @@ import transformers as tf
 from tiny import MASK_IDS, VOCABULARY, lively, tiny_configs
 
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.errors import UsageProblem
 from space_cli.models import support
@@ -91,7 +91,7 @@ def test_quantised_weights_decode_as_their_own_ar(tiny_tokenizer, tmp_path, quan
                 drafts=ChainDrafter(block),
                 mask_token_ids=MASK_IDS,
                 stop=StopRule(20),
-                chooser=Chooser(),
+                sampler=Sampler(),
             )
             for token in step.tokens
         ]

@@ -8,11 +8,13 @@ import transformers as tf
 from ggufs import llama_file
 from tiny import VOCABULARY, lively
 
+from space_cli.compile.compiled_model import CompiledModel
+from space_cli.compile.export import compile_model
+from space_cli.compile.fingerprint import fingerprint
+from space_cli.compile.toolchain import build_kernels, load_kernels
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.compiled import Program, compile_program, fingerprint
 from space_cli.core.engine import engine_for
 from space_cli.core.quantized import QuantizedLinear, dequantize, has_quantized_layers, num_parameters
-from space_cli.core.toolchain import build_kernels, load_kernels
 from space_cli.models.adapter import adapter_updates, attach_adapter, low_rank
 from space_cli.models.gguf import gguf_config
 from space_cli.models.gguf_dense import load_dense
@@ -66,8 +68,8 @@ def compiled(model, library):
     adapter = adapter_updates(model)
     package = library.parent / f"{fingerprint(model)}.pt2"
     if not package.exists():
-        compile_program(model, package, adapter)
-    return Program(package, library, model, adapter)
+        compile_model(model, package, adapter)
+    return CompiledModel(package, library, model, adapter)
 
 
 def test_packed_weights_are_the_files_own(gguf, packed):

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from space_cli.core import cuda
+from space_cli.compile import cuda
 from space_cli.core.block import Block
-from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.models import loading
 from space_cli.models.engines import prepare
@@ -37,10 +37,10 @@ def tokens_of(loaded):
         loaded.model,
         [5, 9, 33],
         stop=StopRule(20),
-        chooser=Chooser(),
+        sampler=Sampler(),
         drafts=ChainDrafter(Block.chain(2, 2)),
         mask_token_ids=loaded.mask_token_ids,
-        program=loaded.program,
+        compiled=loaded.compiled,
     )
     return [token for step in steps for token in step.tokens]
 
@@ -52,14 +52,14 @@ def test_layers_in_different_places_decode_as_one_model(spread, tiny_model_dir):
 
 
 def test_layers_on_several_devices_are_left_to_transformers(spread):
-    assert cuda.why_not(spread.model) == "its layers are on several devices"
-    assert prepare(spread).program is None
+    assert cuda.unsupported_reason(spread.model) == "its layers are on several devices"
+    assert prepare(spread).compiled is None
 
 
 def test_a_model_on_all_gpus_of_one_still_runs_as_graphs(tiny_model_dir):
     loaded = loading.load_model(str(tiny_model_dir), dtype="float32", device="cpu")
 
-    assert isinstance(prepare(replace(loaded, device=loading.SPREAD)).program, cuda.GraphProgram)
+    assert isinstance(prepare(replace(loaded, device=loading.SPREAD)).compiled, cuda.CudaGraphModel)
 
 
 def test_without_a_gpu_the_device_is_refused(tiny_model_dir, monkeypatch):

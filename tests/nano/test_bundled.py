@@ -4,14 +4,14 @@ import pytest
 import torch
 from oracles import hf_greedy
 
-from space_cli.bench.suites import load_suite
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Chooser, Sampling
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
+from space_cli.core.sampling import Sampler, Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.models.loading import load_model
+from space_cli.tasks.suites import load_suite
 
 PROBLEMS = load_suite("humaneval").prompts[:6]
 
@@ -27,7 +27,7 @@ def answer(nano, prompt, block, *, sampling=None, tokens=48):
         nano.model,
         nano.encode(prompt),
         stop=StopRule(tokens),
-        chooser=Chooser.from_sampling(sampling or Sampling()),
+        sampler=Sampler.from_sampling(sampling or Sampling()),
         drafts=ChainDrafter(block),
         mask_token_ids=nano.mask_token_ids,
     )
@@ -62,7 +62,10 @@ def test_bfloat16_is_lossless_and_exact_where_the_kernels_are(run_space, options
     assert done.returncode == 0, done.stderr
     # the command says of this machine whether a token has the same bits alone and in a block; then texts never part
     exact = record["kernels"]["bit_equal"] == record["kernels"]["positions"]
-    assert not exact or record["identical"] == 4
+    parted = {divergence["prompt"] for divergence in record["divergences"]}
+    assert record["lossless"]
+    assert record["identical"] == record["prompts"] - len(parted) == 4 - len(parted)
+    assert not (exact and parted)
 
 
 def test_masks_have_learned_to_guess(nano):

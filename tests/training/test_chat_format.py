@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from space_cli.chat.templates import DEFAULT_TEMPLATE, Turn, request
 from space_cli.core.collator import IGNORED
 from space_cli.errors import UsageProblem
-from space_cli.models.prompting import DEFAULT_TEMPLATE, Turn
 from space_cli.training.chat_format import encode, prompt_ids, rendered
 from space_cli.training.data import Completion, Conversation, Text, read_examples
 
@@ -177,6 +177,17 @@ def test_the_prompt_of_a_chat_template_is_tokenised_as_at_inference(chatml, text
 
     assert first == chatml.apply_chat_template(history[:1], add_generation_prompt=True)["input_ids"]
     assert second == chatml.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+
+
+@given(turns=st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.text(max_size=9)), min_size=1))
+@pytest.mark.parametrize("template", [None, "<{}>", "{}:", "<s>{}</s>"])
+def test_whatever_is_said_before_an_answer_training_meets_the_text_of_inference(with_bos, template, turns):
+    before = [Turn(*turn) for turn in turns if turn[0] != "assistant"] or [Turn("user", "q")]
+    before = [*(Turn(*turn) for turn in turns), *before]
+
+    (*_, prompt) = prompt_ids(Conversation((*before, Turn("assistant", "a")), "x"), with_bos, template=template)
+
+    assert with_bos.decode(prompt) == with_bos.decode(request(before, with_bos, template=template).token_ids)
 
 
 def test_a_text_has_no_prompt(tokenizer):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from space_cli.chat.templates import Turn
 from space_cli.errors import UsageProblem
-from space_cli.models.prompting import Turn
 from space_cli.training.data import Completion, Conversation, Text, read_examples
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -5,8 +5,8 @@ import copy
 import pytest
 from transformers import GenerationConfig
 
+from space_cli.chat.templates import Turn, request
 from space_cli.core.collator import IGNORED
-from space_cli.models.prompting import Turn, request
 from space_cli.models.stops import repair, stop_ids, turn_end
 from space_cli.training.chat_format import encode, prompt_ids
 from space_cli.training.data import Conversation

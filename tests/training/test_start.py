@@ -8,8 +8,8 @@ import torch
 from inside import told
 from tiny import lively, tiny_configs
 
-from space_cli.core.choose import Chooser
 from space_cli.core.decoder import decode
+from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.training.distill import Distillation, distil
 
@@ -113,7 +113,7 @@ def test_zero_is_greedy_whatever_the_generation_config_says(tiny_models, tmp_pat
     )
 
     for asked, answer in pairs:
-        steps = decode(model, asked, stop=StopRule(12), chooser=Chooser())
+        steps = decode(model, asked, stop=StopRule(12), sampler=Sampler())
         assert answer == [token for step in steps for token in step.tokens]
 
 

@@ -13,8 +13,8 @@ from space_cli.training.two_pass import MaskLoss, TwoPassCollator, TwoPassTraine
 
 MASKS, VOCABULARY = 3, 300
 EXAMPLES = [
-    {"input_ids": list(range(5, 25)), "labels": [-100] * 6 + list(range(11, 25)), "draw": 0},
-    {"input_ids": list(range(40, 52)), "labels": [-100] * 3 + list(range(43, 52)), "draw": 1},
+    {"input_ids": list(range(5, 25)), "labels": [-100] * 6 + list(range(11, 25)), "example_index": 0},
+    {"input_ids": list(range(40, 52)), "labels": [-100] * 3 + list(range(43, 52)), "example_index": 1},
 ]
 
 

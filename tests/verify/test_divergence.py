@@ -4,9 +4,9 @@ from itertools import count
 import pytest
 import torch
 
-from space_cli.core.choose import Chooser, Sampling
+from space_cli.core.sampling import Sampler, Sampling
 from space_cli.verify.compare import mixed_drafter
-from space_cli.verify.divergence import Anatomist
+from space_cli.verify.divergence import DivergenceAnalyzer
 
 HISTORY = [17, 3, 250, 44, 91, 8]
 
@@ -24,7 +24,9 @@ def twins(tiny_models):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_scores_are_a_tie(twins, dtype):
-    finding = Anatomist(copy.deepcopy(twins).to(dtype)).examine(HISTORY, HISTORY, Chooser(), expected=40, got=41)
+    finding = DivergenceAnalyzer(copy.deepcopy(twins).to(dtype)).examine(
+        HISTORY, HISTORY, Sampler(), expected=40, got=41
+    )
 
     assert finding.verdict == "tie"
     assert finding.gap == 0
@@ -34,9 +36,9 @@ def test_equal_scores_are_a_tie(twins, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_no_rounding_explains_is_a_violation(twins, dtype):
-    anatomist = Anatomist(copy.deepcopy(twins).to(dtype))
+    analyzer = DivergenceAnalyzer(copy.deepcopy(twins).to(dtype))
 
-    finding = anatomist.examine(HISTORY, HISTORY, Chooser(), expected=40, got=7)
+    finding = analyzer.examine(HISTORY, HISTORY, Sampler(), expected=40, got=7)
 
     assert finding.verdict == "violation"
     assert finding.gap > finding.noise
@@ -46,16 +48,16 @@ def test_two_wrong_tokens_are_a_violation_however_near_each_other(twins):
     model = copy.deepcopy(twins)
     model.lm_head.weight.data[51] = model.lm_head.weight.data[50]
 
-    finding = Anatomist(model).examine(HISTORY, HISTORY, Chooser(), expected=50, got=51)
+    finding = DivergenceAnalyzer(model).examine(HISTORY, HISTORY, Sampler(), expected=50, got=51)
 
     assert finding.gap == 0
     assert finding.verdict == "violation"
 
 
 def test_a_token_that_a_filter_left_out_has_no_gap(twins):
-    chooser = Chooser.from_sampling(Sampling(temperature=0.7, top_k=2, seed=1))
+    sampler = Sampler.from_sampling(Sampling(temperature=0.7, top_k=2, seed=1))
 
-    finding = Anatomist(twins).examine(HISTORY, HISTORY, chooser, expected=40, got=7)
+    finding = DivergenceAnalyzer(twins).examine(HISTORY, HISTORY, sampler, expected=40, got=7)
 
     assert finding.gap is None
     assert finding.verdict == "violation"
@@ -65,8 +67,8 @@ def test_more_noise_than_the_gap_is_a_tie(twins):
     model = copy.deepcopy(twins)
     model.lm_head.weight.data[41] *= 1 - 1e-4
 
-    exact = Anatomist(model).examine(HISTORY, HISTORY, Chooser(), expected=40, got=41)
-    rounded = Anatomist(model.to(torch.bfloat16)).examine(HISTORY, HISTORY, Chooser(), expected=40, got=41)
+    exact = DivergenceAnalyzer(model).examine(HISTORY, HISTORY, Sampler(), expected=40, got=41)
+    rounded = DivergenceAnalyzer(model.to(torch.bfloat16)).examine(HISTORY, HISTORY, Sampler(), expected=40, got=41)
 
     assert exact.verdict == "violation"
     assert rounded.verdict == "tie"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from space_cli.cli.app import run
-from space_cli.core import cache, choose, decoder, engine
-from space_cli.core.block import Block, SlotKind
+from space_cli.core import cache, decoder, engine, sampling
+from space_cli.core.block import Block
 from space_cli.models import support
 
 FAST = ("--dtype", "float32", "--max-new-tokens", "24", "--quiet", "--json", "-")
@@ -33,9 +33,7 @@ def wrong_position_offset(monkeypatch):
     offsets = Block.offsets.func
 
     def shifted(self):
-        return tuple(
-            offset + (kind == SlotKind.CANDIDATE) for offset, kind in zip(offsets(self), self.kinds, strict=True)
-        )
+        return tuple(offset + (0 < slot < self.num_tokens) for slot, offset in enumerate(offsets(self)))
 
     monkeypatch.setattr(Block, "offsets", property(shifted))
 
@@ -69,52 +67,52 @@ def one_candidate_too_many(monkeypatch):
     """The first wrong candidate is accepted too."""
     verify = decoder._verify
 
-    def generous(rows, block, candidates, tokens):
-        path, emitted = verify(rows, block, candidates, tokens)
+    def generous(step_logits, block, candidates, tokens):
+        path, emitted = verify(step_logits, block, candidates, tokens)
         children = block.children[path[-1]]
         if not children:
             return path, emitted
         wrong = candidates[children[0] - 1]
         history = [*tokens, *emitted[:-1], wrong]
-        return [*path, children[0]], [*emitted[:-1], wrong, rows.token(children[0], history)]
+        return [*path, children[0]], [*emitted[:-1], wrong, step_logits.token(children[0], history)]
 
     monkeypatch.setattr(decoder, "_verify", generous)
 
 
 def rollback_one_too_far(monkeypatch):
-    """A step that accepted something forgets its last settled token."""
-    keep = cache.KVCache.keep
+    """A step that accepted something forgets its last committed token."""
+    commit = cache.KVCache.commit
 
     def forgetful(self, start, slots):
-        keep(self, start, slots)
+        commit(self, start, slots)
         if len(slots) > 1:
-            self.rollback(start + len(slots) - 1)
+            self.crop(start + len(slots) - 1)
 
-    monkeypatch.setattr(cache.KVCache, "keep", forgetful)
+    monkeypatch.setattr(cache.KVCache, "commit", forgetful)
 
 
 def rollback_one_short(monkeypatch):
     """The first rejected slot of an answer stays in the cache."""
-    rollback, slipped = cache.KVCache.rollback, set()
+    crop, slipped = cache.KVCache.crop, set()
 
     def lazy(self, length):
         nonlocal slipped
-        slips = id(self.extent) not in slipped and length < self.length
-        rollback(self, length + slips)
-        slipped |= {id(self.extent)} if slips else set()
+        slips = id(self.capacity) not in slipped and length < self.length
+        crop(self, length + slips)
+        slipped |= {id(self.capacity)} if slips else set()
 
-    monkeypatch.setattr(cache.KVCache, "rollback", lazy)
+    monkeypatch.setattr(cache.KVCache, "crop", lazy)
 
 
 def noise_keyed_by_step(monkeypatch):
     """The noise counts draws instead of positions."""
-    at, step = choose._Noise.at, count()
-    monkeypatch.setattr(choose._Noise, "at", lambda self, _, *where: at(self, next(step), *where))
+    at, step = sampling._Noise.at, count()
+    monkeypatch.setattr(sampling._Noise, "at", lambda self, _, *where: at(self, next(step), *where))
 
 
 def greedy_instead_of_sampled(monkeypatch):
     """The noise is forgotten, in AR and SPACE alike."""
-    monkeypatch.setattr(choose._Noise, "at", lambda _, __, size, ___: torch.zeros(size))
+    monkeypatch.setattr(sampling._Noise, "at", lambda _, __, size, ___: torch.zeros(size))
 
 
 def masks_in_wrong_order(monkeypatch):

@@ -8,7 +8,7 @@ from itertools import pairwise
 from space_cli.core.costs import SIZES, StepCosts, filled_up
 from space_cli.core.drafting.chain import Proposal, Verified
 from space_cli.core.drafting.ngrams import LONGEST_MATCH, Continuation
-from space_cli.core.stream import in_common
+from space_cli.core.stream import common_prefix_length
 
 # assumed before the first step: a mask is right in a third of cases, a copied token by the length of its match
 _FIRST_ACCEPTED, _FIRST_TOKENS = 0.35, 1.2
@@ -112,15 +112,15 @@ class AcceptanceStats:
     def _add_copies(self, texts: Sequence[Continuation], came: Sequence[int]) -> None:
         """Compare what could be copied with what came; it need not have been a candidate, so this costs no slot."""
         for rank, text in enumerate(texts):
-            right, known = in_common(text.tokens, came), self._copied[_kind(text, rank)]
+            right, known = common_prefix_length(text.tokens, came), self._copied[_kind(text, rank)]
             # a copied token that was right makes the match longer by one
             for depth in range(min(right + 1, len(came), len(text.tokens))):
                 known[_BUCKETS[min(text.match + depth, LONGEST_MATCH) - 1]].add(depth < right)
 
     def _add_predictions(self, proposal: Proposal, came: Sequence[int]) -> None:
         """Count how far the masks were right, beyond what a copy brings too."""
-        right = in_common([row[0][0] for row in proposal.predictions], came)
-        copied = max((in_common(text.tokens, came) for text in proposal.texts), default=0)
+        right = common_prefix_length([row[0][0] for row in proposal.predictions], came)
+        copied = max((common_prefix_length(text.tokens, came) for text in proposal.texts), default=0)
         for depth, accepted in enumerate(self._accepted, start=1):
             if not proposal.predictions:
                 accepted.add(0, 0)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from space_cli.core.block import Block
-from space_cli.core.choose import Rows
 from space_cli.core.drafting.ngrams import Continuation
+from space_cli.core.sampling import StepLogits
 
 Substitute = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
 """Gets all tokens so far and the candidate of each slot, returns the candidates to use."""
@@ -47,10 +47,10 @@ class Drafter(Protocol):
 
     max_slots: int
 
-    def draft(self, tokens: Sequence[int], rows: Rows | None = None, group: range = range(0)) -> Proposal:
+    def draft(self, tokens: Sequence[int], step_logits: StepLogits | None = None, group: range = range(0)) -> Proposal:
         """Propose what may follow `tokens` (prompt included), the last of which is the head.
 
-        `rows` are the last step's, of which `group` belongs to the mask group behind the last accepted slot.
+        `step_logits` are the last step's, of which `group` belongs to the mask group behind the last accepted slot.
         """
 
     def observe(self, step: Verified) -> None:
@@ -64,12 +64,12 @@ class ChainDrafter:
         self.max_slots = block.num_slots
         self._block, self._substitute = block, substitute
 
-    def draft(self, tokens: Sequence[int], rows: Rows | None = None, group: range = range(0)) -> Proposal:
+    def draft(self, tokens: Sequence[int], step_logits: StepLogits | None = None, group: range = range(0)) -> Proposal:
         """Propose what the masks predict; a slot beyond them repeats the head."""
         history = list(tokens)
         for row in group:
-            assert rows is not None
-            history.append(rows.token(row, history))
+            assert step_logits is not None
+            history.append(step_logits.token(row, history))
         predictions = history[len(tokens) :]
         depths = self._block.offsets[1 : self._block.num_tokens]
         candidates = [predictions[depth - 1] if depth <= len(predictions) else tokens[-1] for depth in depths]

@@ -12,12 +12,12 @@ from functools import lru_cache
 from typing import Protocol
 
 from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.choose import Rows
-from space_cli.core.costs import MOST_SLOTS, SIZES
+from space_cli.core.costs import MAX_BLOCK_SLOTS, SIZES
 from space_cli.core.drafting.acceptance import AcceptanceStats
 from space_cli.core.drafting.chain import Proposal, Verified
 from space_cli.core.drafting.ngrams import LONGEST_MATCH, MAX_COPIED, Continuation, NgramIndex, Source
 from space_cli.core.drafting.tree import Node, TokenTree, most_worth
+from space_cli.core.sampling import StepLogits
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class AdaptiveDrafter:
         guide: candidates are what it allows; None allows everything.
     """
 
-    max_slots = MOST_SLOTS
+    max_slots = MAX_BLOCK_SLOTS
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class AdaptiveDrafter:
         self._masks = masks if strategy.width else 0
         self._context, self._sources, self._guide = NgramIndex(texts), sources, guide
 
-    def draft(self, tokens: Sequence[int], rows: Rows | None = None, group: range = range(0)) -> Proposal:
+    def draft(self, tokens: Sequence[int], step_logits: StepLogits | None = None, group: range = range(0)) -> Proposal:
         """Propose what is worth its time behind `tokens`; see `Drafter`."""
         texts = self._texts(tokens) if self._strategy.copies else []
         masks = self._masks if self._stats.masks.is_good else 0
@@ -85,10 +85,14 @@ class AdaptiveDrafter:
             texts, allows = self._guided(self._guide, tokens, texts)
         if self._stats.is_plain_due or not (masks or texts):
             return Proposal(AR_BLOCK, (), texts=texts)
-        asked = rows.likely(group, tokens, self._strategy.width) if rows is not None and masks and group else []
+        asked = (
+            step_logits.top_k(group, tokens, self._strategy.width)
+            if step_logits is not None and masks and group
+            else []
+        )
         tree = TokenTree(asked, texts, self._stats.copy_probability, allows)
         # a node whose gain is below the cheapest slot's cost may only fill a free padding slot
-        tree.grow(self._stats.cheapest, MOST_SLOTS - 1)
+        tree.grow(self._stats.cheapest, MAX_BLOCK_SLOTS - 1)
         taken, masks, anchors = most_worth(tree.nodes, self._stats.values[:masks], self._stats.prices)
         slots = 1 + taken + masks * len(anchors)
         taken += next(size for size in SIZES if size >= slots) - slots

@@ -1,0 +1,138 @@
+"""The C++ compiler, the library of our kernels that it makes, and what both depend on."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+import transformers
+
+from space_cli.core.quantized import use_kernels
+from space_cli.errors import RunFailed
+
+KERNELS = Path(__file__).parent / "kernels"
+# what those that `SPACE_CPU` may name have beyond others of their kind, as Linux lists it
+_LEVELS = {"x86-64-v3": ("avx2", "fma", "bmi2"), "x86-64-v4": ("avx512f", "avx512bw", "avx512dq", "avx512vl")}
+_loaded: dict[str, ctypes.CDLL] = {}
+
+
+def machine() -> tuple[str, ...]:
+    """Return versions and processor, on which compiled code depends."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    versions = torch.__version__, transformers.__version__
+    return *versions, platform.machine(), capability, instructions(), _processor_flags()
+
+
+def instructions() -> str:
+    """Return the `-march` of the kernels: `SPACE_CPU`, or `native`."""
+    return os.environ.get("SPACE_CPU") or "native"
+
+
+def _check_processor() -> None:
+    """Refuse an instruction set that this processor lacks; running it would kill the process."""
+    missing = set(_LEVELS.get(instructions(), ())).difference(_processor_flags().split())
+    if missing:
+        raise RunFailed(
+            f"SPACE_CPU={instructions()}: this processor does not have {', '.join(sorted(missing))}",
+            hint="unset SPACE_CPU, or choose another",
+        )
+
+
+def compiler_command(processor: str) -> list[str]:
+    """Return how a library of kernels is compiled for a processor, sources and output apart."""
+    # contracted or not as the compiler likes, a row could round one way alone and another way in a block
+    exact = "-ffp-contract=off"
+    return [
+        *(os.environ.get("CXX", "c++"), "-O3", f"-march={processor}", exact, "-fopenmp", "-fPIC", "-shared"),
+        "-std=c++20",
+    ]
+
+
+def build_kernels(folder: Path) -> Path:
+    """Return the library of our kernels; compile it into a folder if it is not there.
+
+    Raises:
+        RunFailed: there is no C++ compiler, or it fails; or the processor is none that `SPACE_CPU` names.
+    """
+    _check_processor()
+    library = folder / f"kernels-{toolchain_digest()[:16]}.so"
+    seal = library.with_suffix(".sha256")
+    if (digest := _digest(library)) is not None and digest == _content(seal):
+        return library
+    unfinished = library.with_suffix(f".{os.getpid()}")
+    torch_folder = Path(torch.__file__).parent
+    command = [*compiler_command(instructions()), f"-I{torch_folder / 'include'}", "-o", str(unfinished)]
+    command += [*map(str, sorted(KERNELS.glob("*.cpp"))), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or _how_it_ended(command[0], error)).strip().splitlines()
+        first = next((line for line in said if "error" in line), said[0])
+        unfinished.unlink(missing_ok=True)
+        raise RunFailed(f"no C++ compiler that works: {first}") from error
+    try:
+        seal.write_bytes(_digest(unfinished) or b"")
+        unfinished.replace(library)
+    except OSError as error:
+        raise RunFailed(f"{library}: {error.strerror}") from error
+    return library
+
+
+def _how_it_ended(compiler: str, error: OSError | subprocess.CalledProcessError) -> str:
+    return str(error) if isinstance(error, OSError) else f"{compiler} ends with exit code {error.returncode}"
+
+
+def _content(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
+def _digest(file: Path) -> bytes | None:
+    """Return a file's hash; loading a truncated library would kill the process."""
+    content = _content(file)
+    return None if content is None else hashlib.sha256(content).hexdigest().encode()
+
+
+def load_kernels(library: Path) -> ctypes.CDLL:
+    """Return the library of our kernels; compiled models loaded later find them in it.
+
+    Raises:
+        RunFailed: it is no library for this machine, or lies where none may be loaded from.
+    """
+    # compiled models find what was loaded first, and all libraries of one version are alike
+    if "kernels" not in _loaded:
+        try:
+            _loaded["kernels"] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise RunFailed(f"the kernels cannot be loaded: {error}", hint="use --engine eager") from error
+        use_kernels(_loaded["kernels"])
+    return _loaded["kernels"]
+
+
+def toolchain_digest(*callers: str) -> str:
+    """Return a hash of versions, machine, the kernels' sources, and those of the modules that call them.
+
+    Args:
+        callers: files, as named from the package on.
+    """
+    digest = hashlib.sha256(repr(machine()).encode())
+    package = Path(__file__).parents[1]
+    for source in (Path(__file__), *sorted(KERNELS.glob("*.[ch]*")), *(package / name for name in callers)):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def _processor_flags() -> str:
+    """Return the processor's instruction sets if the system lists them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith("flags")), platform.processor())

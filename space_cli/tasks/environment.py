@@ -1,0 +1,60 @@
+"""The environment of a run, for its JSON."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import space_cli
+from space_cli.compile.fingerprint import weights_digest
+from space_cli.core.costs import ASSUMED_COSTS
+from space_cli.models.loading import LoadedModel
+
+
+def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
+    """Return versions, machine, weights, dtype, engine, step costs and date."""
+    return {
+        "space": space_cli.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": threads,
+        "gpu": torch.cuda.get_device_name(loaded.model.device) if loaded.model.device.type == "cuda" else None,
+        "device": loaded.device,
+        "dtype": loaded.dtype,
+        "weights": weights_digest(loaded.model),
+        "engine": "eager" if loaded.compiled is None else "compiled",
+        "step_costs": None if loaded.costs is ASSUMED_COSTS else asdict(loaded.costs),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    """Return the commit when run from a checkout of this project, else None."""
+    root = Path(space_cli.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False)  # fixed arguments, no shell
+    except OSError:  # a checkout on a machine without git
+        return None
+    return git.stdout.strip() or None
