@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from pydantic import ValidationError
 
 
 class SpaceError(Exception):
@@ -44,3 +46,27 @@ class Interrupted(SpaceError):
     """Ctrl-C."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of another library's error; where it has no text, the name of its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no reason given" if isinstance(error, str) else type(error).__name__
+
+
+class InvalidField(NamedTuple):
+    """A field that pydantic refused: its dotted name ("" for the whole), the value, and the reason."""
+
+    field: str
+    value: object
+    reason: str
+
+    def __str__(self) -> str:
+        """Return field and reason, as messages about a file name them."""
+        return f"{self.field or 'the file'}: {self.reason}"
+
+
+def first_invalid(error: ValidationError) -> InvalidField:
+    """Return the first field that pydantic refused."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    return InvalidField(".".join(map(str, first["loc"])), first["input"], first["msg"])

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import running
 from hypothesis import HealthCheck, settings
-from inside import space  # noqa: F401  # a fixture for all
 from tiny import MASK_IDS, VOCABULARY, tiny_configs, tiny_model
 
 # libraries read these when they are imported; the folder goes with the process
@@ -37,6 +36,16 @@ def clean_env(tmp_path_factory):
 def run_space(clean_env, tmp_path):
     """Run `space` with arguments in an empty folder, in this process: a tenth of the time a new interpreter takes."""
     return _runner(running.here, clean_env, tmp_path)
+
+
+@pytest.fixture
+def space(run_space):
+    """Run `space` with arguments that may be any bytes and something piped in."""
+
+    def run(*arguments, text=b"", **env):
+        return run_space(*arguments, stdin=text, **env)
+
+    return run
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def here(arguments, *, env, cwd, stdin=b""):
     """Run it in this process as if it had one of its own, but for what libraries read when they are imported."""
     from space_cli.cli.app import run
 
-    words = list(map(str, arguments))
+    words = [os.fsdecode(part if isinstance(part, bytes) else str(part)) for part in arguments]
     with contextlib.ExitStack() as stack:
         inputs, out, err = (stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(3))
         inputs.buffer.write(stdin)
@@ -36,6 +36,13 @@ def here(arguments, *, env, cwd, stdin=b""):
         stack.callback(gc.unfreeze)
         code = run(words)
         return subprocess.CompletedProcess(words, code, _written(out), _written(err))
+
+
+def told(done):
+    """Return the one line of a command that refused what it was given."""
+    lines = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, len(lines)) == (2, "", 1), done
+    return lines[0]
 
 
 def _written(stream):

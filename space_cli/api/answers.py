@@ -1,4 +1,4 @@
-"""What comes back: pieces of text with the step that brought them, and whole answers."""
+"""Answers: pieces of text with the step that produced them, and whole answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Message(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token with its log-probability by the model alone: no temperature, penalty or grammar is in it.
+    """A token with the model's own log-probability, before temperature, penalties and grammar.
 
     Attributes:
         top: the likeliest tokens at this place, largest first, with theirs.
@@ -41,7 +41,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one model call made final of the text.
+    """The text that one model call made final.
 
     Attributes:
         text: may be empty, while a character or what may be a stop string is unfinished.
@@ -82,27 +82,27 @@ class Answer:
 
     @property
     def seconds(self) -> float:
-        """Time of all steps, reading the prompt included."""
+        """Seconds of all steps, prefill included."""
         return sum(step.seconds for step in self.steps)
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens that a model call brought in the mean."""
+        """Mean tokens per model call."""
         return len(self.token_ids) / len(self.steps) if self.steps else 0.0
 
     @property
     def accepted_drafts(self) -> int:
-        """Tokens that were guessed before and accepted."""
+        """Number of accepted candidates."""
         return sum(step.accepted for step in self.steps)
 
     @property
     def rejected_drafts(self) -> int:
-        """Guesses that were not."""
+        """Number of rejected candidates."""
         return sum(len(step.candidates) - step.accepted for step in self.steps)
 
 
 class AnswerText:
-    """Makes text of steps as they come.
+    """Turns steps into text as they arrive.
 
     Args:
         loaded: whose tokens they are.
@@ -123,7 +123,7 @@ class AnswerText:
         self._held = HeldBack(stop)
 
     def piece(self, step: Step) -> Piece:
-        """Return what a step has made final."""
+        """Return the text that a step has made final."""
         known = 0 if self._reader is None else len(self._reader.calls)
         text = self._held.push(self._said(step))
         if step.finish_reason is not None:
@@ -138,6 +138,6 @@ class AnswerText:
         return text if step.finish_reason is None else text + self._stream.flush()
 
     def _logprob(self, known: tuple[tuple[int, float], ...]) -> TokenLogprob:
-        """Return the first of the tokens, with the others as its rivals."""
+        """Return the first token with the others as alternatives."""
         own, *top = (TokenLogprob(token, self._loaded.decode([token]), value) for token, value in known)
         return TokenLogprob(own.token_id, own.text, own.logprob, tuple(top))

@@ -1,4 +1,4 @@
-"""Keys and values of several conversations, kept for the requests that go on with them, within a bound of memory."""
+"""A pool of KV caches of several conversations, reused by requests that continue them, within a memory bound."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WORTH_COPYING = 32
 
 
 class CachePool:
-    """Caches at rest, the one used last at the end.
+    """Idle caches, most recently used last.
 
     Args:
         most_bytes: of all at rest; those used longest ago are dropped.
@@ -26,14 +26,14 @@ class CachePool:
 
     @property
     def nbytes(self) -> int:
-        """Of all caches at rest."""
+        """Size of all idle caches."""
         return sum(cache.nbytes for cache in self._idle)
 
     def take(self, token_ids: Sequence[int]) -> KVCache:
-        """Return a cache that has as much of a prompt as any; what only others could use of it stays at rest."""
+        """Return the cache with the longest prefix of a prompt; the part only others could use stays in the pool."""
         if not self._idle:
             return KVCache()
-        # of those that have the same of it, the one that loses least
+        # among equal prefixes, the cache that loses least
         shared, _, best = max(
             ((common_prefix_length(cache.token_ids, token_ids), -len(cache.token_ids), cache) for cache in self._idle),
             key=lambda each: each[:2],
@@ -44,7 +44,7 @@ class CachePool:
         return best.fork(shared) if shared >= _WORTH_COPYING else KVCache()
 
     def give(self, cache: KVCache) -> None:
-        """Take a cache back once its generation has ended."""
+        """Return a cache to the pool after its generation."""
         self._idle.append(cache)
         while self._idle and (len(self._idle) > self._most or self.nbytes > self._most_bytes):
             del self._idle[0]

@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema: of the tokens at a place, only those may be chosen by which it can still be met.
+"""Answers that follow a JSON schema: at each place only tokens that can still lead to a match are allowed.
 
 The library that knows them is llguidance. It is asked row by row, each with its own history, so that drafts stay exact:
 what a row allows depends on the tokens in front of it alone.
@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase, PreTrainedTok
 
 from space_cli.core.engine import embedding_rows
 from space_cli.core.stream import common_prefix_length
-from space_cli.errors import RunFailed, UsageProblem
+from space_cli.errors import RunFailed, UsageProblem, first_line
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from space_cli.models.loading import LoadedModel
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-# as json.dumps writes: one way to put spaces, so that they, too, are forced
+# spacing as json.dumps writes it, so that spaces are forced too
 _FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def grammar_for(loaded: LoadedModel, schema: Mapping[str, Any], prompt_length: int) -> Grammar:
-    """Return the grammar of a schema for answers behind prompts of a length.
+    """Return the grammar of a schema for answers that follow a prompt of this length.
 
     Raises:
         UsageProblem: llguidance is not installed, or knows no grammar for the schema or the model's tokenizer.
@@ -43,10 +43,10 @@ def grammar_for(loaded: LoadedModel, schema: Mapping[str, Any], prompt_length: i
     try:
         rules = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_FORM)
     except ValueError as error:
-        raise UsageProblem(f"the schema cannot be followed: {_first_line(error)}") from error
+        raise UsageProblem(f"the schema cannot be followed: {first_line(error)}") from error
     matcher = LLMatcher(_tokenizer(loaded.tokenizer, embedding_rows(loaded.model), loaded.eos_token_ids), rules)
     if matcher.is_error():
-        raise UsageProblem(f"the schema cannot be followed: {_first_line(matcher.get_error())}")
+        raise UsageProblem(f"the schema cannot be followed: {first_line(matcher.get_error())}")
     return Grammar(matcher, prompt_length, loaded.eos_token_ids)
 
 
@@ -60,7 +60,7 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, eos_token_ids: fro
 
 
 class Grammar(LogitsProcessor):
-    """Takes what a grammar forbids out of the scores of a row.
+    """A logits processor that masks the tokens a grammar forbids.
 
     Args:
         matcher: at its beginning.
@@ -73,7 +73,7 @@ class Grammar(LogitsProcessor):
         self._taken: list[int] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Return the scores; of several rows, those of masks, only the first has all its tokens behind it."""
+        """Return the masked scores; of several rows (those of masks) only the first has its full history."""
         if not self._go_to(input_ids[0, self._prompt_length :].tolist()):
             return scores
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
@@ -84,17 +84,17 @@ class Grammar(LogitsProcessor):
         return scores
 
     def forced(self, tokens: Sequence[int]) -> list[int]:
-        """Return the tokens that must follow, where there is no choice."""
+        """Return the tokens that must follow because the grammar leaves no choice."""
         return self._matcher.compute_ff_tokens() if self._go_to(tokens[self._prompt_length :]) else []
 
     def allowed(self, tokens: Sequence[int], following: Sequence[int]) -> int:
-        """Return how many of the tokens `following` may follow."""
+        """Return how many of the tokens in `following` the grammar accepts."""
         if not self._go_to(tokens[self._prompt_length :]):
             return len(following)
         return self._matcher.validate_tokens(list(following))
 
     def _go_to(self, answer: Sequence[int]) -> bool:
-        """Bring the matcher behind these tokens; return whether the answer still goes on there."""
+        """Advance the matcher to the end of these tokens; return whether the answer continues there."""
         taken = self._taken
         common = len(taken) if list(answer[: len(taken)]) == taken else common_prefix_length(taken, answer)
         if not self._ends.isdisjoint(answer[common:]):
@@ -109,8 +109,4 @@ class Grammar(LogitsProcessor):
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RunFailed(f"the grammar failed: {_first_line(self._matcher.get_error())}")
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or ["of no reason given"])[0]
+            raise RunFailed(f"the grammar failed: {first_line(self._matcher.get_error())}")

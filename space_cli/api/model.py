@@ -1,4 +1,4 @@
-"""A model that answers: the one way in for the commands, the server and Python."""
+"""A model that answers: the one entry point for commands, server and Python."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from space_cli.core.decoder import decode
 from space_cli.core.drafting.ngrams import LONGEST_MATCH
 from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
+from space_cli.core.threads import release_threads
 from space_cli.errors import UsageProblem
 from space_cli.models.engines import EngineName, measured, prepare
 from space_cli.models.loading import LoadedModel, load_model
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 Prompt = str | Sequence[Message]
-# tokens that there must be room for: an answer of nothing helps nobody
+# an answer needs room for at least this many tokens
 _MIN_ROOM = 16
 
 
@@ -79,11 +80,13 @@ def load(
         quantization=quantization,
         revision=revision,
     )
-    return Model(prepare(loaded, engine=engine, on_compile=on_compile), template=template, cache_bytes=cache_bytes)
+    loaded = prepare(loaded, engine=engine, on_compile=on_compile)
+    release_threads()  # answers may be asked for by another thread
+    return Model(loaded, template=template, cache_bytes=cache_bytes)
 
 
 class Model:
-    """Answers prompts and conversations; any number of answers may be under way, a step of one at a time.
+    """Answers prompts and conversations; several answers may be in progress, one step at a time.
 
     Args:
         loaded: with its engine.
@@ -99,21 +102,21 @@ class Model:
 
     @property
     def name(self) -> str:
-        """As it was asked for."""
+        """The name it was requested by."""
         return self.loaded.name
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens of prompt and answer together, or None where nothing limits them."""
+        """Largest number of tokens of prompt and answer together, or None if unlimited."""
         return self.loaded.context_length
 
     @property
     def cache_bytes(self) -> int:
-        """Size of the keys and values kept at rest."""
+        """Size of the idle KV caches."""
         return self._caches.nbytes
 
     def prompt_ids(self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = ()) -> list[int]:
-        """Return the tokens that a prompt or a conversation is to the model.
+        """Return the token ids of a prompt or a conversation.
 
         Args:
             prompt: a text, or the turns of a conversation, the last of which asks.
@@ -131,7 +134,7 @@ class Model:
         return request(turns, self.loaded.tokenizer, template=template, tools=tools).token_ids
 
     def room(self, token_ids: Sequence[int], max_new_tokens: int) -> int:
-        """Return how many tokens an answer may have.
+        """Return how many tokens an answer can have.
 
         Raises:
             UsageProblem: the prompt leaves no room.
@@ -152,7 +155,7 @@ class Model:
         texts: Iterable[Sequence[int]] = (),
         grammar: Grammar | None = None,
     ) -> Drafter | None:
-        """Return how an answer drafts: None is one token at a time. Measures what steps cost where that is needed.
+        """Return the drafter of an answer, None for one token at a time; measures step costs if it needs them.
 
         Args:
             mode: space or ar.
@@ -186,7 +189,7 @@ class Model:
         logprobs: int | None = None,
         grammar: Grammar | None = None,
     ) -> Iterator[Step]:
-        """Generate behind tokens, one step for each model call; what the cache holds is not computed again."""
+        """Generate after these tokens, one step per model call; cached tokens are not computed again."""
         first = [] if grammar is None else [grammar]
         return decode(
             self.loaded.model,
@@ -203,7 +206,7 @@ class Model:
     def stream(
         self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = (), **options: Unpack[Options]
     ) -> Stream:
-        """Answer; iterate over the result for the pieces as they come, and leave or `close` it to stop.
+        """Answer; iterate over the result for its pieces, stop iterating or `close` it to end early.
 
         Args:
             prompt: a text, or the turns of a conversation.
@@ -247,7 +250,7 @@ class Model:
             while (piece := await self._in_thread(lambda: next(stream, None))) is not None:
                 yield piece
         finally:
-            # behind the step that may still be running
+            # after the step that may still be running
             self._executor.submit(stream.close)
 
     async def _in_thread(self, function: Callable[[], _T]) -> _T:
@@ -255,12 +258,12 @@ class Model:
 
     @cached_property
     def _executor(self) -> ThreadPoolExecutor:
-        # one thread: torch keeps a pool of workers for each that calls it
+        # one thread, since torch keeps a worker pool for each calling thread
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="space")
 
 
 class Stream:
-    """An answer under way: an iterator over its pieces.
+    """An answer in progress: an iterator over its pieces.
 
     Args:
         model: that answers.
@@ -301,7 +304,7 @@ class Stream:
             )
 
     def _expected(self) -> list[int]:
-        """Return the tokens of the predicted answer, behind the end of the prompt so that it is found at once."""
+        """Return the predicted answer's tokens after the end of the prompt, so that lookup finds it at once."""
         said = ids_of(self.settings.prediction, self._model.loaded.tokenizer)
         return [*self.prompt_ids[-LONGEST_MATCH:], *said]
 
@@ -309,7 +312,7 @@ class Stream:
         return self
 
     def __next__(self) -> Piece:
-        """Run the model once and return what came of it."""
+        """Run the model once and return the resulting piece."""
         with self._model._lock:
             try:
                 step = next(self._steps)
@@ -317,7 +320,7 @@ class Stream:
                 self.close()
                 raise
             except BaseException:
-                # a cache that was left in the middle of something is not used again
+                # a cache interrupted in the middle of a step is not reused
                 self._cache = None
                 raise
             piece = self._text.piece(step)
@@ -328,7 +331,7 @@ class Stream:
 
     @property
     def answer(self) -> Answer:
-        """The answer as far as it has come."""
+        """The answer so far."""
         steps = tuple(piece.step for piece in self._pieces)
         computed = steps[0].prefilled + 1 if steps else 0
         return Answer(
@@ -343,12 +346,13 @@ class Stream:
         )
 
     def close(self) -> None:
-        """Stop; what was computed of the conversation is kept for the next request that begins alike."""
+        """Stop; the KV cache is kept for the next request with the same prefix."""
         with self._model._lock:
             self._steps.close()  # type: ignore[attr-defined]  # a generator
             if self._cache is not None:
                 self._model._caches.give(self._cache)
                 self._cache = None
+                release_threads()
 
     def __enter__(self) -> Self:
         return self
@@ -373,7 +377,7 @@ def _turn(message: Mapping[str, Any]) -> Turn:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    """Return a call as templates take it: its arguments are an object, which OpenAI's clients have as JSON."""
+    """Return a tool call as templates take it: arguments as an object, not as OpenAI's JSON string."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UsageProblem("a call of a tool names no function")

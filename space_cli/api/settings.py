@@ -1,4 +1,4 @@
-"""How an answer is generated: the options of `space chat`, by the same names and with the same bounds."""
+"""Settings of an answer: the options of `space chat`, with the same names and limits."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from typing import Annotated, Any, Literal, Self, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from space_cli import limits
 from space_cli.api.grammar import ANY_OBJECT
 from space_cli.core.sampling import Sampling
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_invalid
 
 Mode = Literal["space", "ar"]
 
 
 class SamplingSettings(BaseModel):
-    """What a whole conversation keeps.
+    """Settings that hold for a whole conversation.
 
     Attributes:
         candidates: tokens guessed per step, always as many; None is as many as pay.
         mode: ar is one token at a time; space drafts in every way the model can.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    max_new_tokens: Annotated[int, Field(ge=1)] = 512
+    temperature: limits.Temperature = 0.0
+    top_k: limits.TopK = 0
+    top_p: limits.TopP = 1.0
+    min_p: limits.MinP = 0.0
+    repetition_penalty: limits.RepetitionPenalty = 1.0
+    presence_penalty: limits.CountPenalty = 0.0
+    frequency_penalty: limits.CountPenalty = 0.0
+    seed: limits.Seed = 0
+    max_new_tokens: limits.MaxNewTokens = 512
     candidates: Annotated[int | None, Field(ge=1)] = None
     mode: Mode = "space"
 
@@ -46,12 +47,11 @@ class SamplingSettings(BaseModel):
         try:
             return cls(**given)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = str(first["loc"][0])
-            raise UsageProblem(f"{name} {first['input']}: {first['msg']}") from error
+            found = first_invalid(error)
+            raise UsageProblem(f"{found.field} {found.value}: {found.reason}") from error
 
     def sampling(self) -> Sampling:
-        """Return how tokens are chosen."""
+        """Return the sampling settings for the decoder."""
         return Sampling(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -65,7 +65,7 @@ class SamplingSettings(BaseModel):
 
 
 class GenerationSettings(SamplingSettings):
-    """What one answer is asked for with.
+    """Settings of one answer.
 
     Attributes:
         stop: the answer ends in front of the first of these texts.

@@ -1,4 +1,4 @@
-"""Calls of tools: told to a model by its chat template, and read out of its answers where the template's form is known.
+"""Tool calls: offered to a model by its chat template, and parsed from its answers where the format is known.
 
 The form is the tokenizer's own `response_template`, or the one that transformers has for the model's architecture. For
 other models calls stay what they are: text.
@@ -25,7 +25,7 @@ Tool = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """What a model wants to have called.
+    """A call that a model requests.
 
     Attributes:
         arguments: as the model gave them; text where they are no JSON.
@@ -36,12 +36,12 @@ class ToolCall:
 
     @property
     def json_arguments(self) -> str:
-        """The arguments as JSON, which is how OpenAI's clients have them."""
+        """The arguments as a JSON string, as OpenAI's clients expect."""
         return self.arguments if isinstance(self.arguments, str) else json.dumps(self.arguments, ensure_ascii=False)
 
 
 class CallReader:
-    """Reads an answer as it comes: what is said, apart from what is to be called.
+    """Parses an answer as it arrives: separates text from tool calls.
 
     Args:
         loaded: whose answer it is.
@@ -63,7 +63,7 @@ class CallReader:
         self.calls: list[ToolCall] = []
 
     def read(self, step: Step) -> str:
-        """Return what a step adds to what is said; its calls are noted."""
+        """Return the text that a step adds; collect its calls."""
         text = "".join(self._stream.push(token) for token in step.tokens if token not in self._ends)
         if step.finish_reason is None:
             return self._said(text)
@@ -75,7 +75,7 @@ class CallReader:
         try:
             events = self._parser.feed(text) + (self._parser.finalize()[1] if is_last else [])
         except (ValueError, KeyError):
-            # no call after all: it is told as it stands
+            # not a call after all: it is shown as text
             self._parser = None
             return self._begun + text
         said = ""
@@ -97,7 +97,7 @@ class CallReader:
 
 
 def call_form(loaded: LoadedModel) -> Mapping[str, Any] | None:
-    """Return the form in which a model writes calls, or None where it is not known."""
+    """Return the format in which a model writes calls, or None if it is unknown."""
     own = getattr(loaded.tokenizer, "response_template", None)
     if own is not None or not hasattr(loaded.tokenizer, "get_response_parser"):
         return own

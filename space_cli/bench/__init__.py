@@ -1,1 +1,1 @@
-"""Paired measurement: suites of prompts, methods that answer them, and what comes out of a run."""
+"""Paired measurement: methods that answer the same prompts, and the records of a run."""

@@ -1,4 +1,4 @@
-"""Two benchmarks of the same prompts: what changed between them, beyond what chance explains."""
+"""Compares two benchmarks of the same prompts: which differences exceed sampling noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from space_cli.bench.record import BenchRecord, Sample
 from space_cli.bench.results import interval, place, rate
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_invalid
 
 _WHERE = ("space", "commit", "torch", "transformers", "processor", "threads", "gpu", "dtype", "weights", "engine")
 _HOW = ("model", "draft_model", "max_new_tokens", "sampling", "candidates")
@@ -45,7 +45,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """Faster or slower only where chance in the choice of prompts does not explain it."""
+        """The verdict: faster or slower only if the 95 % interval excludes 1."""
         if self.speedup is None:
             return "not judged"
         if self.interval is None:
@@ -65,23 +65,20 @@ def read_report(file: Path) -> BenchRecord:
     except OSError as error:
         raise UsageProblem(f"{file}: {error.strerror or error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UsageProblem(
-            f"{file}: not a record of this version's `space bench --json`: {field}: {first['msg']}"
-        ) from error
+        told = f"not a record of this version's `space bench --json`: {first_invalid(error)}"
+        raise UsageProblem(f"{file}: {told}") from error
     except (ValueError, RecursionError) as error:
         raise UsageProblem(f"{file}: not a record of `space bench --json`: {error}") from error
 
 
 def changes(before: BenchRecord, after: BenchRecord) -> list[Change]:
-    """Return what became of each method on each suite that both records have."""
+    """Return the change of each method on each suite that both records have."""
     sides = [_by_method(report.samples) for report in (before, after)]
     return [_change(*key, sides) for key in sides[0] if key in sides[1] and sides[0][key].keys() & sides[1][key].keys()]
 
 
 def differing(before: BenchRecord, after: BenchRecord) -> list[tuple[str, object, object]]:
-    """Return what the two runs do not have in common, machine and settings: name, before, after."""
+    """Return the settings and machine facts in which two runs differ: name, before, after."""
     one, other = before.environment | before.settings, after.environment | after.settings
     return [(name, one.get(name), other.get(name)) for name in (*_WHERE, *_HOW) if one.get(name) != other.get(name)]
 
@@ -92,7 +89,7 @@ _Samples = dict[tuple[str, int, int, int], Sample]
 def _by_method(samples: Sequence[Sample]) -> dict[tuple[str, str], _Samples]:
     grouped: dict[tuple[str, str], _Samples] = {}
     for sample in samples:
-        # a task of another prompt is another task
+        # the same id with another prompt is another task
         key = (*place(sample), sample.prompt_tokens)
         grouped.setdefault((sample.suite, sample.method), {})[key] = sample
     return grouped
@@ -102,7 +99,7 @@ def _change(suite: str, method: str, sides: list[dict[tuple[str, str], _Samples]
     own = _shared([side[suite, method] for side in sides])
     plain = _shared([side.get((suite, "ar"), {}) for side in sides])
     if method == "ar" or [place(sample) for sample in own[0]] != [place(sample) for sample in plain[0]]:
-        # no AR to take out what made the whole machine slower or faster
+        # without AR there is nothing to cancel machine load with
         plain = [own[0][:0], own[0][:0]]
     over, under = ([own[1], plain[0]], [own[0], plain[1]]) if plain[0] else ([own[1]], [own[0]])
     rates = rate(own[0]), rate(own[1])

@@ -1,4 +1,4 @@
-"""Energy a machine has used, where its platform tells."""
+"""Energy used by the machine, where the platform reports it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _counters() -> tuple[Path, ...]:
 
 
 def joules() -> float | None:
-    """Return a count of the joules that all processor packages have used; it starts anew at times. None if untold."""
+    """Return the joules used by all processor packages so far; the counter wraps around. None if not reported."""
     try:
         return sum(int(counter.read_text("ascii")) for counter in _counters()) / 1e6 if _counters() else None
     except (OSError, ValueError):

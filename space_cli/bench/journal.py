@@ -1,4 +1,4 @@
-"""What is done of a run, on disk at once, so that a run that was cut short can be taken up again."""
+"""The journal of a run: finished prompts are written to disk at once, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Journal:
         self._kept = 0
 
     def resume(self) -> None:
-        """Read what is done; nothing, where there is no file.
+        """Read the finished prompts, if the file exists.
 
         Raises:
             UsageProblem: what is there is another run's, or no journal.
@@ -53,11 +53,11 @@ class Journal:
         if differing:
             raise UsageProblem(
                 f"{self.file} is of a run with other {', '.join(differing)}",
-                hint="give what that run was given, or delete the file to begin anew",
+                hint="give what that run was given, or delete the file to start over",
             )
 
     def __enter__(self) -> Journal:
-        """Open the file behind what is complete in it."""
+        """Open the file for appending after its last complete line."""
         try:
             self._stream = self.file.open("ab")
             self._stream.truncate(self._kept)
@@ -68,7 +68,7 @@ class Journal:
         return self
 
     def add(self, samples: Sequence[Sample]) -> None:
-        """Put the samples of a finished prompt on disk.
+        """Append the samples of a finished prompt.
 
         Raises:
             RunFailed: they could not be written.
@@ -95,5 +95,5 @@ class Journal:
 
 
 def journal_of(record: Path) -> Path:
-    """Return where the journal of a record lies."""
+    """Return the path of a record's journal."""
     return record.with_name(f"{record.name}.partial")

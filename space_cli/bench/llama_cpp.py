@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: decodes the GGUF file that a model came from, or one that it is written as.
+"""llama.cpp as a peer: decodes the GGUF file a model was loaded from, or a file it is converted to.
 
 Tokens are known by their ids alone, so what is written has no vocabulary. `llama_cpp` is no dependency of
 ours: it is imported by name, late, so that mypy finds the same with and without it.
@@ -49,7 +49,7 @@ _running: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, Any]] = weakref.
 
 
 def check(loaded: LoadedModel, sampling: Sampling) -> None:
-    """Refuse what llama.cpp cannot be compared on.
+    """Refuse models and sampling that llama.cpp cannot be compared on.
 
     Raises:
         UsageProblem: its package is not installed, another architecture than Llama's, or not greedy.
@@ -66,7 +66,7 @@ def check(loaded: LoadedModel, sampling: Sampling) -> None:
 
 
 def _unsupported_reason(model: PreTrainedModel) -> str | None:
-    """Return in a few words why a model cannot be converted, or None where it can."""
+    """Return why a model cannot be converted, or None if it can."""
     if type(model).__name__ != "LlamaForCausalLM":
         return f"it is a {type(model).__name__}, and LlamaForCausalLM alone can be converted"
     if model.config.hidden_act != "silu":
@@ -83,14 +83,14 @@ def greedy(loaded: LoadedModel, prompt_ids: Sequence[int], *, max_new_tokens: in
         RunFailed: the file cannot be written, or llama.cpp does not run it.
     """
     llama = _runner(loaded, len(prompt_ids) + max_new_tokens)
-    # else it would keep what the prompt has in common with the one before
+    # otherwise it would reuse the prefix shared with the previous prompt
     llama.reset()
     tokens: Iterator[int] = llama.generate(list(prompt_ids), temp=0.0)
     return tokens
 
 
 def _runner(loaded: LoadedModel, length: int) -> Any:
-    """Return llama.cpp with a model in it and room for `length` tokens, kept until the model goes or needs more."""
+    """Return llama.cpp with the model loaded and a context of at least `length` tokens; cached per model."""
     model = loaded.model
     room, llama = _running.get(model, (0, None))
     if room < length:
@@ -115,7 +115,7 @@ def _runner(loaded: LoadedModel, length: int) -> Any:
                 )
         except ValueError as error:
             raise RunFailed(f"llama.cpp cannot run {file}: {error}", hint="leave llama-cpp out of --methods") from error
-        # when Python tears its modules down, it would be too late
+        # at interpreter shutdown it would be too late
         weakref.finalize(model, llama.close)
         next(llama.generate([0], temp=0.0))
         _running[model] = room, llama
@@ -141,7 +141,7 @@ def _without_amx(package: Any) -> Iterator[None]:
 
 
 def _file(model: PreTrainedModel) -> Path:
-    """Return the GGUF file of a model's very weights, written where it is not there yet."""
+    """Return the GGUF file of these weights; convert them if there is none yet."""
     file = user_cache_path("space") / "gguf" / f"{fingerprint(model)[:8]}-{weights_digest(model)}-{_FILE_FORM}.gguf"
     if file.exists():
         return file

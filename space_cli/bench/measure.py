@@ -1,4 +1,4 @@
-"""A run: every method on every prompt, interleaved, warm-up apart."""
+"""A run: every method answers every prompt, interleaved, after a warm-up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def measure(
     seeds: int = 1,
     done: Collection[tuple[str, str, int]] = (),
 ) -> Iterator[list[Sample]]:
-    """Yield the samples of a prompt, of all its turns and all methods, before the next prompt: drift hits all alike.
+    """Yield the samples prompt by prompt: all turns by all methods, so that a drift of the machine affects all alike.
 
     Later turns follow AR's answers (those of the first method where AR is not among them), so that all methods get
     the same prompts.
@@ -44,7 +44,7 @@ def measure(
     seeded = [(each, seed) for each in planned for seed in range(task.sampling.seed, task.sampling.seed + seeds)]
     for turn, (each, seed) in enumerate(seeded):
         if (each.suite.name, each.prompt.task_id, seed) not in done:
-            # each method takes its turn at being first after the one before it
+            # methods rotate: each prompt starts with the next one
             place = turn % len(methods)
             yield _conversation(each.under_seed(seed), methods, [*methods[place:], *methods[:place]], view)
 

@@ -1,4 +1,4 @@
-"""Methods that answer a prompt: our AR baseline and SPACE, and what others offer for the same model."""
+"""Methods that answer a prompt: our AR baseline, SPACE, and peers that run the same model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from space_cli.bench import llama_cpp
+from space_cli.bench.sweep import sweep_method
 from space_cli.core.drafting import Strategy
 from space_cli.core.engine import embedding_rows
 from space_cli.core.sampling import Sampling
@@ -94,7 +95,7 @@ class Method:
 def _check_draft(loaded: LoadedModel, _sampling: Sampling, draft: LoadedModel | None) -> None:
     if draft is None:
         raise UsageProblem("method 'hf-assisted' drafts with a smaller model", hint="name one with --draft-model")
-    # of masks, which no text has, either may know none
+    # mask tokens do not occur in text, so either tokenizer may lack them
     masks = {*loaded.mask_token_ids, *draft.mask_token_ids}
     differing = {id_ for _, id_ in loaded.tokenizer.get_vocab().items() ^ draft.tokenizer.get_vocab().items()}
     # generate takes another number of rows for another tokenizer
@@ -110,13 +111,13 @@ def _check_llama_cpp(loaded: LoadedModel, sampling: Sampling, _draft: LoadedMode
 
 
 def _exit_layer(model: PreTrainedModel) -> int:
-    """Return behind which layer a draft ends: a quarter of them, as published (LayerSkip, arXiv 2404.16710)."""
+    """Return the layer at which drafting exits: a quarter of the layers, as published (LayerSkip, arXiv 2404.16710)."""
     return max(1, int(model.config.get_text_config().num_hidden_layers) // 4)
 
 
 @torch.inference_mode()
 def _check_early_exit(loaded: LoadedModel, _sampling: Sampling, _draft: LoadedModel | None) -> None:
-    """Find out whether the model's own code ends early where its config says so, which is all that generate does."""
+    """Check that the model's code exits early when its config says so; generate relies on nothing else."""
     model = loaded.model
     config = getattr(getattr(model, model.base_model_prefix, None), "config", None)
     layers = getattr(config, "num_hidden_layers", None)
@@ -139,7 +140,7 @@ def _check_mtp(loaded: LoadedModel, _sampling: Sampling, _draft: LoadedModel | N
 
 
 def _part(name: str, description: str, strategy: Strategy) -> Method:
-    """Return SPACE with a part of its drafts, for the ablation."""
+    """Return SPACE with some of its draft sources only, for the ablation."""
 
     def run(task: Task, on_step: OnStep) -> Generation:
         generation = run_decode(task, task.loaded.drafts(strategy=strategy), on_step)
@@ -211,7 +212,7 @@ METHODS = {
 def choose_methods(
     methods: Sequence[Method], loaded: LoadedModel, *, sampling: Sampling, draft: LoadedModel | None = None
 ) -> tuple[list[Method], dict[str, str]]:
-    """Return those methods that can run this model under this sampling, and why the others cannot, by name.
+    """Return the methods that can run this model under this sampling, and for each other one the reason.
 
     Raises:
         UsageProblem: none can; says why the first cannot.
@@ -240,13 +241,13 @@ def _check(method: Method, loaded: LoadedModel, sampling: Sampling, draft: Loade
 
 
 def chains(sizes: Sequence[int]) -> list[Method]:
-    """Return AR and a method for each k, all in the paper's block, to find out which k pays on this machine."""
+    """Return AR and one method per k, all with the paper's block, to find the fastest k on this machine."""
     return [METHODS["ar"], *[_chain(k) for k in sizes]]
 
 
 def _chain(k: int) -> Method:
     return Method(
-        f"space-k{k}",
+        sweep_method(k),
         f"the paper's block with k = {k}",
         lambda task, on_step: run_decode(task, task.loaded.drafts(k), on_step),
         exact_under_seed=True,

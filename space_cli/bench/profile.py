@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and how far a model call is from what the memory bus allows."""
+"""Profile of model calls: their cost by slots and prefix length, against the memory bandwidth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHORTEST = 256
 
 
 class Profile(BaseModel):
-    """Cost of model calls on the machine at hand.
+    """Cost of model calls on this machine.
 
     Attributes:
         weight_bytes: read by a call of any size; rows of input embeddings alone are looked up, not read whole.
@@ -34,7 +34,7 @@ class Profile(BaseModel):
 
 
 def profile(loaded: LoadedModel) -> Profile:
-    """Time calls of all sizes behind prefixes of growing length, up to the model's context or 4,096 tokens."""
+    """Time calls of all sizes after prefixes of growing length, up to the model's context or 4,096 tokens."""
     limit = min(loaded.context_length or 4096, 4096) - MAX_BLOCK_SLOTS
     lengths, length = [], min(_SHORTEST, limit)
     while length < limit:
@@ -60,7 +60,7 @@ def weight_bytes(loaded: LoadedModel) -> int:
 
 @torch.inference_mode()
 def read_bandwidth(device: torch.device) -> float:
-    """Return the bytes per second at which a device reads its memory, by sums over a quarter of a gibibyte."""
+    """Measure how fast a device reads its memory, in bytes per second, by summing a quarter of a gibibyte."""
     data = torch.ones(_BYTES_READ // 4, device=device)
     best = float("inf")
     for _ in range(_PASSES):

@@ -1,4 +1,4 @@
-"""What an answer is worth by its suite's metric: does the code pass, is the number right, how near is the summary."""
+"""Scores answers by their suite's metric: tests passed, exact number, or ROUGE-L of a summary."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from space_cli.bench import sandbox
 from space_cli.bench.record import Sample
 from space_cli.errors import UsageProblem
-from space_cli.tasks.suites import Metric, Prompt, Suite
+from space_cli.sandbox import contained
+from space_cli.tasks.prompts import Metric, Prompt, Suite
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -28,7 +28,7 @@ _LONGEST_NUMBER = 40
 
 
 def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, str]:
-    """Return the metrics by which answers will not be scored, and why.
+    """Return the metrics that will not be scored, with the reason.
 
     Args:
         metrics: of the suites.
@@ -40,7 +40,7 @@ def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, 
     missing: dict[Metric, str] = {}
     if execute and "pass@1" not in metrics:
         raise UsageProblem("--execute: no suite here has tests", hint="leave it out")
-    if execute and (problem := sandbox.unsupported_reason()) is not None:
+    if execute and (problem := contained.unsupported_reason()) is not None:
         raise UsageProblem(problem, hint="leave --execute out")
     if not execute and "pass@1" in metrics:
         missing["pass@1"] = "answers are run under --execute alone"
@@ -50,7 +50,7 @@ def check(metrics: Collection[Metric | None], *, execute: bool) -> dict[Metric, 
 
 
 def score_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: Collection[Metric]) -> None:
-    """Give samples their scores; answers with the same text to the same prompt are scored once.
+    """Set the score of every sample; equal answers to the same prompt are scored once.
 
     Args:
         samples: of finished answers.
@@ -63,7 +63,7 @@ def score_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: 
         prompt, metric = known[sample.suite, sample.task_id]
         if metric is not None and metric not in missing:
             alike.setdefault((prompt, metric, sample.text), []).append(sample)
-    # each waits for a process of its own
+    # threads suffice: each waits for its own process
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     try:
         for group, (score, outcome) in zip(
@@ -76,7 +76,7 @@ def score_all(samples: Sequence[Sample], suites: Collection[Suite], *, missing: 
 
 
 def score_answer(prompt: Prompt, metric: Metric, text: str) -> tuple[float, str | None]:
-    """Return the score of an answer, 0 to 1, and how the scoring went in one printable line.
+    """Return the score of an answer, 0 to 1, and its outcome in one printable line.
 
     Runs the answer where the metric is "pass@1": ask `check` first. May be called from several threads.
     """
@@ -92,12 +92,12 @@ def score_answer(prompt: Prompt, metric: Metric, text: str) -> tuple[float, str 
 def _passes(prompt: Prompt, text: str) -> tuple[float, str]:
     if prompt.code is None:
         raise ValueError(f"{prompt.task_id} has no tests")
-    outcome = sandbox.run_submission(prompt.code.before + code_of(text) + prompt.code.after)
+    outcome = contained.run_submission(prompt.code.before + code_of(text) + prompt.code.after)
     return float(outcome.passed), outcome.told
 
 
 def code_of(text: str) -> str:
-    """Return the code of an answer: its first fenced block of Markdown, or all of it where none is fenced.
+    """Return the code in an answer: its first fenced Markdown block, or the whole text if there is none.
 
     A bare fence behind indented text, or the only one, closes what the prompt began: the code stands before it.
     Source: the two forms that lm-evaluation-harness takes apart, tasks/humaneval/utils.py and tasks/mbpp/utils.py.

@@ -1,4 +1,4 @@
-"""What comes out of a benchmark: samples, their sums, and the JSON that holds it all."""
+"""The record of a benchmark: samples, sums per suite, and their JSON."""
 
 from __future__ import annotations
 
@@ -98,6 +98,11 @@ class Result(BaseModel):
     metric: str | None = None
     quality: float | None = None
     pass_at_k: dict[int, float] | None = None
+
+    @property
+    def is_whole_suite(self) -> bool:
+        """Whether the row sums up all answers of a suite, repetitive ones and every category included."""
+        return self.outputs == "all" and self.category is None
 
 
 class BenchRecord(Record):

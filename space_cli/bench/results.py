@@ -1,4 +1,4 @@
-"""Sums of a run: what samples amount to, by suite, method and category."""
+"""Sums of a run by suite, method and category."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MIN_FOR_INTERVAL = 5
 def results(
     samples: Sequence[Sample], methods: Sequence[str], metrics: Mapping[str, str] | None = None
 ) -> list[Result]:
-    """Sum samples up per suite and method: all outputs, those that are not repetitive where some are, categories.
+    """Sum samples up per suite and method: all outputs, then without repetitive ones if there are any, then categories.
 
     Args:
         samples: of all suites.
@@ -45,7 +45,7 @@ def results(
 
 
 def place(sample: Sample) -> tuple[str, int, int]:
-    """Return what two methods' answers to the same question have in common."""
+    """Return the key that pairs two methods' answers to the same question."""
     return sample.task_id, sample.turn, sample.seed
 
 
@@ -98,7 +98,7 @@ def _speedup(pairs: Sequence[tuple[Sample, Sample]]) -> float | None:
 
 
 def interval(over: Sequence[Sequence[Sample]], under: Sequence[Sequence[Sample]]) -> tuple[float, float] | None:
-    """Return the middle 95 % of a ratio of tokens per second, were the prompts drawn anew (paired bootstrap).
+    """Return the 95 % bootstrap interval of a ratio of tokens per second over resampled prompts (paired).
 
     Args:
         over: samples of the same prompts in the same order, in each list; their rates are multiplied.
@@ -118,7 +118,7 @@ def interval(over: Sequence[Sequence[Sample]], under: Sequence[Sequence[Sample]]
 
 
 def _drawn_rates(samples: Sequence[Sample], drawn: np.ndarray) -> np.ndarray:
-    """Return the (R,) rates of drawn samples; `drawn`: (R, n) indices."""
+    """Return the (R,) rates of resampled prompts; `drawn`: (R, n) indices."""
     tokens, seconds = np.array([(sample.tokens, sample.seconds) for sample in samples], dtype=np.float64).T
     with np.errstate(divide="ignore", invalid="ignore"):
         rates: np.ndarray = tokens[drawn].sum(axis=1) / seconds[drawn].sum(axis=1)
@@ -147,7 +147,7 @@ def _acceptance(samples: Sequence[Sample]) -> list[float]:
 
 
 def _pass_at_k(samples: Sequence[Sample]) -> dict[int, float] | None:
-    """Return the chance that one of k answers passes, over k, unbiased (arXiv 2107.03374, section 2.1)."""
+    """Return the unbiased pass@k for every k (arXiv 2107.03374, section 2.1)."""
     passed: dict[str, list[bool]] = {}
     for sample in samples:
         passed.setdefault(sample.task_id, []).append(sample.score == 1.0)

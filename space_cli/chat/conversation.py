@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from space_cli.chat.templates import Prefix, Role, Turn, request
 from space_cli.core.stopping import text_behind
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_invalid
 from space_cli.files import atomic_write
 from space_cli.models.registry import located
 
@@ -114,9 +114,7 @@ def load_turns(file: Path) -> tuple[list[Turn], str]:
     except OSError as error:
         raise UsageProblem(f"{file}: {error.strerror or error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise UsageProblem(f"{file}: no saved conversation: {field}: {first['msg']}") from error
+        raise UsageProblem(f"{file}: no saved conversation: {first_invalid(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UsageProblem(f"{file}: no saved conversation: {error}") from error
     return [Turn(turn.role, turn.content) for turn in saved.turns], saved.model

@@ -18,7 +18,7 @@ from space_cli.chat.templates import Prefix, Turn
 from space_cli.core.cache import KVCache
 from space_cli.core.stopping import StopRule, text_behind
 from space_cli.core.stream import Generation, Step
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_invalid
 from space_cli.models.loading import LoadedModel
 from space_cli.records import JsonRecord
 
@@ -33,20 +33,6 @@ class ChatSettings(SamplingSettings):
     live: Literal["text", "steps"] = "text"
     color: Literal["on", "off"] = "on"
 
-    @classmethod
-    def of(cls, **given: Any) -> ChatSettings:
-        """Return settings that were given as options.
-
-        Raises:
-            UsageProblem: one is out of range; names the option.
-        """
-        try:
-            return cls(**given)
-        except ValidationError as error:
-            first = error.errors()[0]
-            option = str(first["loc"][0]).replace("_", "-")
-            raise UsageProblem(f"--{option} {first['input']}: {first['msg']}") from error
-
     def change(self, name: str, value: str) -> None:
         """Set one by its name.
 
@@ -58,7 +44,7 @@ class ChatSettings(SamplingSettings):
         try:
             setattr(self, name, None if (name, value) == ("candidates", "auto") else value)
         except ValidationError as error:
-            raise UsageProblem(f"{name} {value}: {error.errors()[0]['msg']}") from error
+            raise UsageProblem(f"{name} {value}: {first_invalid(error).reason}") from error
 
 
 class Session:

@@ -1,4 +1,4 @@
-"""How an answer looks while it comes and once it is there."""
+"""Views of an answer, while it is generated and when it is complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from space_cli.core.stream import Generation, Step
 
 _SECONDS_PER_FRAME = 0.08
-# a blue and a purple of middling light, to be read on white and on black
+# a blue and a purple of medium lightness, readable on white and on black
 _SHADES = ("color(32)", "color(133)")
 # of 16 colours the nearest to that purple is white
 _BASIC_SHADES = ("cyan", "magenta")
@@ -31,14 +31,14 @@ _COLOURLESS_SHADES = ("underline", "bold")
 
 
 def shades_of(console: Console) -> tuple[str, str]:
-    """Return the two styles in turn of what came out of one step."""
+    """Return the two styles that alternate from step to step."""
     if console.no_color or not console.color_system:
         return _COLOURLESS_SHADES
     return _SHADES if console.color_system in ("256", "truecolor") else _BASIC_SHADES
 
 
 class ShadedText:
-    """An answer's text as far as it is final, tokens of one step shaded alike where they are several."""
+    """The final part of an answer's text; the tokens of a multi-token step share a shade."""
 
     def __init__(self, session: Session, console: Console, prompt_ids: Sequence[int]) -> None:
         from space_cli.core.stopping import TextStream
@@ -49,19 +49,19 @@ class ShadedText:
         self.text = Text()
 
     def add(self, step: Step) -> None:
-        """Add what a step has made final."""
+        """Add the text that a step has made final."""
         self._steps += 1
         style = self._shades[self._steps % 2] if len(step.tokens) > 1 else ""
         self.text.append_text(plain("".join(map(self._stream.push, step.tokens)), style=style))
 
     def finish(self) -> None:
-        """Add what was held back; empty lines at the end tell nobody anything."""
+        """Add the text held back so far; drop empty lines at the end."""
         self.text.append_text(plain(self._stream.flush()))
         self.text.rstrip()
 
 
 class PlainAnswer:
-    """Text as it comes on standard output, without a control character of ours."""
+    """Streams text to standard output without control characters of ours."""
 
     def __init__(self, session: Session, prompt_ids: Sequence[int]) -> None:
         from space_cli.core.stopping import TextStream
@@ -86,7 +86,7 @@ class PlainAnswer:
 
 
 class LiveAnswer(PlainAnswer):
-    """Draws the newest lines while they come, tokens of one step shaded alike, and leaves the whole answer behind."""
+    """Draws the newest lines while the answer is generated, shaded by step, then prints the whole answer."""
 
     def __init__(self, session: Session, console: Console, prompt_ids: Sequence[int]) -> None:
         super().__init__(session, prompt_ids)
@@ -123,7 +123,7 @@ class LiveAnswer(PlainAnswer):
 
 
 class StepsAnswer(PlainAnswer):
-    """One line a model call: how many guesses it checked, which of them were right, and the model's own token."""
+    """Prints one line per model call: candidates checked, which were accepted, and the model's own token."""
 
     def __init__(self, session: Session, console: Console, prompt_ids: Sequence[int]) -> None:
         super().__init__(session, prompt_ids)
@@ -154,7 +154,7 @@ class StepsAnswer(PlainAnswer):
         checked = f"{step.accepted}/{len(step.candidates)}" if step.candidates else ""
         own = step.tokens[step.accepted :]
         tokens = [Text.assemble("+", (self._shown(token), "green")) for token in step.tokens[: step.accepted]]
-        # what stood behind a wrong guess was never looked at
+        # candidates after a rejected one were never checked
         wrong = dict.fromkeys(step.rejected) if own else ()
         tokens += [Text.assemble("-", (self._shown(token), "red strike")) for token in wrong]
         tokens += [Text.assemble(">", (self._shown(token), "bold")) for token in own]
@@ -171,9 +171,9 @@ class StepsAnswer(PlainAnswer):
 
 
 def greeting(session: Session, console: Console) -> Text:
-    """Return what the model does in a call, in the shades in which it will be seen."""
+    """Return the introduction of a chat: what a model call does, in the shades used later."""
     if session.settings.mode == "ar":
-        return Text("Each model call brings one token.", style="dim")
+        return Text("Each model call yields one token.", style="dim")
     one, other = shades_of(console)
     loaded = session.loaded
     told = Text.assemble(
@@ -196,7 +196,7 @@ def view_of(session: Session, console: Console, prompt_ids: Sequence[int]) -> Pl
 
 
 def summary(session: Session, generation: Generation, *, speedup: float | None, context: str) -> str:
-    """Return the lines below an answer: what came of how many model calls, and by SPACE what each call brought."""
+    """Return the lines below an answer: tokens, model calls and speed, and for SPACE the tokens per call."""
     tally = tally_of([generation])
     parts = [counted(tally), f"{tally.rate:.0f} tokens/s"]
     if speedup is not None:
@@ -209,9 +209,9 @@ def summary(session: Session, generation: Generation, *, speedup: float | None, 
     if session.settings.mode == "ar":
         return line
     is_guessed = any(step.candidates for step in generation.steps)
-    return f"{line}\n{'no guess was right' if is_guessed else 'no guess seemed worth its time'}"
+    return f"{line}\n{'no guess was right' if is_guessed else 'drafting was not expected to pay'}"
 
 
 def counted(tally: Tally) -> str:
-    """Return how many model calls brought how many tokens."""
+    """Return tokens, model calls and tokens per call as text."""
     return f"{tally.tokens} tokens in {tally.steps} model calls, {tally.tokens / tally.steps:.2f} per call"

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from space_cli.errors import SpaceError
+from space_cli.errors import SpaceError, first_line
 
 _EXIT_CODES = "Exit codes: 0 done; 1 a check failed; 2 wrong use or bad input; 3 the run failed; 130 interrupted."
 
@@ -57,7 +57,7 @@ def _root(
     if debug:
         os.environ["SPACE_DEBUG"] = "1"
     if not os.environ.get("SPACE_DEBUG"):
-        # a library's warning is for who writes programs; behind whatever is asked by -W or PYTHONWARNINGS
+        # library warnings are for developers; -W and PYTHONWARNINGS take precedence
         warnings.simplefilter("ignore", append=True)
 
 
@@ -98,7 +98,7 @@ def run(arguments: Sequence[str]) -> int:
         returned = app(args=list(arguments), prog_name="space", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        # the reader has gone (as with `| head`); what is left of the buffer must not fail again at exit
+        # the reader has closed the pipe (as `| head` does); flushing at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:  # noqa: BLE001  # the single place where errors become a line and an exit code
@@ -119,7 +119,7 @@ def _told(error: BaseException) -> tuple[str, int]:
 
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) else 3
-    # what a command adds to any error: what is kept, and how to go on
+    # notes that commands add to errors: what was kept, and how to resume
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return visible(f"space: interrupted{notes}"), _INTERRUPTED
@@ -134,13 +134,13 @@ def _told(error: BaseException) -> tuple[str, int]:
         return visible(f"space: the disk is full: {getattr(error, 'filename', None) or 'a file was cut off'}{notes}"), 3
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"space: out of memory; use a smaller model, --quantization, or a lower --max-new-tokens{notes}", 3
-    first = (str(error).strip().splitlines() or [""])[0]
-    line = f"space: {type(error).__name__}: {first}{notes} (rerun with `space --debug ...` for the traceback)"
+    what = f"{type(error).__name__}: {first_line(error)}"
+    line = f"space: {what}{notes} (rerun with `space --debug ...` for the traceback)"
     return visible(line), 3
 
 
 def _is_full_disk(error: BaseException) -> bool:
-    """Say whether there was no room; safetensors and torch tell it in words only."""
+    """Return whether the disk is full; safetensors and torch say so only in their message."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in codes

@@ -1,18 +1,17 @@
-"""The report of `space bench`: what the run shows in a sentence, tables, plots, and answers step by step."""
+"""The report of `space bench`: headline, tables, plots, and answers step by step."""
 
 from __future__ import annotations
 
-import html
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from space_cli.cli.console import visible
+from space_cli.cli.columns import cells, page_columns, quality, speedup
 from space_cli.cli.headline import headline, remarks, subject
 from space_cli.cli.page import Folded, Group, Html, Part, code, escaped, fenced, table
 from space_cli.cli.plots import plots
-from space_cli.cli.tables import how, identical
+from space_cli.cli.tables import how
 
 if TYPE_CHECKING:
     from space_cli.bench.record import BenchRecord, Result, Sample
@@ -58,59 +57,18 @@ def _results(results: Sequence[Result]) -> list[Part]:
 
 
 def _result_table(rows: Sequence[Result]) -> str:
-    metric = next((row.metric for row in rows if row.metric is not None), None)
-    judged = [metric, *(f"pass@{k}" for k in _tries(rows))] if metric is not None else []
-    rest = ("identical", "tok/step", "tok/s", "decode", "first", "prompts", "tokens", "steps")
-    baseline = next((row for row in rows if row.method == "ar"), None)
-    cells = [
-        [
-            row.method,
-            _speedup(row),
-            *([_quality(row, baseline)] if metric is not None else []),
-            *(f"{row.pass_at_k[k]:.3f}" if row.pass_at_k else "-" for k in _tries(rows)),
-            identical(row),
-            f"{row.tokens_per_step:.2f}",
-            f"{row.tokens_per_second:.1f}",
-            "-" if row.decode_tokens_per_second is None else f"{row.decode_tokens_per_second:.1f}",
-            f"{row.first_token_seconds * 1e3:.0f} ms",
-            row.prompts,
-            row.tokens,
-            row.steps,
-        ]
-        for row in rows
-    ]
-    return table(["method", "speedup", *judged, *rest], cells, figures=True)
-
-
-def _tries(rows: Sequence[Result]) -> list[int]:
-    """Return the k above 1 for which all rows have a pass@k: the powers of two, and the last."""
-    ks = [k for row in rows for k in (row.pass_at_k or {})]
-    return [k for k in dict.fromkeys(ks) if k > 1 and (k & (k - 1) == 0 or k == max(ks))]
-
-
-def _speedup(row: Result) -> str:
-    if row.speedup is None:
-        return "-"
-    if row.speedup_interval is None or row.method == "ar":
-        return f"{row.speedup:.2f}"
-    return "{:.2f} [{:.2f}, {:.2f}]".format(row.speedup, *row.speedup_interval)
-
-
-def _quality(row: Result, baseline: Result | None) -> str:
-    if row.quality is None:
-        return "-"
-    beside = f" ({baseline.quality:.3f})" if baseline is not None and baseline.quality is not None else ""
-    return f"{row.quality:.3f}{beside if row is not baseline else ''}"
+    columns = page_columns(rows)
+    return table([each.heading for each in columns], [cells(columns, row) for row in rows], figures=True)
 
 
 def _categories(results: Sequence[Result]) -> list[Part]:
     """Return speedups, and scores where there are any, by category and method."""
     if not results:
         return []
-    parts: list[Part] = ["Speedup by category, all answers:", _by_category(results, _speedup, without="ar")]
+    parts: list[Part] = ["Speedup by category, all answers:", _by_category(results, speedup, without="ar")]
     metric = next((result.metric for result in results if result.metric is not None), None)
     if metric is not None:
-        parts += [f"{escaped(metric)} by category:", _by_category(results, lambda row: _quality(row, None))]
+        parts += [f"{escaped(metric)} by category:", _by_category(results, quality)]
     return parts
 
 
@@ -130,10 +88,9 @@ def _plots(report: BenchRecord) -> list[Part]:
     if not drawn:
         return []
     can_draw = find_spec("matplotlib") is not None
-    missing = Html("<p>Plots need matplotlib: <code>pip install 'space-decoding[plot]'</code></p>\n")
     return [
         "## Where the speed comes from",
-        *([] if can_draw else [missing]),
+        *([] if can_draw else [Html("figure.html", {})]),
         Group("plots", [Group("plot", _figure(plot, can_draw=can_draw)) for plot in drawn]),
     ]
 
@@ -141,13 +98,11 @@ def _plots(report: BenchRecord) -> list[Part]:
 def _figure(plot: Plot, *, can_draw: bool) -> list[Part]:
     from space_cli.cli.drawing import inline_svg
 
-    caption = f"<figcaption>{html.escape(visible(plot.caption))}</figcaption>"
     rows = [[first if first.isdigit() else code(first), *rest] for first, *rest in plot.rows]
     figures = Folded(f"{plot.title}, in figures", [table(plot.headings, rows, figures=True)])
     if not can_draw:
         return [figures]
-    shown = f"<h3>{html.escape(plot.title)}</h3>\n<figure>{inline_svg(plot)}\n{caption}</figure>\n"
-    return [Html(shown), figures]
+    return [Html("figure.html", {"title": plot.title, "svg": inline_svg(plot), "caption": plot.caption}), figures]
 
 
 def _answers(report: BenchRecord) -> list[Part]:
@@ -155,20 +110,15 @@ def _answers(report: BenchRecord) -> list[Part]:
     own = [sample for sample in report.samples if sample.method == method and sample.text_by_step]
     if not own:
         return []
-    legend = "".join(f'<span class="step-{shade}">tokens of a step</span>' for shade in range(_SHADES))
-    what = (
-        f"<p>What <code>{html.escape(visible(method or ''))}</code> wrote, a shade for each model call:"
-        f' <span class="answer">{legend}<del>rejected guess</del></span>. A guess is struck through behind the step in'
-        " which the model wanted another token.</p>"
-    )
-    parts: list[Part] = [Html(f"<h2>Answers</h2>\n{what}\n")]
     speedups = _prompt_speedups(report.samples, own)
+    suites = {}
     for suite in dict.fromkeys(sample.suite for sample in own):
         picked = _picked([sample for sample in own if sample.suite == suite], speedups)
-        parts.append(Html(f"<h3><code>{html.escape(visible(suite))}</code></h3>\n"))
-        for number, (why, sample) in enumerate(picked):
-            parts.append(_answer(why, sample, speedups.get(id(sample)), is_open=number == 0))
-    return parts
+        suites[suite] = [
+            {"summary": _summary(why, sample, speedups.get(id(sample))), "steps": _steps(sample)}
+            for why, sample in picked
+        ]
+    return [Html("answers.html", {"method": method, "shades": _SHADES, "suites": suites})]
 
 
 def _prompt_speedups(samples: Sequence[Sample], own: Sequence[Sample]) -> dict[int, float]:
@@ -200,7 +150,8 @@ def _picked(own: Sequence[Sample], speedups: Mapping[int, float]) -> list[tuple[
     return [(", ".join(why), by_id[found]) for found, why in whys.items()]
 
 
-def _answer(why: str, sample: Sample, speedup: float | None, *, is_open: bool) -> Html:
+def _summary(why: str, sample: Sample, speedup: float | None) -> str:
+    """Return the line that opens an answer."""
     named = [sample.task_id]
     named += [f"turn {sample.turn + 1}"] if sample.turn else []
     named += [f"seed {sample.seed}"] if sample.seed else []
@@ -211,31 +162,27 @@ def _answer(why: str, sample: Sample, speedup: float | None, *, is_open: bool) -
         facts.append("identical" if sample.identical else "NOT identical")
     facts += ["repetitive"] if sample.repetitive else []
     facts += [sample.outcome] if sample.outcome else []
-    summary = " ".join(f"{', '.join(named)} ({why}): {', '.join(facts)}".split())
-    return Html(
-        f"<details{' open' if is_open else ''}><summary>{html.escape(visible(summary))}</summary>\n"
-        f'<pre class="answer" tabindex="0">{_steps(sample)}</pre></details>\n'
-    )
+    return " ".join(f"{', '.join(named)} ({why}): {', '.join(facts)}".split())
 
 
-def _steps(sample: Sample) -> str:
-    """Return an answer with the tokens of each step in a shade, and behind them what was rejected there."""
+def _steps(sample: Sample) -> list[dict[str, Any]]:
+    """Return the text of each step, and what was rejected there."""
     rejected = [*sample.rejected_by_step, *[[]] * len(sample.text_by_step)]
     counts = [*sample.tokens_by_step, *[0] * len(sample.text_by_step)]
-    pieces = []
-    for step, (text, wrong, count) in enumerate(zip(sample.text_by_step, rejected, counts, strict=False)):
-        title = f"step {step + 1}: {count} {'token' if count == 1 else 'tokens'}"
-        shown = html.escape(visible(text))
-        pieces.append(f'<span class="step-{step % _SHADES}" title="{title}">{shown}</span>')
-        pieces += [f'<del title="rejected in step {step + 1}">{_rejected(each)}</del>' for each in wrong]
-    # a parser drops the first newline of a <pre>
-    return "\n" + "".join(pieces)
+    return [
+        {
+            "text": text,
+            "title": f"{count} {'token' if count == 1 else 'tokens'}",
+            "rejected": [_on_one_line(guess) for guess in wrong],
+        }
+        for text, wrong, count in zip(sample.text_by_step, rejected, counts, strict=False)
+    ]
 
 
-def _rejected(text: str) -> str:
+def _on_one_line(text: str) -> str:
     """Return a rejected guess on one line, spaces at its ends visible."""
-    shown = visible(text).replace("\n", "↵").replace("\t", "⇥")
-    return html.escape(shown if shown.strip() else "␣" * len(shown)) or "∅"
+    shown = text.replace("\n", "↵").replace("\t", "⇥")
+    return (shown if shown.strip() else "␣" * len(shown)) or "∅"
 
 
 def _made(report: BenchRecord) -> list[Part]:

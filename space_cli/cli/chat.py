@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import Field
 
 from space_cli.cli import options
+from space_cli.cli.groups import grouped
 from space_cli.cli.texts import with_corpora, with_past_answers
 from space_cli.errors import Interrupted, UsageProblem
 from space_cli.text import prose, well_formed
@@ -31,20 +33,10 @@ _Prompt = Annotated[
     str | None,
     typer.Option("--prompt", "-p", help="Answer this and leave; what is piped in follows it. - is standard input."),
 ]
-_Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the model goes on behind the prompt.")]
-_System = Annotated[str | None, typer.Option("--system", help="What the model is told before all else.")]
+_Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the model continues the prompt.")]
+_System = Annotated[str | None, typer.Option("--system", help="System prompt.")]
 _SystemFile = Annotated[
     Path | None, typer.Option("--system-file", callback=options.at_home, help="The same, from a file.")
-]
-_Mode = Annotated[
-    Literal["space", "ar"],
-    typer.Option("--mode", help="space, or one token at a time."),
-]
-_Context = Annotated[
-    Literal["stop", "shift"], typer.Option("--context", help="When it is full: stop, or drop the oldest turns.")
-]
-_Live = Annotated[
-    Literal["text", "steps"], typer.Option("--live", help="Show the answer, or every step with what was guessed.")
 ]
 _Continue = Annotated[bool, typer.Option("--continue", "-c", help="Go on with the newest conversation.")]
 _Load = Annotated[
@@ -52,51 +44,66 @@ _Load = Annotated[
 ]
 _Schema = Annotated[
     Path | None,
-    typer.Option(
-        "--schema", callback=options.at_home, help="Answers are JSON that the JSON schema in this file holds for."
-    ),
+    typer.Option("--schema", callback=options.at_home, help="Answers are JSON that matches the schema in this file."),
 ]
 _JsonMode = Annotated[bool, typer.Option("--json-mode", help="Answers are JSON objects.")]
 _Stats = Annotated[bool, typer.Option("--stats", help="Say on standard error what one answer cost.")]
 
 
+class AnswerOptions(options.SamplingOptions):
+    """How a chat answers, and how it looks: what `/set` changes."""
+
+    max_new_tokens: options.MaxNewTokens = 512
+    candidates: Annotated[options.Candidates, Field(ge=1)] = None
+    mode: Literal["space", "ar"] = Field("space", description="space, or one token at a time.")
+    context: Literal["stop", "shift"] = Field("stop", description="When it is full: stop, or drop the oldest turns.")
+    live: Literal["text", "steps"] = Field("text", description="Show the answer, or every step with what was guessed.")
+
+
+class ChatModelOptions(options.LoadOptions):
+    """How the models of a chat are loaded, what runs them, and what they copy from."""
+
+    engine: options.Engine = "auto"
+    corpus: options.Corpus = None
+    memory: options.Memory = True
+
+    def prepared(self, name: str, *, revision: str | None, quiet: bool) -> LoadedModel:
+        """Load a model with its engine and texts; the first answer measures step costs, so the prompt comes sooner."""
+        from space_cli.cli.console import err, plain
+        from space_cli.cli.live import COMPILING
+        from space_cli.models.engines import prepare
+
+        def compiling() -> None:
+            if not quiet:
+                err().print(plain(COMPILING), soft_wrap=True)
+
+        loaded = prepare(self.load(name, revision=revision), engine=self.engine, on_compile=compiling)
+        return with_corpora(with_past_answers(loaded, kept=True) if self.memory else loaded, self.corpus, quiet=quiet)
+
+
+@grouped
 def chat(
+    *,
     model: options.Model = None,
     prompt: _Prompt = None,
     raw: _Raw = False,
     system: _System = None,
     system_file: _SystemFile = None,
     template: options.Template = None,
-    mode: _Mode = "space",
-    candidates: options.Candidates = None,
-    corpus: options.Corpus = None,
-    memory: options.Memory = True,
-    max_new_tokens: options.MaxNewTokens = 512,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = 0,
     schema: _Schema = None,
     json_mode: _JsonMode = False,
-    context: _Context = "stop",
-    live: _Live = "text",
     go_on: _Continue = False,
     load: _Load = None,
     stats: _Stats = False,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    quantization: options.Quantization = "none",
-    engine: options.Engine = "auto",
-    models_file: options.ModelsFile = None,
+    answers: AnswerOptions,
+    models: ChatModelOptions,
     revision: options.Revision = None,
-    json: options.Json = None,
+    json_file: options.Json = None,
     quiet: options.Quiet = False,
 ) -> int:
     """Talk with a model; with --prompt or piped input, answer once and leave."""
     text = _one_prompt(prompt)
-    if text is None and json is not None:
+    if text is None and json_file is not None:
         raise UsageProblem("--json needs a prompt", hint="give --prompt TEXT, or pipe it in")
     if raw and template is not None:
         raise UsageProblem("--raw and --template exclude each other")
@@ -107,56 +114,26 @@ def chat(
     if partner and model is not None and not quiet and _differ(partner, model):
         _say(f"the conversation was with {partner}; {model} goes on with it")
     # a conversation goes on with the model it was had with
-    model = options.named_model(model or partner, quiet=quiet)
+    chosen = options.named_model(model or partner, quiet=quiet)
 
     from space_cli.cli.console import err, is_screen, plain, quiet_libraries
 
-    console = err()
-    loading = console.status(plain(f"loading {model}")) if is_screen(console) and not quiet else nullcontext()
+    loading = err().status(plain(f"loading {chosen}")) if is_screen(err()) and not quiet else nullcontext()
     with loading, _without_collecting():
         quiet_libraries()
 
         from space_cli.chat.session import ChatSettings, Session
-        from space_cli.cli.live import COMPILING
-        from space_cli.models.engines import prepare
-        from space_cli.models.loading import load_model
-
-        def compiling() -> None:
-            if not quiet:
-                console.print(plain(COMPILING), soft_wrap=True)
 
         def loaded_by(name: str) -> LoadedModel:
-            loaded = load_model(
-                name,
-                models_file=models_file,
-                dtype=dtype,
-                device=device,
-                quantization=quantization,
-                revision=revision if name == model else None,
-            )
-            # what steps cost is measured once an answer needs it: the prompt comes sooner
-            loaded = prepare(loaded, engine=engine, on_compile=compiling)
-            return with_corpora(with_past_answers(loaded, kept=True) if memory else loaded, corpus, quiet=quiet)
+            return models.prepared(name, revision=revision if name == chosen else None, quiet=quiet)
 
-        loaded = loaded_by(model)
-        settings = ChatSettings.of(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            candidates=candidates,
-            mode=mode,
-            context=context,
-            live=live,
-        )
-        session = Session(loaded, settings, template="{}" if raw else template, turns=turns, schema=form)
+        settings = ChatSettings(**answers.model_dump())
+        template = "{}" if raw else template
+        session = Session(loaded_by(chosen), settings, template=template, turns=turns, schema=form)
         if system:
             session.chat.system = system
     if text is not None:
-        return _answer_once(session, text, json=json, stats=stats, quiet=quiet)
+        return _answer_once(session, text, json=json_file, stats=stats, quiet=quiet)
     return _converse(session, loaded_by, state)
 
 
@@ -261,7 +238,7 @@ def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, 
     except KeyboardInterrupt as error:
         raise Interrupted("interrupted") from error
     finally:
-        # what came is kept, whatever ended it
+        # tokens generated so far are kept, whatever ended the answer
         if generation.steps:
             write_record(record_of(session, asked, generation), json)
     session.conclude(asked, generation)

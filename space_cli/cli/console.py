@@ -1,4 +1,4 @@
-"""Streams and what may be written to them.
+"""Output streams, and what may be written to them.
 
 Standard output holds the answer or the data, standard error progress, notes and errors. Text made by a model or read
 from a file is untrusted: `visible` turns what a terminal would obey into what a person can see.
@@ -37,13 +37,13 @@ def plain(text: str, style: str = "") -> Text:
 
 
 def print_wrapped(console: Console, text: Text) -> None:
-    """Print a text of ours, in a terminal broken between words."""
+    """Print a text of ours; a terminal wraps it between words."""
     console.print(text, soft_wrap=not is_screen(console))
 
 
 @contextmanager
 def unechoed() -> Iterator[None]:
-    """Keep what is typed meanwhile out of what is drawn; the next prompt reads it."""
+    """Do not echo keys typed meanwhile; the next prompt reads them."""
     if not sys.stdin.isatty() or find_spec("termios") is None:
         yield
         return
@@ -58,9 +58,8 @@ def unechoed() -> Iterator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
-# what a bar, a rule or an ellipsis is drawn with where only ASCII can be written
 def echo_json(text: str) -> None:
-    """Write JSON to standard output; what its encoding lacks is escaped as JSON escapes it."""
+    """Write JSON to standard output; characters its encoding lacks are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         text.encode(encoding)
@@ -76,7 +75,7 @@ def _json_escape(found: re.Match[str]) -> str:
 
 
 def is_screen(console: Console) -> bool:
-    """Return whether a person sees the console as it is drawn, so that the cursor may be moved.
+    """Return whether the console is an interactive terminal, where the cursor can be moved.
 
     FORCE_COLOR and TTY_COMPATIBLE ask for colour where there is no terminal, as in the log of a CI run.
     """
@@ -94,7 +93,7 @@ def err() -> Console:
 
 
 def quiet_libraries() -> None:
-    """Keep the model libraries' notes, warnings and bars from breaking ours; a download keeps its bar in a terminal.
+    """Silence the model libraries' notes, warnings and bars; a download keeps its bar in a terminal.
 
     With --debug what they note and warn of is shown.
     """
@@ -106,7 +105,7 @@ def quiet_libraries() -> None:
     if not debug:
         if logging.lastResort is not None:  # where loggers without a handler of their own write
             logging.lastResort.setLevel(logging.ERROR)
-        # bitsandbytes tells which of its kernels are absent, whether they are wanted or not
+        # bitsandbytes warns of missing kernels even if they are not used
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
     from huggingface_hub.utils.tqdm import enable_progress_bars

@@ -1,7 +1,7 @@
-"""How plots look, and how they get into a file or a page.
+"""Style of plots, and how they are written to a file or a page.
 
 A plot is drawn in light colours, for a file of its own and for a page alike; in a page each colour becomes a CSS
-variable that `page.css` sets for dark. A line has a marker of its own besides its colour.
+variable that `templates/page.css` sets for dark. A line has a marker of its own besides its colour.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
 PAPER, INK, GRID = "#ffffff", "#1f2328", "#d1d9e0"
-# told apart by most colour-blind eyes, and three times as dark as the paper
+# distinguishable with most colour blindness, contrast of at least 3 to the paper
 _SERIES = ("#0072b2", "#d55e00", "#117733", "#aa3377", "#8c6d00", "#332288", "#0e7c86")
 _VARIABLES = {PAPER: "--paper", INK: "--ink", GRID: "--grid"} | {
     colour: f"--series-{number}" for number, colour in enumerate(_SERIES, start=1)
@@ -187,7 +187,7 @@ def _drawing(width: float, height: float) -> Iterator[Any]:
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """Return a look for each name; seven colours and eight markers make 56 before two are alike."""
+    """Return a style for each name; seven colours and eight markers make 56 distinct ones."""
     looks = zip(cycle(_SERIES), cycle(_MARKERS), strict=False)
     return {name: Style(*look) for name, look in zip(dict.fromkeys(names), looks, strict=False)}
 

@@ -1,11 +1,12 @@
-"""What a benchmark shows, in sentences: the worst as plainly as the best."""
+"""A benchmark in sentences: the worst result as plainly as the best."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from space_cli.cli.plots import is_sweep, sweep_k
+from space_cli.bench.sweep import fastest_k, sweep_method
+from space_cli.cli.plots import is_sweep
 
 if TYPE_CHECKING:
     from space_cli.bench.record import BenchRecord, Result
@@ -18,11 +19,11 @@ Name = Callable[[str], str]
 
 
 def subject(report: BenchRecord) -> str | None:
-    """Return the method that a report is about: space, a sweep's best k on its first suite, or the first beside ar."""
+    """Return the method that a report is about: a sweep's fastest k, else space, else the first beside ar."""
     methods = list(dict.fromkeys(result.method for result in report.results))
     if is_sweep(report):
-        speeds = {result.method: result.speedup or 0.0 for result in reversed(_whole(report))}
-        return max((name for name in speeds if sweep_k(name) is not None), key=lambda name: speeds[name], default=None)
+        k = fastest_k(report.results)
+        return None if k is None else sweep_method(k)
     others = [name for name in methods if name != "ar"]
     return "space" if "space" in others else next(iter([*others, *methods]), None)
 
@@ -37,7 +38,7 @@ def headline(report: BenchRecord, *, name: Name = str) -> str:
     if not timed or method == "ar":
         row = rows[0]
         return (
-            f"{name(method)} brings {row.tokens_per_second:.1f} tokens per second on {name(row.suite)},"
+            f"{name(method)} reaches {row.tokens_per_second:.1f} tokens per second on {name(row.suite)},"
             f" {row.tokens_per_step:.2f} per step; no speedup without another method and ar"
         )
     if len(timed) == 1:
@@ -52,7 +53,7 @@ def headline(report: BenchRecord, *, name: Name = str) -> str:
 
 
 def _whole(report: BenchRecord) -> list[Result]:
-    return [row for row in report.results if row.outputs == "all" and row.category is None]
+    return [row for row in report.results if row.is_whole_suite]
 
 
 def _speedup(row: Result) -> float:
@@ -69,7 +70,7 @@ def _holds_one(row: Result) -> bool:
 
 
 def _beside(report: BenchRecord, row: Result) -> str:
-    """Return the figure without repetitive answers, where it is another."""
+    """Return the figure without repetitive answers, if there is one."""
     for other in report.results:
         same = (other.suite, other.method, other.category) == (row.suite, row.method, None)
         if same and other.outputs != "all" and other.speedup is not None:
@@ -87,7 +88,7 @@ def _equal(rows: list[Result]) -> str:
 
 
 def remarks(report: BenchRecord, *, name: Name = str) -> Iterator[str]:
-    """Yield what a reader of the headline should know beside it, a paragraph each, as Markdown."""
+    """Yield remarks on the headline as Markdown, one paragraph each."""
     method = subject(report)
     rows = [row for row in report.results if row.method == method and row.speedup is not None and method != "ar"]
     if rows:
@@ -96,7 +97,7 @@ def remarks(report: BenchRecord, *, name: Name = str) -> Iterator[str]:
             yield f"Best: {_figure(best, name)}. Worst: {_figure(worst, name)}."
         elif _bounds(worst)[1] < 1:
             yield "That is slower than ar."
-        unsure = [row for row in rows if row.outputs == "all" and row.category is None and _holds_one(row)]
+        unsure = [row for row in rows if row.is_whole_suite and _holds_one(row)]
         if unsure:
             places = ", ".join("{} ({:.2f} to {:.2f})".format(name(row.suite), *_bounds(row)) for row in unsure)
             yield f"Too close to call, since the 95 % interval holds 1: {places}."
@@ -114,7 +115,7 @@ def _figure(row: Result, name: Name) -> str:
 
 
 def _faster(report: BenchRecord, method: str | None, name: Name) -> Iterator[str]:
-    """Yield where another method beat the one the report is about."""
+    """Yield where another method was faster than the report's subject."""
     if is_sweep(report):
         return
     beaten = []

@@ -1,4 +1,4 @@
-"""What a person sees while methods answer prompts, in `space bench` and `space verify-lossless`."""
+"""Views of a run of `space bench` or `space verify-lossless`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from rich.cells import chop_cells
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from space_cli.cli.console import err, is_screen, plain, visible
@@ -34,7 +35,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 @dataclass
 class Tally:
-    """What steps have brought so far."""
+    """Running totals of steps."""
 
     tokens: int = 0
     steps: int = 0
@@ -82,7 +83,7 @@ class RunView:
             self.note(f"left out: {what}: {why}")
 
     def note(self, text: str) -> None:
-        """Say what is going on beside the answers."""
+        """Say what is going on besides the answers."""
         if not self._quiet:
             self._console.print(plain(text), soft_wrap=True)
 
@@ -92,7 +93,7 @@ class RunView:
         self._unit = unit
         self._tallies = {name: Tally() for name in methods}
         self._total = total
-        self._last_line = time.monotonic()  # what was done before, as loading, calls for no line
+        self._last_line = time.monotonic()  # loading before this point needs no line
 
     def __enter__(self) -> RunView:
         """Start showing."""
@@ -126,7 +127,7 @@ class RunView:
 
 
 class LiveRunView(RunView):
-    """Draws progress, the text being written and what steps bring; between steps only, at most 8 times a second."""
+    """Draws progress, the current text and the tokens per step; redraws between steps, at most 8 times a second."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, quiet=False)
@@ -134,11 +135,25 @@ class LiveRunView(RunView):
         self._text = Text()
         self._task = self._method = ""
         self._stream: TextStream | None = None
-        self._begun = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.description}", markup=False),
+            BarColumn(bar_width=max(10, min(40, console.width - 50)), complete_style="green"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[model]}", "dim", markup=False, table_column=Column(no_wrap=True, ratio=1)),
+            console=console,
+            expand=True,
+        )
+        self._bar_task = self._bar.add_task("", start=False, total=1, model="")
+
+    def begin(self, loaded: LoadedModel, methods: list[str], total: int, *, unit: str = "prompts") -> None:
+        """Take what the run is about, for the bar too."""
+        super().begin(loaded, methods, total, unit=unit)
+        model = f"{visible(loaded.name)} {loaded.dtype} {loaded.device}"
+        self._bar.update(self._bar_task, description=unit, total=total, model=model)
 
     def __enter__(self) -> LiveRunView:
         """Start drawing."""
-        self._begun = time.monotonic()
+        self._bar.start_task(self._bar_task)
         self._live = Live(console=self._console, auto_refresh=False, transient=True, get_renderable=self._render)
         self._live.start(refresh=True)
         return self
@@ -168,7 +183,8 @@ class LiveRunView(RunView):
             self._drawn = time.monotonic()
 
     def _prompt_done(self) -> None:
-        """Draw instead of printing lines."""
+        """Move the bar instead of printing a line."""
+        self._bar.update(self._bar_task, completed=self._prompts)
 
     def _render(self) -> Group:
         size = self._console.size
@@ -176,24 +192,7 @@ class LiveRunView(RunView):
         body = newest_lines(self._text, size.width - 4, height)
         title = plain(f"{self._method}  {self._task}")
         panel = Panel(body, title=title, title_align="left", height=height + 2)
-        return Group(self._progress(size.width), panel, self._methods())
-
-    def _progress(self, columns: int) -> Text:
-        done = self._prompts / self._total if self._total else 0.0
-        elapsed = time.monotonic() - self._begun
-        left = f"{_clock(elapsed / done - elapsed)} left" if done else ""
-        width = max(10, min(40, columns - 50))
-        filled = round(done * width)
-        name = f"{visible(self._loaded.name)} {self._loaded.dtype} {self._loaded.device}"
-        return Text.assemble(
-            f"{self._prompts}/{self._total} {self._unit} ",
-            ("━" * filled, "green"),
-            ("─" * (width - filled), "dim"),
-            f" {left}  ",
-            (name, "dim"),
-            no_wrap=True,
-            overflow="ellipsis",
-        )
+        return Group(self._bar, panel, self._methods())
 
     def _methods(self) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -233,7 +232,7 @@ def _broken(line: Text, width: int) -> Iterable[Text]:
 
 
 def without_masks(settings: Mapping[str, Any]) -> list[str]:
-    """Say what SPACE drafts from on a model that was not trained for it, and how to train masks; else nothing."""
+    """Return a line about drafting without masks, and how to train them; nothing for a model with masks."""
     model = settings["model"]
     if settings.get("masks_per_group") != 0 or "space" not in settings.get("methods", ("space",)):
         return []
@@ -244,7 +243,7 @@ def without_masks(settings: Mapping[str, Any]) -> list[str]:
 
 
 def tally_of(generations: Iterable[Generation]) -> Tally:
-    """Return what the steps of some answers brought."""
+    """Return the totals of several answers' steps."""
     tally = Tally()
     for generation in generations:
         for step in generation.steps:
@@ -253,7 +252,7 @@ def tally_of(generations: Iterable[Generation]) -> Tally:
 
 
 def histogram(accepted: Counter[int]) -> str:
-    """Return one bar per number of tokens of a step, and the shares; long steps share the last."""
+    """Return one bar per number of tokens in a step, with the shares; the last bar includes longer steps."""
     if not accepted:
         return ""
     shares, more = _shares(accepted)
@@ -269,7 +268,7 @@ def named_histogram(accepted: Counter[int]) -> str:
 
 
 def _shares(accepted: Counter[int]) -> tuple[list[float], str]:
-    """Return what share of the steps brought 1, 2, ... tokens, and a + where the last stands for longer ones too."""
+    """Return the share of steps with 1, 2, ... tokens, and a + if the last share includes longer steps."""
     longest = min(max(accepted), _LONGEST_SHOWN)
     counts = [accepted[count] for count in range(1, longest + 1)]
     counts[-1] += sum(count for length, count in accepted.items() if length > longest)
@@ -278,8 +277,3 @@ def _shares(accepted: Counter[int]) -> tuple[list[float], str]:
 
 def _bar(share: float) -> str:
     return _BARS[max(1 if share else 0, round(share * (len(_BARS) - 1)))]
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    return f"{minutes}:{rest:02d}"

@@ -13,7 +13,7 @@ from rich.syntax import Syntax
 from rich.text import Span, Text
 
 _FENCED = re.compile(r"^([ \t]*)(`{3,})[ \t]*([\w+#.-]*)[^\n`]*\n(.*?)(?:^\1\2`*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
-# what code has too is no sign of Markdown: `# comment`, `2**n`
+# `# comment` and `2**n` occur in code too, so they do not count as Markdown
 _HEADING = re.compile(r"^#{2,4} \S[^\n]*$", re.MULTILINE)
 _BOLD = re.compile(r"(?<!\w)\*\*\w([^*\n]*[\w.!?:])?\*\*(?!\w)")
 _CODE = re.compile(r"(?<!`)`[^`\n]+`(?!`)")
@@ -40,5 +40,5 @@ def _style_prose(text: Text, start: int, end: int) -> None:
 
 def _highlighted(code: str, language: str) -> Iterator[Span]:
     drawn = Syntax("", language or "text", theme=_THEME).highlight(code)
-    # where a highlighter changes a character, its places are not those of the code
+    # if the highlighter changes a character, its positions no longer match the code
     return iter(drawn.spans if drawn.plain.rstrip("\n") == code.rstrip("\n") else ())

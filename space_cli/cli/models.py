@@ -1,4 +1,4 @@
-"""`space models`: which names there are, where they are, and which were trained for SPACE."""
+"""`space models`: lists, adds and checks models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from space_cli.cli import options
+from space_cli.cli.groups import grouped
 from space_cli.errors import UsageProblem
 from space_cli.files import expanded
 
@@ -94,14 +95,13 @@ def _check_gguf(source: str) -> None:
 
 
 @models.command("check", epilog="Example: space models check org/model    Example: space models check nano --json -")
+@grouped
 def check(
+    *,
     model: Annotated[
         str, typer.Argument(help="Alias of models.toml, folder, GGUF file, or Hub id.", show_default=False)
     ],
-    models_file: options.ModelsFile = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    quantization: options.Quantization = "none",
+    load: options.LoadOptions,
     revision: options.Revision = None,
     json: options.Json = None,
 ) -> None:
@@ -114,11 +114,8 @@ def check(
     quiet_libraries()
 
     from space_cli.core.engine import default_numerics
-    from space_cli.models.loading import load_model
 
-    loaded = load_model(
-        model, models_file=models_file, dtype=dtype, device=device, quantization=quantization, revision=revision
-    )
+    loaded = load.load(model, revision=revision)
     facts = {
         "name": loaded.name,
         "source": loaded.source,

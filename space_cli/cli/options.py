@@ -1,22 +1,29 @@
-"""Options that several commands share, spelled as Hugging Face tools spell them."""
+"""Options that several commands share, named as in Hugging Face's tools."""
 
 from __future__ import annotations
 
-import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from pydantic import Field
 
+from space_cli import limits
+from space_cli.cli.groups import Group
 from space_cli.errors import UsageProblem
 from space_cli.files import expanded
 from space_cli.text import well_formed
 
+if TYPE_CHECKING:
+    from space_cli.core.sampling import Sampling
+    from space_cli.models.loading import LoadedModel, Weights
+    from space_cli.tasks.prompts import Suite
+
 
 def _check_place(option: str, name: str) -> None:
-    """Find out before a run, not after it, that its record has no place to go."""
+    """Check before a run that its record can be written."""
     file = Path(name).resolve()
     if file.is_dir():
         raise UsageProblem(f"{option} {name}: is a folder", hint="give a file")
@@ -70,13 +77,6 @@ def _checked_template(template: str | None) -> str | None:
     return template.replace("\\n", "\n")
 
 
-def finite(value: float | None) -> float | None:
-    """Refuse what is a number to Python alone: `nan` lies within any bounds."""
-    if value is not None and not math.isfinite(value):
-        raise UsageProblem(f"{value} is no value of an option", hint="give a number")
-    return value
-
-
 def complete_model(incomplete: str) -> list[str]:
     """Return the names of models that begin so."""
     from space_cli.models.registry import read_models
@@ -85,13 +85,13 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 def _complete_suite(incomplete: str) -> list[str]:
-    from space_cli.tasks.suites import SUITES
+    from space_cli.tasks.formats import SUITES
 
     return [name for name in SUITES if name.startswith(incomplete)]
 
 
 def named_model(model: str | None, *, quiet: bool) -> str:
-    """Return the model asked for; where none was, the default one, with a line that says which and what else there is.
+    """Return the model asked for, or the default one with a line that names it and the alternative.
 
     Which it is depends on what is installed.
     """
@@ -112,6 +112,83 @@ def named_model(model: str | None, *, quiet: bool) -> str:
     return chosen
 
 
+ModelsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--models-file", callback=at_home, help="Your own models.toml; its names are added to the shipped ones."
+    ),
+]
+
+
+class LoadOptions(Group):
+    """How a model is loaded."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: that of the checkpoint, where the device computes in it."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N, cuda:all (layers over all GPUs) or mps.")
+    quantization: Literal["none", "int8", "nf4", "fp4"] = Field("none", description="By bitsandbytes.")
+    models_file: ModelsFile = None
+
+    def load(
+        self, name: str, *, revision: str | None = None, weights: Weights = "as stored", **instead: str
+    ) -> LoadedModel:
+        """Load a model with these options, but for those given `instead`."""
+        from space_cli.models.loading import load_model
+
+        how = self.model_dump(include=set(LoadOptions.model_fields))  # a group that adds fields loads as this one
+        return load_model(name, revision=revision, weights=weights, **how | instead)
+
+
+class SamplingOptions(Group):
+    """How tokens are chosen."""
+
+    temperature: limits.Temperature = Field(0.0, description="0 is greedy.")
+    top_k: limits.TopK = Field(0, description="Sample among the k most likely tokens; 0 is off.")
+    top_p: limits.TopP = Field(1.0, description="Sample within this probability mass; above 0.")
+    min_p: limits.MinP = Field(0.0, description="Minimum probability relative to the most likely token's.")
+    repetition_penalty: limits.RepetitionPenalty = Field(1.0, description="Above 0; 1 is off.")
+    seed: limits.Seed = Field(0, description="Of sampling.")
+
+    def sampling(self) -> Sampling:
+        """Return how tokens are chosen, for the decoder."""
+        from space_cli.core.sampling import Sampling
+
+        return Sampling(**self.model_dump())
+
+
+class PromptOptions(Group):
+    """Which prompts are answered."""
+
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--suite",
+            "-s",
+            help="A name (space bench --list), NAME=FILE, or a file of prompts; repeatable. Default: humaneval.",
+            autocompletion=_complete_suite,
+        ),
+    ] = None
+    field: str | None = Field(
+        None, description="Field of a FILE that holds the prompt; default: detected from the rows."
+    )
+    limit: Annotated[
+        int | None,
+        Field(ge=1),
+        typer.Option("--limit", "-L", help="Only N prompts of each suite: the first ones, of each category in turn."),
+    ] = None
+
+    def suites(self) -> list[Suite]:
+        """Return the suites asked for, each once.
+
+        Raises:
+            UsageProblem: one is unknown or malformed.
+        """
+        from space_cli.tasks.suites import load_suite
+
+        return [load_suite(name, field=self.field) for name in dict.fromkeys(self.suite or ["humaneval"])]
+
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -123,33 +200,22 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-ModelsFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--models-file", callback=at_home, help="Your own models.toml; its names are added to the shipped ones."
-    ),
-]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub model.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[
-    str, typer.Option("--device", help="auto, cpu, cuda, cuda:N, cuda:all (layers over all GPUs) or mps.")
-]
-Quantization = Annotated[str, typer.Option("--quantization", help="none, int8, nf4 or fp4 (bitsandbytes).")]
 Template = Annotated[
     str | None,
     typer.Option(
         "--template",
         callback=_checked_template,
-        help=r"Form of a turn with one {}, as 'Human:{}\nAssistant:'; default: the chat template.",
+        help=r"Prompt template with one {}, as 'Human:{}\nAssistant:'; default: the chat template.",
     ),
 ]
 Engine = Annotated[
     Literal["auto", "eager", "compiled"],
     typer.Option(
         "--engine",
-        help="eager: transformers runs the model. compiled: a program of its own, built once for this machine; on CUDA"
-        " its steps as graphs with fused kernels."
-        " auto: compiled where it is built already, or where the run is long enough to build it.",
+        help="eager: transformers runs the model. compiled: the model compiled once for this machine; on CUDA its steps"
+        " as graphs with fused kernels. auto: compiled where that is done already, or where the run is long enough for"
+        " it to pay.",
     ),
 ]
 Candidates = Annotated[
@@ -159,16 +225,6 @@ Candidates = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option("--temperature", callback=finite, min=0.0, help="0 is greedy.")]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample among the k likeliest tokens; 0 is off.")]
-TopP = Annotated[
-    float, typer.Option("--top-p", callback=finite, min=0.0, max=1.0, help="Sample within this probability mass.")
-]
-MinP = Annotated[
-    float,
-    typer.Option("--min-p", callback=finite, min=0.0, max=1.0, help="Least probability relative to the likeliest."),
-]
-RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", callback=finite, min=0.01, help="1 is off.")]
 Corpus = Annotated[
     list[Path] | None,
     typer.Option(
@@ -178,26 +234,6 @@ Corpus = Annotated[
 Memory = Annotated[
     bool,
     typer.Option("--memory/--no-memory", help="Also draft from past answers of this model, kept for you alone."),
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of sampling.")]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        "--limit", "-L", min=1, help="Only N prompts of each suite: the first ones, of each category in turn."
-    ),
-]
-Suite = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--suite",
-        "-s",
-        help="A name (space bench --list), NAME=FILE, or a file of prompts; repeatable. Default: humaneval.",
-        autocompletion=_complete_suite,
-    ),
-]
-Field = Annotated[
-    str | None,
-    typer.Option("--field", help="Field of a FILE that holds the prompt; default: told by its rows."),
 ]
 Json = Annotated[
     str | None,

@@ -1,17 +1,17 @@
-"""Reports to read and to send: one text, written as Markdown or as a page that needs no network and no script.
+"""Reports: one text, written as Markdown or as a self-contained HTML page without scripts.
 
 What a model wrote or a file holds comes in through `escaped`, `code` and `fenced` alone. See `bench_page` and
-`verify_page` for what the reports say, `page.css` for how they look.
+`verify_page` for what the reports say, `templates/` for how they look as a page.
 """
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from space_cli.cli.console import visible
 from space_cli.errors import unwritten
@@ -21,16 +21,6 @@ if TYPE_CHECKING:
     from markdown_it import MarkdownIt
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-_HEAD = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-{style}</style></head>
-<body><main>
-"""
 
 
 class Code(str):
@@ -41,9 +31,10 @@ class Code(str):
 
 @dataclass(frozen=True, slots=True)
 class Html:
-    """What only a page can show; it is left out of Markdown."""
+    """What only a page can show, by a template of ours with values; it is left out of Markdown."""
 
-    text: str
+    template: str
+    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +58,7 @@ Part = str | Html | Group | Folded
 
 
 def write_page(file: Path, title: str, parts: Sequence[Part]) -> None:
-    """Write a report, whole or not at all: Markdown, or HTML where the file's name ends so.
+    """Write a report atomically: Markdown, or HTML if the file's name ends in .html.
 
     Args:
         file: its name ends with .md or .html.
@@ -89,14 +80,23 @@ def as_markdown(parts: Sequence[Part]) -> str:
 
 
 def as_html(title: str, parts: Sequence[Part]) -> str:
-    """Return a report as a page."""
-    head = _HEAD.format(
-        policy=_POLICY,
-        title=html.escape(visible(title)),
-        style=Path(__file__).with_name("page.css").read_text("utf-8"),
+    """Return a report as a page.
+
+    Whatever the templates put in is made visible and then escaped, unless it is the outcome of the Markdown renderer or
+    marked as safe.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("space_cli.cli"),
+        autoescape=True,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: value if hasattr(value, "__html__") else visible(str(value)),
     )
     renderer = _renderer()
-    return head + "".join(_html(part, renderer) for part in parts) + "</main></body></html>\n"
+    environment.filters["markdown"] = renderer.render
+    return environment.get_template("page.html").render(policy=_POLICY, title=title, parts=parts)
 
 
 def _markdown(part: Part) -> str:
@@ -108,17 +108,6 @@ def _markdown(part: Part) -> str:
         summary = html.escape(visible(part.summary))
         return f"<details>\n<summary>{summary}</summary>\n\n{as_markdown(part.parts)}\n</details>"
     return part
-
-
-def _html(part: Part, renderer: MarkdownIt) -> str:
-    if isinstance(part, Html):
-        return part.text
-    if isinstance(part, str):
-        return str(renderer.render(part))
-    inner = "".join(_html(each, renderer) for each in part.parts)
-    if isinstance(part, Group):
-        return f'<div class="{part.kind}">\n{inner}</div>\n'
-    return f"<details><summary>{html.escape(visible(part.summary))}</summary>\n{inner}</details>\n"
 
 
 def _renderer() -> MarkdownIt:

@@ -1,12 +1,12 @@
-"""The plots of a benchmark: what each shows, in figures and as matplotlib draws it."""
+"""The plots of a benchmark: the figures of each, and how matplotlib draws it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from space_cli.bench.sweep import fastest_k, sweep_k
 from space_cli.cli.drawing import GRID, INK, LEGEND_COLUMNS, PAPER, Plot, Style, label, legend, styles
 from space_cli.core.costs import ASSUMED_COSTS
 
@@ -30,14 +30,8 @@ def plots(report: BenchRecord) -> list[Plot]:
 
 
 def is_sweep(report: BenchRecord) -> bool:
-    """Return whether the methods beside ar are values of k."""
+    """Return whether the run is a sweep over k."""
     return bool(report.settings.get("sweep")) and any(sweep_k(each.method) is not None for each in report.results)
-
-
-def sweep_k(method: str) -> int | None:
-    """Return k of `space-k<k>`, None for another method."""
-    found = re.fullmatch(r"space-k(\d+)", method)
-    return int(found[1]) if found else None
 
 
 def _speedups(results: Sequence[Result], looks: dict[str, Style]) -> Plot | None:
@@ -74,7 +68,7 @@ def _draw_speedups(
     axes.axvline(1.0, color=INK, linewidth=1.2, linestyle="--")
     names = list(looks)
     for result in results:
-        # a band of its own for each place, a line of its own in it for each method, hollow just below filled
+        # each place has a band, each method a line in it, with the hollow marker just below the filled one
         offset = (names.index(result.method) + 0.5) / len(names) * 0.8 - 0.4
         hollow = result.outputs != "all"
         height = places.index((result.suite, result.category)) + offset + (0.25 / len(names) if hollow else 0)
@@ -130,7 +124,9 @@ def _sweep(results: Sequence[Result]) -> Plot | None:
         for (suite, outputs), line in lines.items()
         for k, result in sorted(line.items())
     ]
-    best = [f"k = {_best(line)} for {suite}" for (suite, outputs), line in lines.items() if outputs == "all"]
+    best = [
+        f"k = {fastest_k(line.values())} for {suite}" for (suite, outputs), line in lines.items() if outputs == "all"
+    ]
     return Plot(
         "sweep",
         "Speedup by k",
@@ -142,16 +138,12 @@ def _sweep(results: Sequence[Result]) -> Plot | None:
     )
 
 
-def _best(line: dict[int, Result]) -> int:
-    return max(line, key=lambda k: _speedup(line[k]))
-
-
 def _draw_sweep(lines: dict[tuple[str, str], dict[int, Result]], figure: FigureBase) -> None:
     axes = figure.subplots()
     axes.axhline(1.0, color=INK, linewidth=1.2, linestyle="--")
     looks = styles(suite for suite, _ in lines)
     for (suite, outputs), line in lines.items():
-        style, hollow, best = looks[suite], outputs != "all", _best(line)
+        style, hollow, best = looks[suite], outputs != "all", fastest_k(line.values())
         ks = sorted(line)
         row = [line[k] for k in ks]
         axes.errorbar(
@@ -166,7 +158,7 @@ def _draw_sweep(lines: dict[tuple[str, str], dict[int, Result]], figure: FigureB
             capsize=2,
             label=None if hollow else label(suite),
         )
-        if not hollow:
+        if best is not None:
             top = _speedup(line[best])
             axes.plot([best], [top], marker="*", markersize=13, color=style.colour, markeredgecolor=INK)
             axes.annotate(
@@ -185,7 +177,7 @@ def _draw_sweep(lines: dict[tuple[str, str], dict[int, Result]], figure: FigureB
 
 
 def _step_tokens(results: Sequence[Result], looks: dict[str, Style]) -> Plot | None:
-    """How many tokens steps bring."""
+    """Tokens per step."""
     counts = {
         (result.suite, result.method): result.step_tokens
         for result in _whole(results)
@@ -200,7 +192,7 @@ def _step_tokens(results: Sequence[Result], looks: dict[str, Style]) -> Plot | N
     return Plot(
         "step-tokens",
         "Tokens per step",
-        f"Share of the model calls that brought so many tokens.{always}",
+        f"Share of the model calls that yielded this many tokens.{always}",
         ("suite, method", *map(str, range(1, longest + 1))),
         _share_rows(shares, longest),
         _panel_height(shares),
@@ -209,7 +201,7 @@ def _step_tokens(results: Sequence[Result], looks: dict[str, Style]) -> Plot | N
 
 
 def _acceptance(results: Sequence[Result], looks: dict[str, Style]) -> Plot | None:
-    """How far guesses hold."""
+    """Acceptance by position."""
     shares = {
         (result.suite, result.method): result.acceptance_by_position
         for result in _whole(results)
@@ -217,7 +209,7 @@ def _acceptance(results: Sequence[Result], looks: dict[str, Style]) -> Plot | No
     }
     if not shares:
         return None
-    # copies of the context reach far; behind the first place where nothing is accepted there is nothing to see
+    # copies of the context reach far; cut the plot after the first position without acceptance
     longest = 2 + max(place for own in shares.values() for place, share in enumerate(own) if share)
     shares = {place: own[:longest] for place, own in shares.items()}
     longest = max(map(len, shares.values()))
@@ -234,7 +226,7 @@ def _acceptance(results: Sequence[Result], looks: dict[str, Style]) -> Plot | No
 
 def _whole(results: Sequence[Result]) -> list[Result]:
     """Return the rows of whole suites, repetitive answers included."""
-    return [result for result in results if result.outputs == "all" and result.category is None]
+    return [result for result in results if result.is_whole_suite]
 
 
 def _share_rows(shares: dict[tuple[str, str], list[float]], longest: int) -> list[tuple[str, ...]]:
@@ -279,9 +271,9 @@ def _draw_shares(
 
 
 def _call_costs(report: BenchRecord) -> Plot | None:
-    """What a model call costs by its slots."""
+    """Cost of a model call by its slots."""
     if report.profile is not None:
-        lines = {f"behind {length}": dict(costs) for length, costs in report.profile.seconds.items()}
+        lines = {f"prefix {length}": dict(costs) for length, costs in report.profile.seconds.items()}
         roofline: float | None = report.profile.roofline_seconds
     else:
         measured = report.environment.get("step_costs") or {}
@@ -291,7 +283,7 @@ def _call_costs(report: BenchRecord) -> Plot | None:
             return None
         lines, roofline = {"a call": seconds}, None
     least = f" Dashed: reading the weights from memory alone, {roofline * 1e3:.2f} ms." if roofline else ""
-    in_front = " Behind 256: with so many tokens in front." if report.profile is not None else ""
+    in_front = " Prefix 256: with 256 tokens in the cache." if report.profile is not None else ""
     slots = sorted(next(iter(lines.values())))
     return Plot(
         "costs",

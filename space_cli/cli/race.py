@@ -1,4 +1,4 @@
-"""`/race`: the same answer by AR and by SPACE in two panes, each at its own pace."""
+"""`/race`: the same answer by AR and by SPACE in two panes, each at its real speed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Runner:
 
 
 def race(session: Session, asked: Prefix, console: Console) -> None:
-    """Answer a request both ways; whose own clock is behind takes the next step, so the panes keep their real pace."""
+    """Answer a request both ways; the side with less time used takes the next step, so both panes run at real speed."""
     modes: dict[str, Literal["ar", "space"]] = {"one token at a time": "ar", "SPACE": "space"}
     runners = []
     for name, mode in modes.items():

@@ -1,4 +1,4 @@
-"""The prompt loop of `space chat`: input, commands, answers."""
+"""The prompt loop of `space chat`: reads input, runs commands, shows answers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import Completer, Completion
-from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import FormattedText
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
 from rich.table import Table
 from rich.text import Text
@@ -26,25 +22,21 @@ from space_cli.chat.templates import Turn
 from space_cli.cli.answer import counted, greeting, summary, view_of
 from space_cli.cli.console import is_screen, out, plain, print_wrapped, unechoed, visible
 from space_cli.cli.live import named_histogram, tally_of
+from space_cli.cli.repl_input import QUOTES, CommandCompleter, input_history, key_bindings, unquoted
 from space_cli.core.stream import Generation
-from space_cli.errors import SpaceError, UsageProblem
+from space_cli.errors import SpaceError, UsageProblem, first_line
 from space_cli.models.registry import located
 from space_cli.text import well_formed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from prompt_toolkit.document import Document
     from rich.console import Console
 
     from space_cli.chat.session import Session
     from space_cli.models.loading import LoadedModel
 
-_QUOTES = '"""'
-
 
 class Repl:
-    """Asks, answers and obeys commands until it is left.
+    """Reads prompts and commands until the user leaves.
 
     Args:
         session: the model in conversation.
@@ -59,12 +51,12 @@ class Repl:
         self._own_files: set[Path] = set()
         self._commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/help": (self._help, "this list"),
-            "/system": (self._system, "TEXT  what the model is told before all else; without TEXT: show it"),
+            "/system": (self._system, "TEXT  set the system prompt; without TEXT: show it"),
             "/reset": (self._reset, "forget the conversation"),
             "/undo": (self._undo, "forget the last request and its answer"),
             "/retry": (self._retry, "answer the last request again, sampled under the next seed"),
             "/race": (self._race, "answer it one token at a time and by SPACE, side by side"),
-            "/stats": (self._stats, "what this session's steps brought"),
+            "/stats": (self._stats, "tokens and model calls of this session"),
             "/mode": (partial(self._set_one, "mode"), "ar|space  one token at a time, or several"),
             "/live": (
                 partial(self._set_one, "live"),
@@ -79,11 +71,11 @@ class Repl:
             "/exit": (self._leave, "as Ctrl-D"),
         }
         self._input: PromptSession[str] = PromptSession(
-            history=_history(state),
-            completer=_Commands(list(self._commands)),
+            history=input_history(state),
+            completer=CommandCompleter(self._commands),
             complete_while_typing=False,
             multiline=True,
-            key_bindings=_keys(),
+            key_bindings=key_bindings(),
             bottom_toolbar=self._toolbar,
             prompt_continuation="... ",
             color_depth=ColorDepth.DEPTH_1_BIT if out().no_color else None,
@@ -95,7 +87,7 @@ class Repl:
         wants_out = False
         while True:
             try:
-                text = _unquoted(self._input.prompt(self._prompt))
+                text = unquoted(self._input.prompt(self._prompt))
                 wants_out = False
                 self._take(text)
             except SpaceError as error:
@@ -106,14 +98,14 @@ class Repl:
                 if wants_out:
                     return
                 wants_out = True
-                # the second may come before there is a prompt again
+                # the second Ctrl-C may come before the next prompt
                 with suppress(KeyboardInterrupt):
                     self._say("Ctrl-C again or Ctrl-D leaves")
                     continue
                 return
 
     def _greet(self) -> None:
-        """Say what the model does in a call, in the shades in which it will be seen, and how to begin."""
+        """Print the introduction and how to begin."""
         console = self._console()
         print_wrapped(console, greeting(self._session, console))
         self._say("Ask something; /help lists commands, Ctrl-D leaves. Alt-Enter begins a new line.")
@@ -136,7 +128,7 @@ class Repl:
     # Answers
 
     def _answer(self) -> None:
-        """Answer the last turn and show it; a request that cannot be answered is taken back."""
+        """Answer the last turn and show it; take back a request that cannot be answered."""
         session, console = self._session, self._console()
         generation = Generation()
         try:
@@ -156,7 +148,7 @@ class Repl:
         except KeyboardInterrupt:
             stopped = True
         except (MemoryError, RuntimeError) as error:  # out of memory, most likely; the conversation goes on
-            broke = f"the answer broke off: {(str(error) or type(error).__name__).splitlines()[0]}"
+            broke = f"the answer broke off: {first_line(error)}"
         session.conclude(asked, generation)
         if generation.steps:
             self._after(console, generation, stopped=stopped or bool(broke))
@@ -166,7 +158,7 @@ class Repl:
             self._say(broke, style="red")
 
     def _after(self, console: Console, generation: Generation, *, stopped: bool) -> None:
-        """Say what the answer cost, and keep the conversation."""
+        """Print the cost of the answer, and save the conversation."""
         session, why = self._session, ""
         if stopped:
             why = "stopped; what was said stays"
@@ -196,7 +188,7 @@ class Repl:
         for name, (_run, told) in self._commands.items():
             table.add_row(name, told)
         self._console().print(table)
-        self._say(f"{_QUOTES} opens and closes a text of several lines; Alt-Enter begins a new line", style="")
+        self._say(f"{QUOTES} opens and closes a text of several lines; Alt-Enter begins a new line", style="")
 
     def _system(self, text: str) -> None:
         if text:
@@ -330,60 +322,6 @@ class Repl:
     def _context(self) -> str:
         limit = self._session.loaded.context_length
         return f"context {self._session.tokens}/{limit}" if limit else f"context {self._session.tokens}"
-
-
-class _Commands(Completer):
-    """Completes a command's name at the start of the input."""
-
-    def __init__(self, names: list[str]) -> None:
-        self._names = names
-
-    def get_completions(self, document: Document, complete_event: object) -> Iterable[Completion]:
-        """Yield the names that begin as the input does."""
-        text = document.text
-        if text.startswith("/") and " " not in text:
-            yield from (Completion(name, -len(text)) for name in self._names if name.startswith(text))
-
-
-def _keys() -> KeyBindings:
-    """Enter sends unless a quoted text is open; Alt-Enter begins a line."""
-    keys = KeyBindings()
-
-    @Condition
-    def is_open() -> bool:
-        from prompt_toolkit.application import get_app
-
-        text = get_app().current_buffer.text
-        return text.lstrip().startswith(_QUOTES) and text.count(_QUOTES) < 2
-
-    @keys.add("enter", filter=~is_open)
-    def _send(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def _new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return keys
-
-
-def _history(state: Path | None) -> History:
-    if state is None:
-        return InMemoryHistory()
-    file = state / "history"
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)
-    except OSError:
-        return InMemoryHistory()
-    return FileHistory(str(file))
-
-
-def _unquoted(text: str) -> str:
-    inner = text.strip()
-    if inner.startswith(_QUOTES) and inner.endswith(_QUOTES) and len(inner) >= 2 * len(_QUOTES):
-        return inner.removeprefix(_QUOTES).removesuffix(_QUOTES).strip("\n")
-    return text
 
 
 def _short(text: str) -> str:

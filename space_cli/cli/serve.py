@@ -1,4 +1,4 @@
-"""`space serve`: models for other programs, by OpenAI's HTTP interface."""
+"""`space serve`: serves models over OpenAI's HTTP interface."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import Field
 
 from space_cli.cli import options
+from space_cli.cli.groups import Group, grouped
 from space_cli.errors import UsageProblem
 from space_cli.text import read_text
 
 if TYPE_CHECKING:
     from space_cli.api import Model
+    from space_cli.server.guard import Access
 
 EPILOG = "Example: space serve --model nano    Then: curl http://127.0.0.1:8000/v1/models"
 
@@ -29,73 +32,85 @@ _Models = Annotated[
         autocompletion=options.complete_model,
     ),
 ]
-_Host = Annotated[str, typer.Option("--host", help="Address to listen on; any other than this machine's needs a key.")]
-_Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one and says which.")]
-_KeyFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--api-key-file", callback=options.at_home, help="The key that requests must bring; else SPACE_API_KEY has it."
-    ),
-]
-_Hosts = Annotated[
-    list[str] | None, typer.Option("--allow-host", help="A name by which the server may be called; repeatable.")
-]
-_Origins = Annotated[
-    list[str] | None,
-    typer.Option("--allow-origin", help="A web page that may call, as https://chat.example; repeatable."),
-]
-_MaxModels = Annotated[int, typer.Option("--max-models", min=1, help="Models in memory at once.")]
-_Parallel = Annotated[
-    int, typer.Option("--parallel", min=1, help="Requests under way at once, a step of each in turn.")
-]
-_Queue = Annotated[int, typer.Option("--queue", min=1, help="Requests that may wait; one more gets a 429.")]
-_NewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer whose request says nothing of it.")
-]
-_CacheMib = Annotated[
-    int, typer.Option("--cache-mib", min=0, help="Memory for conversations between requests, of each model.")
-]
-_BodyMib = Annotated[int, typer.Option("--body-mib", min=1, help="Largest body of a request.")]
+
+
+class AccessOptions(Group):
+    """Where the server listens, and to whom."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; any other than this machine's needs a key.")
+    port: int = Field(8000, ge=0, le=65535, description="0 takes a free one and says which.")
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            callback=options.at_home,
+            help="The key that requests must bring; else SPACE_API_KEY has it.",
+        ),
+    ] = None
+    allow_host: list[str] | None = Field(None, description="A name by which the server may be called; repeatable.")
+    allow_origin: list[str] | None = Field(
+        None, description="A web page that may call, as https://chat.example; repeatable."
+    )
+
+    def access(self) -> Access:
+        """Return the access rules.
+
+        Raises:
+            UsageProblem: others can reach the address, and there is no key.
+        """
+        from space_cli.server.guard import Access, is_loopback, known_hosts
+
+        key = _api_key(self.api_key_file)
+        if key is None and not is_loopback(self.host):
+            raise UsageProblem(
+                f"--host {self.host}: others can reach this address",
+                hint="give a key by SPACE_API_KEY or --api-key-file",
+            )
+        return Access(key, known_hosts(self.host, self.allow_host or ()), frozenset(self.allow_origin or ()))
+
+
+class LimitOptions(Group):
+    """How much the server takes on."""
+
+    max_models: int = Field(1, ge=1, description="Models in memory at once.")
+    parallel: int = Field(4, ge=1, description="Requests under way at once, a step of each in turn.")
+    queue: int = Field(64, ge=1, description="Requests that may wait; one more gets a 429.")
+    max_new_tokens: int = Field(1024, ge=1, description="Most tokens of an answer whose request says nothing of it.")
+    cache_mib: int = Field(1024, ge=0, description="Memory for conversations between requests, of each model.")
+    body_mib: int = Field(4, ge=1, description="Largest body of a request.")
+
+
+class ServedModelOptions(options.LoadOptions):
+    """How models are loaded and run."""
+
+    engine: options.Engine = "auto"
+    template: options.Template = None
+
+
 _LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log, too.")]
 
 
+@grouped
 def serve(
+    *,
     model: _Models = None,
-    host: _Host = "127.0.0.1",
-    port: _Port = 8000,
-    api_key_file: _KeyFile = None,
-    allow_host: _Hosts = None,
-    allow_origin: _Origins = None,
-    max_models: _MaxModels = 1,
-    parallel: _Parallel = 4,
-    queue: _Queue = 64,
-    max_new_tokens: _NewTokens = 1024,
-    cache_mib: _CacheMib = 1024,
-    body_mib: _BodyMib = 4,
+    place: AccessOptions,
+    limit: LimitOptions,
     log_prompts: _LogPrompts = False,
-    template: options.Template = None,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    quantization: options.Quantization = "none",
-    engine: options.Engine = "auto",
-    models_file: options.ModelsFile = None,
+    models: ServedModelOptions,
     quiet: options.Quiet = False,
 ) -> int:
     """Serve models over HTTP, for editors, agents and scripts that speak OpenAI's interface."""
     if any(find_spec(name) is None for name in ("starlette", "uvicorn", "prometheus_client")):
         raise UsageProblem("serve needs starlette and uvicorn", hint="pip install 'space-decoding[serve]'")
-    key = _api_key(api_key_file)
+    access = place.access()
 
     from space_cli.cli.console import err, is_screen, plain, quiet_libraries
     from space_cli.cli.live import COMPILING
-    from space_cli.server.guard import Access, is_loopback, known_hosts, listen
+    from space_cli.server.guard import listen
 
-    if key is None and not is_loopback(host):
-        raise UsageProblem(
-            f"--host {host}: others can reach this address", hint="give a key by SPACE_API_KEY or --api-key-file"
-        )
-    # an address that is taken is found before the libraries are read
-    listening = listen(host, port)
+    # bind the address before the slow imports, so that a busy one fails at once
+    listening = listen(place.host, place.port)
     console = err()
 
     def tell(line: str) -> None:
@@ -103,20 +118,15 @@ def serve(
             console.print(plain(line), soft_wrap=True)
 
     def loaded_by(name: str) -> Model:
-        from space_cli.api import load
+        from space_cli import api
 
-        loaded = load(
+        loaded = api.load(
             name,
-            models_file=models_file,
-            dtype=dtype,
-            device=device,
-            quantization=quantization,
-            engine=engine,
-            template=template,
-            cache_bytes=cache_mib * 2**20,
+            **models.model_dump(),
+            cache_bytes=limit.cache_mib * 2**20,
             on_compile=lambda: tell(COMPILING),
         )
-        # now rather than in the first answer: what steps cost
+        # measure step costs now rather than in the first answer
         loaded.drafts("space")
         return loaded
 
@@ -128,12 +138,15 @@ def serve(
         from space_cli.server.run import run
         from space_cli.server.shelf import Shelf
 
-        shelf = Shelf(names, loaded_by, most=max_models, models_file=models_file)
+        shelf = Shelf(names, loaded_by, most=limit.max_models, models_file=models.models_file)
         shelf.preload()
-    limits = Limits(body_bytes=body_mib * 2**20, new_tokens=max_new_tokens, parallel=parallel, waiting=queue)
-    server = Server(shelf, limits, log_prompts=log_prompts)
-    access = Access(key, known_hosts(host, allow_host or ()), frozenset(allow_origin or ()))
-    return run(server, access, listening, tell=tell)
+    limits = Limits(
+        body_bytes=limit.body_mib * 2**20,
+        new_tokens=limit.max_new_tokens,
+        parallel=limit.parallel,
+        waiting=limit.queue,
+    )
+    return run(Server(shelf, limits, log_prompts=log_prompts), access, listening, tell=tell)
 
 
 def _api_key(file: Path | None) -> str | None:

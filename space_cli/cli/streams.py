@@ -1,4 +1,4 @@
-"""Standard output and error that take any text; imported by every command, so without Rich."""
+"""Output streams that accept any text; imported by every command, so without Rich."""
 
 from __future__ import annotations
 

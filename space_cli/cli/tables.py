@@ -1,8 +1,7 @@
-"""What finished runs hand out: records and tables."""
+"""Shows the results of finished runs: records and tables."""
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from space_cli.bench.sweep import fastest_k, sweep_method
+from space_cli.cli.columns import between, cells, terminal_columns, times
 from space_cli.cli.console import echo_json, err, is_screen, out, plain
 from space_cli.cli.live import histogram, without_masks
 from space_cli.core.stream import Parts
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _PLACES_SHOWN = 8
 _ROUNDING = (
     "Half precision rounds a token differently in calls of another shape; --dtype float32 is exact, and"
-    " `space verify-lossless` tells rounding from faults."
+    " `space verify-lossless` distinguishes rounding from faults."
 )
 
 
@@ -57,9 +58,9 @@ def show_bench(report: BenchRecord, done: str, *, to_stderr: bool) -> None:
         for part in (*_split(report.samples), *_costs(report.profile)):
             console.print(part)
     console.print()
-    best = best_of_sweep(report.results)
-    if best is not None:
-        k = best.method.removeprefix("space-k")
+    k = fastest_k(report.results)
+    if k is not None:
+        best = next(each for each in report.results if each.method == sweep_method(k) and each.is_whole_suite)
         console.print(plain(f"Fastest here: k = {k} ({times(best.speedup)} on {best.suite})"), soft_wrap=True)
     console.print(_closing(report), soft_wrap=True)
     if report.environment["dtype"] != "float32" and any(result.identical is False for result in report.results):
@@ -69,7 +70,7 @@ def show_bench(report: BenchRecord, done: str, *, to_stderr: bool) -> None:
 def _console(*, to_stderr: bool) -> Console:
     console = err() if to_stderr else out()
     if not is_screen(console):
-        # without a terminal there is no width to keep to: a folded table is hard to read and to take apart
+        # without a terminal there is no width: a wrapped table is hard to read and to parse
         console.width = max(console.width, 200)
     return console
 
@@ -108,27 +109,17 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def times(ratio: float | None) -> str:
-    """Return a speedup in words."""
-    return "-" if ratio is None else f"{ratio:.2f}x"
-
-
-def between(bounds: tuple[float, float] | None) -> str:
-    """Return an interval in words."""
-    return "-" if bounds is None else f"{bounds[0]:.2f}-{bounds[1]:.2f}"
-
-
 def _split(samples: list[Sample]) -> Iterator[Text | Table]:
-    """Yield where the time of a step goes, by method."""
+    """Yield the breakdown of a step's time by method."""
     table = _figures(
-        "method", "ms/step", "prompt", "model", "choosing", "cache", "drafting", "other", "beside the model"
+        "method", "ms/step", "prompt", "model", "choosing", "cache", "drafting", "other", "outside the model"
     )
     for method in dict.fromkeys(sample.method for sample in samples if sample.parts is not None):
         own = [sample for sample in samples if sample.method == method and sample.parts is not None]
         steps = sum(sample.steps for sample in own)
         parts = {name: sum(each.parts[name] for each in own if each.parts) / steps for name in Parts._fields}
         whole = sum(sample.seconds for sample in own) / steps
-        # a first step is a step like the others, and the prompt besides
+        # the first step also computes the prompt
         later = [(each.seconds - each.first_step_seconds) / (each.steps - 1) for each in own if each.steps > 1]
         prompt = (
             sum(sample.first_step_seconds for sample in own) / steps
@@ -143,9 +134,9 @@ def _split(samples: list[Sample]) -> Iterator[Text | Table]:
 
 
 def _costs(profile: Profile) -> Iterator[Text | Table]:
-    """Yield what a model call costs by slots and by the length of its prefix."""
+    """Yield the cost of a model call by slots and prefix length."""
     lengths = list(profile.seconds)
-    table = _figures("slots", *(f"behind {length}" for length in lengths), "over 1 slot", "GB/s", "of roofline", "")
+    table = _figures("slots", *(f"prefix {length}" for length in lengths), "over 1 slot", "GB/s", "of roofline", "")
     first = profile.seconds[lengths[0]]
     most = max(first.values())
     for slots, seconds in first.items():
@@ -171,31 +162,12 @@ def _figures(first: str, *others: str) -> Table:
 
 
 def _table(results: list[Result]) -> Table:
-    metric = next((result.metric for result in results if result.metric is not None), None)
-    headings = ["tokens", "tok/step", "tok/s", "speedup", "95 %", "first ms", *([metric] if metric else [])]
-    table = _figures("method", *headings)
-    table.add_column("identical", no_wrap=True)
+    first, *others = columns = terminal_columns(results)
+    table = _figures(first.heading, *(column.heading for column in others[:-1]))
+    table.add_column(others[-1].heading, no_wrap=True)
     for result in results:
-        judged = ["-" if result.quality is None else f"{result.quality:.1%}"] if metric else []
-        table.add_row(
-            result.method,
-            str(result.tokens),
-            f"{result.tokens_per_step:.2f}",
-            f"{result.tokens_per_second:.1f}",
-            times(result.speedup),
-            between(result.speedup_interval if result.method != "ar" else None),
-            f"{result.first_token_seconds * 1e3:.0f}",
-            *judged,
-            identical(result),
-        )
+        table.add_row(*cells(columns, result))
     return table
-
-
-def identical(result: Result) -> str:
-    """Return whether a method's answers are those of ar."""
-    if result.identical is None:
-        return "-"
-    return "yes" if result.identical else f"no ({result.identical_prompts} of {result.prompts})"
 
 
 def _closing(report: BenchRecord) -> Text:
@@ -205,20 +177,8 @@ def _closing(report: BenchRecord) -> Text:
     return plain("\n".join([line, *without_masks(report.settings)]), style="dim")
 
 
-def best_of_sweep(results: list[Result]) -> Result | None:
-    """Return the fastest k by all suites' tokens per second; the first suite's row of it."""
-    sizes = [result for result in results if result.category is None and result.outputs == "all"]
-    sizes = [result for result in sizes if re.fullmatch(r"space-k\d+", result.method)]
-    total = {
-        name: sum(result.tokens for result in sizes if result.method == name)
-        / sum(result.seconds for result in sizes if result.method == name)
-        for name in {result.method for result in sizes}
-    }
-    return max(sizes, key=lambda result: total[result.method], default=None)
-
-
 def show_changes(changes: list[Change], differing: list[tuple[str, object, object]]) -> None:
-    """Print what changed between two runs."""
+    """Print the changes between two runs."""
     console = _console(to_stderr=False)
     for suite in dict.fromkeys(change.suite for change in changes):
         of_suite = [change for change in changes if change.suite == suite]
@@ -243,11 +203,11 @@ def show_changes(changes: list[Change], differing: list[tuple[str, object, objec
     console.print()
     for name, one, other in differing:
         console.print(plain(f"{name}: {one} before, {other} after"), soft_wrap=True)
-    told = (
-        "change: of the speedup over ar, so that a slower hour of the machine counts for neither side; of ar itself, of"
-        " its tokens per second, which that hour does change: not judged. 95 %: were the prompts drawn anew."
+    legend = (
+        "change: ratio of the two speedups over ar, so machine load cancels; for ar itself, ratio of tokens per second,"
+        " which load does change: not judged. 95 %: bootstrap interval over prompts."
     )
-    console.print(told, style="dim", soft_wrap=True)
+    console.print(legend, style="dim", soft_wrap=True)
 
 
 def _quality(change: Change) -> str:
@@ -255,7 +215,7 @@ def _quality(change: Change) -> str:
 
 
 def how(record: Record) -> list[str]:
-    """Return how a run was made, in a few words each."""
+    """Return the settings of a run, briefly."""
     settings, where = record.settings, record.environment
     sampling = settings["sampling"]
     mode = f"temperature {sampling['temperature']:g}, seed {sampling['seed']}" if sampling["temperature"] else "greedy"
@@ -271,7 +231,7 @@ def how(record: Record) -> list[str]:
 
 
 def show_verification(record: Verification, done: str, *, to_stderr: bool) -> None:
-    """Print the verdict of a verification, and what it rests on.
+    """Print the verdict of a verification and its evidence.
 
     Args:
         record: what was found.
@@ -279,7 +239,7 @@ def show_verification(record: Verification, done: str, *, to_stderr: bool) -> No
         to_stderr: leave standard output alone.
     """
     console = _console(to_stderr=to_stderr)
-    # in a terminal lines break between words, elsewhere not at all
+    # lines wrap between words in a terminal, and not at all elsewhere
     fold = not is_screen(console)
     if not record.complete:
         console.print(f"Interrupted after {done}.")
@@ -309,17 +269,17 @@ def _comparisons(rows: list[Row]) -> Table:
 
 
 def verification_settings(record: Verification) -> list[str]:
-    """Return how a verification was made, in a few words each."""
+    """Return the settings of a verification, briefly."""
     settings = record.settings
     k = [f"k = {settings['candidates']}"] if settings["candidates"] else []
-    # what numerics names are ways to run the model as it is
+    # numerics apply to the eager engine only
     numerics = [f"numerics: {settings['numerics']}"] if record.environment["engine"] == "eager" else []
     own = [*k, f"drafts: {settings['drafts']}", *numerics]
     return [*how(record), *own, *([f"{settings['seeds']} seeds"] if settings["seeds"] > 1 else [])]
 
 
 def evidence(record: Verification) -> list[str]:
-    """Return what the verdict rests on besides the table."""
+    """Return the evidence for the verdict besides the table."""
     lengths = Counter({length + 1: count for length, count in enumerate(record.accepted) if count})
     lines = [f"Candidates accepted in a step: 0, 1, ...  {histogram(lengths)}"]
     if record.never_accepted:
@@ -347,7 +307,7 @@ def verdict(record: Verification) -> str:
     unlikely = [test for test in record.distributions if test.p_value < MIN_P_VALUE]
     scope = f"{record.tokens} tokens of {len(record.answers)} answers"
     if record.lossless is None:
-        return f"NO VERDICT: an error ended the run behind {scope}"
+        return f"NO VERDICT: an error ended the run after {scope}"
     if violations or unlikely:
         found = [f"{violations} {'violation' if violations == 1 else 'violations'}"] if violations else []
         found += [
@@ -356,14 +316,14 @@ def verdict(record: Verification) -> str:
         return f"NOT LOSSLESS: {', '.join(found)} in {scope}"
     if ties:
         judged = "LOSSLESS UP TO ROUNDING" if record.lossless else "NOT LOSSLESS (--strict)"
-        # in float32 there is nothing more exact to advise: over a GGUF file's bits the rounding is that of activations
+        # nothing is more exact than float32: with a GGUF file's weights the rounding is that of activations
         advice = "" if record.environment["dtype"] == "float32" else "; --dtype float32 is exact"
         return f"{judged}: no violation and {ties} {'tie' if ties == 1 else 'ties'} in {scope}{advice}"
     return f"LOSSLESS: {scope} are identical"
 
 
 def by_place(divergences: list[Divergence]) -> list[list[Divergence]]:
-    """Group what parts at the same place with the same tokens, as against ar and hf together."""
+    """Group divergences at the same place with the same tokens, as those against ar and hf."""
     places: dict[tuple[object, ...], list[Divergence]] = {}
     for found in divergences:
         drafted = found.against == "drafts"
@@ -373,7 +333,7 @@ def by_place(divergences: list[Divergence]) -> list[list[Divergence]]:
 
 
 def heading(place: list[Divergence]) -> str:
-    """Return where answers part, and against whom."""
+    """Return the place of a divergence and the sides compared."""
     found = place[0]
     seed = "" if found.seed is None else f", seed {found.seed}"
     what = "draft" if found.against == "drafts" else "token"

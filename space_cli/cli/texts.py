@@ -1,4 +1,4 @@
-"""Gives a model what it may copy from: the files of `--corpus`, and its past answers."""
+"""Gives a model the texts it can copy from: the files of `--corpus`, and its past answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def with_corpora(loaded: LoadedModel, paths: Sequence[Path] | None, *, quiet: bool) -> LoadedModel:
-    """Return the model with the text of files and folders; a progress bar shows how far reading is.
+    """Return the model with the texts of files and folders to copy from; shows a progress bar.
 
     Raises:
         UsageProblem: a path is not there, cannot be read, or has no text in it.
@@ -28,7 +28,7 @@ def with_corpora(loaded: LoadedModel, paths: Sequence[Path] | None, *, quiet: bo
 
 
 def with_past_answers(loaded: LoadedModel, *, kept: bool) -> LoadedModel:
-    """Return the model with its answers to copy from: those of this process alone, or those that are kept on disk."""
+    """Return the model with its past answers to copy from: those of this process, or those kept on disk."""
     from space_cli.core.engine import embedding_rows
     from space_cli.models.texts import PastAnswers, answers_file
 

@@ -1,4 +1,4 @@
-"""What a person sees while `space train` runs, and what it says at the end."""
+"""Views of `space train`, and its closing lines."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TrainView:
         self.note("the first one, as it is trained:\n" + "\n".join(lines))
 
     def begin(self, loaded: LoadedModel, prepared: Prepared, recipe: Recipe) -> None:
-        """Say what will be trained on what."""
+        """Print the model, the data and the method."""
         where = f"{loaded.name}, {loaded.num_parameters:,} parameters, {loaded.dtype} {loaded.device}"
         self.note(f"{where}; method {recipe.method}, k = {recipe.candidates}")
         left_out = f", {prepared.empty} without anything to learn left out" if prepared.empty else ""
@@ -73,13 +73,13 @@ class TrainView:
         """Stop showing."""
 
     def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
-        """A part of the work beside the steps has come so far, at so many tokens per second."""
+        """Show the progress of a phase besides the steps, with its tokens per second."""
         if done == total or time.monotonic() - self._last_line >= _SECONDS_PER_LINE:
             self._last_line = time.monotonic()
             self.note(f"{name}: {done}/{total}{self._pace(name, done, total, rate)}")
 
     def _pace(self, name: str, done: int, total: int, rate: float | None) -> str:
-        """Say tokens per second and the time left, of a phase that tells its rate."""
+        """Return tokens per second and the time left of a phase that reports its rate."""
         if self._phase[0] != name:
             self._phase = (name, done, time.monotonic())
         _, first, began = self._phase
@@ -102,7 +102,7 @@ class TrainView:
         self._show_row(cells)
 
     def _show_held_out(self, step: int, logs: dict[str, float]) -> None:
-        # an adapter leaves the base's own loss as it is
+        # an adapter does not change the base's own loss
         loss = f" AR loss {logs['eval_ar_loss']:.3f}," if "eval_ar_loss" in logs else ""
         right = " ".join(f"{accuracy:.0%}" for accuracy in self._held_out[-1])
         self.note(
@@ -135,7 +135,7 @@ class TrainView:
         self.note(f"saved {folder}")
 
     def show_dry_run(self, found: DryRun) -> None:
-        """Say what a training would take."""
+        """Print the estimate of a training."""
         console, without = out(), ""
         if found.ar_tokens_per_second is not None:
             cost = found.ar_tokens_per_second / found.tokens_per_second
@@ -147,7 +147,7 @@ class TrainView:
         console.print(f"time: {found.steps} steps of {found.seconds_per_step:.2f} s, {whole}")
 
     def conclude(self, space: SpaceConfig, output: Path) -> None:
-        """Say what came out."""
+        """Print the results."""
         console = out()
         for name, each in space.acceptance.items():
             apart = each["tokens_per_step_plain"] if each["repetitive"] else None
@@ -165,7 +165,7 @@ _HEADINGS = ("step", "AR loss", "mask loss", "masks right", "expected tokens per
 
 
 class LiveTrainView(TrainView):
-    """Keeps a bar and the last rows in place, drawn when there is something new."""
+    """Redraws a bar and the last rows in place."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, quiet=False)
@@ -185,7 +185,7 @@ class LiveTrainView(TrainView):
         self._live.stop()
 
     def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
-        """A part of the work beside the steps has come so far, at so many tokens per second."""
+        """Show the progress of a phase besides the steps, with its tokens per second."""
         told = name + self._pace(name, done, total, rate)
         self._bar.update(self._task, description=told, completed=done, total=total, visible=done < total)
         self._live.refresh()
@@ -224,7 +224,7 @@ def training_view(*, quiet: bool) -> TrainView:
 
 
 def _accuracies(logs: dict[str, float], prefix: str) -> list[float]:
-    """Return what share of each mask's guesses was right."""
+    """Return the accuracy of each mask."""
     start = f"{prefix}mask_accuracy_"
     depths = sorted(int(name.removeprefix(start)) for name in logs if name.startswith(start))
     return [logs[f"{start}{depth}"] for depth in depths]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from pydantic import Field
 
 from space_cli.cli import options
+from space_cli.cli.groups import Group, grouped
 from space_cli.cli.texts import with_corpora, with_past_answers
 from space_cli.errors import RunFailed, UsageProblem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from space_cli.cli.live import RunView
     from space_cli.core.block import Block
@@ -31,126 +32,139 @@ EPILOG = (
 
 _UNTRAINED_CANDIDATES, _MAX_CANDIDATES = 5, 31
 
-_Against = Annotated[
-    str | None,
-    typer.Option(
-        "--against",
-        help="Comma-separated: ar (our AR baseline), hf (transformers' generate), base (an adapter's base model without"
-        " the adapter). Default: all that there are.",
-    ),
-]
-_Drafts = Annotated[
-    Literal["adaptive", "model", "mixed"] | None,
-    typer.Option(
-        "--drafts",
-        help="adaptive: those of everyday use. model: the masks' guesses in the paper's block. mixed: right and wrong"
-        " tokens blended, so that every acceptance length occurs. Default: adaptive; with a block of one shape, model"
-        " where the model has masks, else mixed.",
-    ),
-]
-_Numerics = Annotated[
-    Literal["auto", "plain", "same-shape", "invariant"],
-    typer.Option(
-        "--numerics",
-        help="plain: the model's own kernels. invariant: kernels that round a token alike alone and in a block."
-        " same-shape: ar runs blocks of SPACE's shape too. auto: invariant in half precision on a CPU, else plain.",
-    ),
-]
-_Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds, sampled runs only.")]
-_Draws = Annotated[
-    int,
-    typer.Option("--draws", min=100, help="Seeds whose first tokens are tested against hf's distribution, sampled."),
-]
 _Strict = Annotated[bool, typer.Option("--strict", help="Ties fail too.")]
 
 
+class ComparisonOptions(Group):
+    """What SPACE is compared with, and how."""
+
+    against: str | None = Field(
+        None,
+        description="Comma-separated: ar (our AR baseline), hf (transformers' generate), base (an adapter's base model"
+        " without the adapter). Default: all that there are.",
+    )
+    drafts: Literal["adaptive", "model", "mixed"] | None = Field(
+        None,
+        description="adaptive: those of everyday use. model: the masks' guesses in the paper's block. mixed: right and"
+        " wrong tokens blended, so that every acceptance length occurs. Default: adaptive; with a block of one"
+        " shape, model where the model has masks, else mixed.",
+    )
+    numerics: Literal["auto", "plain", "same-shape", "invariant"] = Field(
+        "auto",
+        description="plain: the model's own kernels. invariant: kernels that round a token alike alone and in a block."
+        " same-shape: ar runs blocks of SPACE's shape too. auto: invariant in half precision on a CPU, else plain.",
+    )
+    candidates: options.Candidates = None
+    seeds: int = Field(1, ge=1, description="Number of seeds, sampled runs only.")
+    draws: int = Field(
+        400, ge=100, description="Seeds whose first tokens are tested against hf's distribution, sampled."
+    )
+
+    @property
+    def same_shape(self) -> bool:
+        """Whether AR runs blocks of SPACE's shape."""
+        return self.numerics == "same-shape"
+
+    def check(self, engine: str, *, sampled: bool) -> None:
+        """Refuse options that exclude each other.
+
+        Raises:
+            UsageProblem: two of them do.
+        """
+        if self.drafts == "adaptive" and (self.same_shape or self.candidates is not None):
+            raise UsageProblem("--drafts adaptive: blocks differ from step to step", hint="use --drafts model")
+        if self.numerics != "auto" and engine == "compiled":
+            raise UsageProblem(
+                f"--numerics {self.numerics}: a way to run the model as it is", hint="leave --engine out"
+            )
+        if self.seeds > 1 and not sampled:
+            raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
+
+    def names(self) -> tuple[str, ...]:
+        """Return what to compare with, as asked for; nothing where that is left to the model.
+
+        Raises:
+            UsageProblem: an unknown name.
+        """
+        from space_cli.verify.record import AGAINST
+
+        names = () if self.against is None else tuple(dict.fromkeys(each.strip() for each in self.against.split(",")))
+        for name in names:
+            if name not in AGAINST:
+                raise UsageProblem(
+                    f"--against {name}: nothing of that name to compare with", hint=f"use {', '.join(AGAINST)}"
+                )
+        return names
+
+    def drafts_for(self, loaded: LoadedModel) -> Literal["adaptive", "model", "mixed"]:
+        """Return what drafts are made of."""
+        if self.drafts is not None:
+            return self.drafts
+        if not self.same_shape and self.candidates is None:
+            return "adaptive"
+        return "model" if loaded.candidates else "mixed"
+
+
+@grouped
 def verify_lossless(
+    *,
     model: options.Model = None,
-    suite: options.Suite = None,
-    field: options.Field = None,
-    limit: options.Limit = None,
-    against: _Against = None,
-    drafts: _Drafts = None,
-    numerics: _Numerics = "auto",
-    candidates: options.Candidates = None,
+    prompts: options.PromptOptions,
+    against: ComparisonOptions,
     corpus: options.Corpus = None,
     max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = 0,
-    seeds: _Seeds = 1,
-    draws: _Draws = 400,
+    sampling: options.SamplingOptions,
     strict: _Strict = False,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    quantization: options.Quantization = "none",
+    load: options.LoadOptions,
     engine: options.Engine = "auto",
-    models_file: options.ModelsFile = None,
     revision: options.Revision = None,
-    json: options.Json = None,
-    report: options.Report = None,
+    json_file: options.Json = None,
+    report_file: options.Report = None,
     quiet: options.Quiet = False,
 ) -> int:
     """Check that SPACE's output is token for token that of plain decoding, and examine every divergence."""
-    from space_cli.tasks.suites import load_suite
-
-    names = _named(against)
-    _check_together(numerics, engine, drafts, candidates)
-    if seeds > 1 and not temperature:
-        raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
-    suites = [load_suite(name, field=field) for name in dict.fromkeys(suite or ["humaneval"])]
+    names = against.names()
+    against.check(engine, sampled=sampling.temperature > 0)
+    suites = prompts.suites()
 
     from space_cli.cli.console import quiet_libraries
 
     quiet_libraries()
 
     from space_cli.cli.live import run_view
-    from space_cli.core.sampling import Sampling
     from space_cli.models.engines import prepare
-    from space_cli.models.loading import load_model
     from space_cli.tasks.plan import Settings, most_tokens, plan, suites_for
-    from space_cli.verify.compare import Comparison
 
     view = run_view(quiet=quiet)
     model = options.named_model(model, quiet=quiet)
     view.loading(model)
-    load = partial(load_model, models_file=models_file, dtype=dtype, device=device, quantization=quantization)
-    loaded = load(model, revision=revision)
+    loaded = load.load(model, revision=revision)
     suites = suites_for(loaded, suites)
-    names = names or ("ar", "hf", *(["base"] if _base_of(loaded) else []))
-    base = _load_base(loaded, load, view) if "base" in names else None
-    same_shape = numerics == "same-shape"
-    drafts = drafts or _default_drafts(loaded, fixed=same_shape or candidates is not None)
-    block = _block(loaded, drafts, candidates)
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    settings = Settings(max_new_tokens, sampling, candidates, _shaped(loaded, numerics))
+    comparison = _comparison(loaded, against, names, load, view)
+    numerics = _shaped(loaded, against.numerics)
+    settings = Settings(max_new_tokens, sampling.sampling(), against.candidates, numerics)
     loaded = prepare(
         loaded,
-        engine=engine if numerics == "auto" else "eager",
-        tokens=2 * seeds * most_tokens(suites, settings, limit=limit),
+        engine=engine if against.numerics == "auto" else "eager",
+        tokens=2 * against.seeds * most_tokens(suites, settings, limit=prompts.limit),
         on_compile=view.compiling,
     )
     loaded = with_corpora(with_past_answers(loaded, kept=False), corpus, quiet=quiet)
-    planned = plan(loaded, suites, settings, limit=limit)
+    planned = plan(loaded, suites, settings, limit=prompts.limit)
     view.left_out(planned.left_out)
-    comparison = Comparison(block, drafts, names, base, same_shape, seeds)
     record = _record(loaded, comparison, settings, strict=strict)
-    run_names = ["ar", "space", *(["hf"] if "hf" in names and not temperature else []), *(["base"] if base else [])]
-    view.begin(loaded, run_names, planned.turns * seeds, unit="answers")
+    view.begin(loaded, comparison.methods(settings.sampling), planned.turns * against.seeds, unit="answers")
     try:
         with view, _noting_a_break(record):
-            _run(record, planned.prompts, comparison, view, draws=draws)
+            _run(record, planned.prompts, comparison, view, draws=against.draws)
         record.complete = True
     except KeyboardInterrupt:
         return 130
     finally:
         # what is done is shown and kept, whatever ended the run
         if record.answers:
-            record.conclude(candidates=None if drafts == "adaptive" else block.num_candidates, strict=strict)
-            _hand_out(record, json, report, view)
+            record.conclude(candidates=comparison.candidates, strict=strict)
+            _hand_out(record, json_file, report_file, view)
     return 0 if record.lossless else 1
 
 
@@ -164,42 +178,32 @@ def _noting_a_break(record: Verification) -> Iterator[None]:
         raise
 
 
-def _load_base(loaded: LoadedModel, load: Callable[[str], LoadedModel], view: RunView) -> LoadedModel:
+def _comparison(
+    loaded: LoadedModel,
+    against: ComparisonOptions,
+    names: tuple[str, ...],
+    load: options.LoadOptions,
+    view: RunView,
+) -> Comparison:
+    from space_cli.verify.compare import Comparison
+
+    names = names or ("ar", "hf", *(["base"] if _base_of(loaded) else []))
+    base = _load_base(loaded, load, view) if "base" in names else None
+    drafts = against.drafts_for(loaded)
+    block = _block(loaded, drafts, against.candidates)
+    return Comparison(block, drafts, names, base, against.same_shape, against.seeds)
+
+
+def _load_base(loaded: LoadedModel, load: options.LoadOptions, view: RunView) -> LoadedModel:
     name = _base_of(loaded)
     if name is None:
         raise UsageProblem(f"--against base: {loaded.name} is no adapter", hint="use ar, hf or both")
     view.loading(name)
-    return load(name)
-
-
-def _check_together(numerics: str, engine: str, drafts: str | None, candidates: int | None) -> None:
-    """Refuse options that exclude each other."""
-    if drafts == "adaptive" and (numerics == "same-shape" or candidates is not None):
-        raise UsageProblem("--drafts adaptive: blocks differ from step to step", hint="use --drafts model")
-    if numerics != "auto" and engine == "compiled":
-        raise UsageProblem(f"--numerics {numerics}: a way to run the model as it is", hint="leave --engine out")
-
-
-def _default_drafts(loaded: LoadedModel, *, fixed: bool) -> Literal["adaptive", "model", "mixed"]:
-    if not fixed:
-        return "adaptive"
-    return "model" if loaded.candidates else "mixed"
+    return load.load(name)
 
 
 def _base_of(loaded: LoadedModel) -> str | None:
     return loaded.space.base_model if loaded.space is not None and loaded.space.method == "adapter" else None
-
-
-def _named(against: str | None) -> tuple[str, ...]:
-    from space_cli.verify.record import AGAINST
-
-    names = tuple(dict.fromkeys(name.strip() for name in against.split(","))) if against is not None else ()
-    for name in names:
-        if name not in AGAINST:
-            raise UsageProblem(
-                f"--against {name}: nothing of that name to compare with", hint=f"use {', '.join(AGAINST)}"
-            )
-    return names
 
 
 def _block(loaded: LoadedModel, drafts: str, candidates: int | None) -> Block:

@@ -21,7 +21,7 @@ from space_cli.compile import torch_private
 from space_cli.compile.operators import SHIMS
 from space_cli.compile.packing import LANES, Adapter, fused_groups, packed_layers
 from space_cli.core.attention import has_replaceable_attention
-from space_cli.errors import RunFailed
+from space_cli.errors import RunFailed, first_line
 
 MAX_CALL_SLOTS = 512
 """Q of the largest block that a compiled model takes."""
@@ -89,8 +89,7 @@ def compile_model(model: PreTrainedModel, package: Path, adapter: Adapter | None
             unfinished = torch_private.compile_package(exported, Path(scratch, "program.pt2"), settings)
             unfinished.replace(package)
     except Exception as error:  # whatever in a foreign model defeats a compiler, the eager engine runs it
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise RunFailed(f"the model could not be compiled: {type(error).__name__}: {first}") from error
+        raise RunFailed(f"the model could not be compiled: {type(error).__name__}: {first_line(error)}") from error
     finally:
         config._attn_implementation = own
         torch_private.forget_exported()

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from space_cli.compile.packing import Adapter, LowRank
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_line
 from space_cli.models.checkpoint import ADAPTER_FILE
 
 _MASKS_KEY = "mask_embeddings"
@@ -138,7 +138,7 @@ def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig) -> list
             warnings.simplefilter("ignore")
             inject_adapter_in_model(lora, model)
     except ValueError as error:
-        raise UsageProblem(f"no adapter can be laid over this model: {_first_line(error)}") from error
+        raise UsageProblem(f"no adapter can be laid over this model: {first_line(error)}") from error
     # transformers' own mark: quantised weights may then be trained upon, and checkpointing lets gradients through
     cast(Any, model)._hf_peft_config_loaded = True
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -195,7 +195,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, masks: int) -> None:
     try:
         lora = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError) as error:
-        raise UsageProblem(f"{folder}: not a readable adapter: {_first_line(error)}") from error
+        raise UsageProblem(f"{folder}: not a readable adapter: {first_line(error)}") from error
     attach_adapter(model, masks, cast(LoraConfig, lora))
     load_adapter_weights(model, folder)
 
@@ -211,7 +211,7 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
     try:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UsageProblem(f"{file}: not a readable adapter: {_first_line(error)}") from error
+        raise UsageProblem(f"{file}: not a readable adapter: {first_line(error)}") from error
     embeddings = state.pop(_MASKS_KEY, None)
     misfit = UsageProblem(f"{file}: does not fit this base model", hint="load it on the model it was trained on")
     if embeddings is None or embeddings.shape != adapter.masks.shape:
@@ -224,7 +224,3 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
         raise misfit
     with torch.no_grad():
         adapter.masks.copy_(embeddings)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_invalid
 from space_cli.files import atomic_write
 from space_cli.text import read_text
 
@@ -68,9 +68,7 @@ class SpaceConfig(BaseModel):
         try:
             return cls.model_validate_json(read_text(file))
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise UsageProblem(f"{file}: {where}: {first['msg']}") from error
+            raise UsageProblem(f"{file}: {first_invalid(error)}") from error
 
     def save(self, folder: Path) -> None:
         """Write the config into a folder, whole or not at all."""

@@ -27,7 +27,7 @@ from space_cli.core.quantized import has_quantized_layers
 from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
-from space_cli.errors import RunFailed, UsageProblem
+from space_cli.errors import RunFailed, UsageProblem, first_line
 from space_cli.files import atomic_write
 from space_cli.models.adapter import adapter_updates
 from space_cli.models.graphs import cuda_graph_model
@@ -229,7 +229,7 @@ def _checked(loaded: LoadedModel, package: Path) -> CompiledModel:
             logits.append(torch.cat([alone, engine.run(Block.tree([0, 0, 2], 0), tokens)]).float())
     except RuntimeError as error:
         package.unlink(missing_ok=True)
-        raise RunFailed(f"{package}: cannot be run: {str(error).splitlines()[0]}") from error
+        raise RunFailed(f"{package}: cannot be run: {first_line(error)}") from error
     own, found = logits
     # kernels round differently; a wrong one is off by whole spreads
     allowed = own.std() * (1e-2 if model.dtype == torch.float32 and not has_quantized_layers(model) else 0.5)

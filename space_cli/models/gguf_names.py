@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_line
 from space_cli.models.gguf_file import shards_of
 
 PACKAGE = "package:"
@@ -106,7 +106,7 @@ def _hub_file(source: str, revision: str | None) -> Path:
     except EntryNotFoundError as error:
         raise UsageProblem(f"{source}: not all of it is on this machine", hint="connect to the Hub once") from error
     except OSError as error:
-        raise UsageProblem(f"{source}: could not be fetched: {_first_line(error)}") from error
+        raise UsageProblem(f"{source}: could not be fetched: {first_line(error)}") from error
     return files[0]
 
 
@@ -192,7 +192,3 @@ def quantization_of(stem: str) -> str | None:
     """Return the quantisation at the end of a file's name, in capitals."""
     match = _QUANTIZATION.search("-" + PurePosixPath(stem).name)
     return match[1].upper() if match else None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -9,7 +9,7 @@ import torch
 from space_cli.compile.cuda import CudaGraphModel, unsupported_reason
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.engine import engine_for
-from space_cli.errors import RunFailed, UsageProblem
+from space_cli.errors import RunFailed, UsageProblem, first_line
 from space_cli.models.loading import LoadedModel
 
 _PREFIX, _TOKENS = (1, 2, 3), (2, 3, 1, 2)
@@ -47,7 +47,8 @@ def cuda_graph_model(
     except Exception as error:  # whatever in a foreign model defeats capture or compiler, the eager engine runs it
         if required:
             raise RunFailed(
-                f"{loaded.name} cannot be captured: {_first_line(error)}", hint="use --engine eager"
+                f"{loaded.name} cannot be captured: {type(error).__name__}: {first_line(error)}",
+                hint="use --engine eager",
             ) from error
     return None
 
@@ -72,8 +73,3 @@ def _checked(loaded: LoadedModel, compiled: CudaGraphModel) -> CudaGraphModel:
     if not (own - found).abs().max() <= allowed:
         raise RunFailed(f"{loaded.name}, as graphs, computes something else", hint="use --engine eager")
     return compiled
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

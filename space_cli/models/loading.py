@@ -27,7 +27,7 @@ from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter
 from space_cli.core.drafting.ngrams import Source
 from space_cli.core.engine import Compiled, context_length, embedding_rows
 from space_cli.core.quantized import num_parameters
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_line
 from space_cli.models import support
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.gguf_names import gguf_path, is_gguf
@@ -361,22 +361,20 @@ def _mask_fields(name: str, model: PreTrainedModel, space: SpaceConfig | None, e
 
 
 def _not_loaded(name: str, entry: ModelEntry, error: OSError) -> UsageProblem:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(entry.source).is_dir():
-        return UsageProblem(f"{name}: not a complete model folder: {first}")
+        return UsageProblem(f"{name}: not a complete model folder: {first_line(error)}")
     return UsageProblem(
-        f"model {name!r} could not be loaded: {first}",
+        f"model {name!r} could not be loaded: {first_line(error)}",
         hint="give an alias of models.toml, a folder, a GGUF file (on the Hub: org/repo:Q4_K_M), or the id of a model",
     )
 
 
 def _unreadable(name: str, error: ValueError) -> UsageProblem:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error):
         return UsageProblem(
             f"{name} needs code of its own, which space never runs", hint="choose a model that transformers has"
         )
-    return UsageProblem(f"{name} could not be loaded: {first}")
+    return UsageProblem(f"{name} could not be loaded: {first_line(error)}")
 
 
 def unpack(model: PreTrainedModel) -> None:

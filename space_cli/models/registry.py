@@ -12,7 +12,7 @@ from platformdirs import user_config_path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from tomlkit.exceptions import TOMLKitError
 
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_invalid
 from space_cli.files import atomic_write, expanded
 from space_cli.models.checkpoint import SPACE_CONFIG_NAME
 from space_cli.models.gguf_names import PACKAGE, has_package_file, is_gguf, is_on_hub
@@ -157,8 +157,7 @@ def _parsed(text: str, file: Path) -> dict[str, ModelEntry]:
     except tomllib.TOMLDecodeError as error:
         raise UsageProblem(f"{file}: not TOML: {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageProblem(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise UsageProblem(f"{file}: {first_invalid(error)}") from error
     return {name: _located(entry, file) for name, entry in entries.items()}
 
 

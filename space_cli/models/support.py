@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.engine import EagerEngine, context_length, embedding_rows
 from space_cli.core.quantized import has_quantized_layers
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_line
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse", "moe"}
 # the second of two branches: a model that puts a causal mask of its own in place of ours sees the first one there
@@ -65,8 +65,7 @@ def check_block(model: PreTrainedModel, name: str) -> None:
         masks = prefix[: _PROBE_BLOCK.num_slots - _PROBE_BLOCK.num_tokens]
         found = engine.run(_PROBE_BLOCK, [head, prefix[0], *candidates, *masks])[_PROBE_PATH].float()
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise _refusal(name, f"a block cannot be run on it ({type(error).__name__}: {reason})") from error
+        raise _refusal(name, f"a block cannot be run on it ({type(error).__name__}: {first_line(error)})") from error
     if not (expected.isfinite().all() and found.isfinite().all()):
         what = "NaN" if expected.isnan().any() or found.isnan().any() else "infinity"
         raise UsageProblem(

@@ -1,4 +1,4 @@
-"""The ASGI application: what stands at which path."""
+"""The ASGI application: its routes and their handlers. To add an endpoint, add its route to `app`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What requests may ask for.
+    """Limits on requests.
 
     Attributes:
         body_bytes: of a request.
@@ -53,7 +53,7 @@ class Limits:
 
 
 class Server:
-    """What the paths share.
+    """The state that all routes share.
 
     Args:
         shelf: of models.
@@ -90,7 +90,7 @@ class Server:
         return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), access)
 
     async def _told(self, endpoint: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
-        """Answer, with errors in OpenAI's form."""
+        """Answer a request; errors take OpenAI's form."""
         try:
             return await endpoint(request)
         except ClientDisconnect:
@@ -174,9 +174,9 @@ def _answers(
     count: int,
     tools: Sequence[Tool] = (),
 ) -> Iterator[Event]:
-    """Yield what comes of `count` answers to each prompt; each further answer has the next seed."""
+    """Yield the events of `count` answers to each prompt; each further answer uses the next seed."""
     for prompt in prompts:
-        # what does not fit is refused before anything is told
+        # refuse what does not fit before sending anything
         model.room(prompt, settings.max_new_tokens)
     yield Begun()
     for index in range(len(prompts) * count):
@@ -189,7 +189,7 @@ def _answers(
 
 
 def _raw_ids(model: Model, prompt: str | list[int]) -> list[int]:
-    """Return the tokens of a prompt without a chat template; special tokens in it are what they are."""
+    """Return the tokens of a prompt without a chat template; special tokens in it count as such."""
     if isinstance(prompt, str):
         _check_length(model, len(prompt))
         prompt = model.loaded.encode(prompt)
@@ -201,7 +201,7 @@ def _raw_ids(model: Model, prompt: str | list[int]) -> list[int]:
 
 
 def _check_length(model: Model, characters: int) -> None:
-    """Refuse what is far too long before it is split into tokens, which takes its time."""
+    """Refuse a prompt that is far too long before tokenizing it, which is slow."""
     limit = model.context_length
     if limit is not None and characters > limit * _CHARACTERS_PER_TOKEN:
         told = f"the prompt of {characters} characters is longer than the context of {limit} tokens"
@@ -213,7 +213,7 @@ def _entry(name: str) -> dict[str, object]:
 
 
 def _not_here(request: Request, error: Exception) -> Response:
-    """Tell of a path or method that is not there."""
+    """Answer a request for an unknown path or method."""
     assert isinstance(error, HTTPException)
     told = f"{request.method} {request.url.path} is not here; see /docs"
     return ApiError(error.status_code, told, code="not_found", headers=error.headers).response()

@@ -1,4 +1,4 @@
-"""Requests as OpenAI's interface has them; what cannot be honoured is refused, what changes nothing is passed over."""
+"""Request bodies of OpenAI's interface; fields that cannot be honoured are refused, harmless ones ignored."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from space_cli import limits
 from space_cli.api import Message
 from space_cli.server.errors import ApiError
 
@@ -15,7 +16,7 @@ _Text = Annotated[str, Field(min_length=1)]
 
 
 class TextPart(BaseModel):
-    """A part of a message's content."""
+    """One part of a message's content."""
 
     type: Literal["text"]
     text: str
@@ -29,7 +30,7 @@ class FunctionCall(BaseModel):
 
 
 class Call(BaseModel):
-    """A call that an assistant made."""
+    """A tool call in an assistant's message."""
 
     id: str
     type: Literal["function"] = "function"
@@ -46,7 +47,7 @@ class ChatMessage(BaseModel):
     tool_call_id: str | None = None
 
     def message(self) -> Message:
-        """Return it as the model's template takes it."""
+        """Return it in the form that chat templates take."""
         message = Message(role="system" if self.role == "developer" else self.role, content=text_of(self.content))
         if self.name:
             message["name"] = self.name
@@ -58,7 +59,7 @@ class ChatMessage(BaseModel):
 
 
 class Function(BaseModel):
-    """What a model is told of a function."""
+    """A function's name, description and parameters, as the model sees them."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -75,7 +76,7 @@ class ToolBody(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What the answer is expected to be much like."""
+    """The predicted answer, used as a draft."""
 
     type: Literal["content"]
     content: str | list[TextPart]
@@ -89,7 +90,7 @@ class JsonSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """What form an answer has."""
+    """The requested form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -107,35 +108,35 @@ class ResponseFormat(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream has beside the answer."""
+    """What a stream carries besides the answer."""
 
     include_usage: bool = False
 
 
 class _Request(BaseModel):
-    """What both kinds of request have."""
+    """Fields of both kinds of request."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str | None = None
-    temperature: Annotated[float | None, Field(ge=0)] = None
-    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    top_k: Annotated[int | None, Field(ge=0)] = None
-    min_p: Annotated[float | None, Field(ge=0, le=1)] = None
+    temperature: limits.Temperature | None = None
+    top_p: limits.TopP | None = None
+    top_k: limits.TopK | None = None
+    min_p: limits.MinP | None = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: _Text | Annotated[list[_Text], Field(max_length=MAX_STOPS)] | None = None
     max_tokens: Annotated[int | None, Field(ge=1, le=MAX_TOKENS)] = None
     n: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
-    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0)] = None
+    presence_penalty: limits.CountPenalty | None = None
+    frequency_penalty: limits.CountPenalty | None = None
+    repetition_penalty: limits.RepetitionPenalty | None = None
     response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _refuse(self) -> Self:
-        """Refuse what would change the answer and is not there."""
+        """Refuse unsupported fields that would change the answer."""
         for name, harmless in _NOT_HERE.items():
             value = (self.model_extra or {}).get(name)
             if value is not None and value not in harmless:
@@ -144,11 +145,11 @@ class _Request(BaseModel):
 
     @property
     def most_tokens(self) -> int | None:
-        """Tokens that an answer may have; None where nothing was said of it."""
+        """Largest number of tokens of an answer; None if the request sets none."""
         return self.max_tokens
 
     def options(self, default_tokens: int) -> dict[str, Any]:
-        """Return the settings of an answer that were asked for."""
+        """Return the requested settings of an answer."""
         told = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -192,18 +193,18 @@ class ChatRequest(_Request):
 
     @property
     def told_tools(self) -> list[dict[str, Any]]:
-        """The tools that the model is told of."""
+        """The tools that the model may call."""
         if self.tool_choice == "none":
             return []
         return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
 
     @property
     def most_tokens(self) -> int | None:
-        """Tokens that an answer may have; None where nothing was said of it."""
+        """Largest number of tokens of an answer; None if the request sets none."""
         return self.max_completion_tokens or self.max_tokens
 
     def options(self, default_tokens: int) -> dict[str, Any]:
-        """Return the settings of an answer that were asked for."""
+        """Return the requested settings of an answer."""
         return super().options(default_tokens) | {
             "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
             "prediction": text_of(self.prediction.content) if self.prediction else "",
@@ -227,7 +228,7 @@ class CompletionRequest(_Request):
         return list(self.prompt)  # type: ignore[arg-type]
 
     def options(self, default_tokens: int) -> dict[str, Any]:
-        """Return the settings of an answer that were asked for."""
+        """Return the requested settings of an answer."""
         return super().options(default_tokens) | {"logprobs": self.logprobs}
 
 

@@ -1,4 +1,4 @@
-"""What the server says of itself: an OpenAPI description, and a page made of it that loads nothing from elsewhere."""
+"""The server's OpenAPI description, and a self-contained page made from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from space_cli.server.bodies import ChatRequest, CompletionRequest
 _BODIES: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
 _PATHS = {
     "/v1/chat/completions": ("post", "Answer a conversation; with `stream`, as server-sent events."),
-    "/v1/completions": ("post", "Go on behind a prompt, without a chat template."),
+    "/v1/completions": ("post", "Continue a prompt, without a chat template."),
     "/v1/models": ("get", "The models that can be asked for."),
     "/v1/models/{name}": ("get", "One of them."),
     "/health": ("get", "Whether the server takes requests; needs no key."),

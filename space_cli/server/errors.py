@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form; nothing of the machine is in them."""
+"""Errors in OpenAI's form; they reveal nothing about the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, first_invalid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +26,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """A response that is an error.
 
     Args:
         status: of HTTP.
@@ -50,7 +50,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, object]:
-        """What OpenAI's clients read."""
+        """The body that OpenAI's clients read."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -60,14 +60,14 @@ class ApiError(Exception):
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Return what a client is told of an error; what it is not told is logged."""
+    """Return the error as a client sees it; further details go to the log."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         # the parts of a union are named by their types: nothing that a client sent
-        param = ".".join(str(part) for part in first["loc"]) or None
-        return ApiError(400, f"{param or 'the body'}: {first['msg']}", param=param, code="invalid_value")
+        found = first_invalid(error)
+        message = f"{found.field or 'the body'}: {found.reason}"
+        return ApiError(400, message, param=found.field or None, code="invalid_value")
     if isinstance(error, UsageProblem):
         too_long = "leaves no room in the context" in error.message
         code = "context_length_exceeded" if too_long else "invalid_value"

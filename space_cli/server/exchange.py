@@ -1,4 +1,4 @@
-"""One request and its response: the body read within bounds, the events of its job told whole or as they come."""
+"""One request and its response: reads the body within bounds, sends the job's events as a whole or as a stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from space_cli.server.work import Job, Worker
 
 log = logging.getLogger("space.serve")
-# a client that sends or reads more slowly than this is given up
+# clients that send or read more slowly than this are dropped
 BODY_SECONDS, SEND_SECONDS = 30.0, 60.0
 _CLIENT_GONE = 499
 
@@ -111,7 +111,7 @@ class Exchange:
         self.job.cancel()
 
     def take(self, batch: list[Event]) -> None:
-        """Note what has come."""
+        """Record an event."""
         self.done += [event for event in batch if isinstance(event, Done)]
         if self.first is None:
             self.first = time.monotonic() - self.began
@@ -137,14 +137,14 @@ class Exchange:
 
 
 async def _behind(first: list[Event], events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:
-    """Yield a batch that was taken already, then the others."""
+    """Yield the batch already taken, then the rest."""
     yield first
     async for batch in events:
         yield batch
 
 
 class _EventStream(Response):
-    """Server-sent events of an exchange, as many at once as are there."""
+    """Server-sent events of an exchange, batched as they arrive."""
 
     media_type = "text/event-stream"
 
@@ -154,7 +154,7 @@ class _EventStream(Response):
         self._exchange, self._events = exchange, events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until the answer ends, or its reader is gone or stands still."""
+        """Send events until the answer ends or the reader disconnects or stalls."""
         status = _CLIENT_GONE
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -1,4 +1,4 @@
-"""Where the server listens and who may talk to it: Host, Origin and key are looked at before anything else.
+"""Where the server listens and who may use it: Host, Origin and key are checked first.
 
 A web page can make its reader's browser send requests to 127.0.0.1, under its own name as Origin, or, once its name has
 been made to point there, as Host. Neither gets an answer.
@@ -25,7 +25,7 @@ _OPEN_PATHS = ("/health",)
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who is let in.
+    """Who may use the server.
 
     Attributes:
         api_key: that requests must bring; None asks for none.
@@ -81,13 +81,13 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Lets requests through to `app`, or answers itself."""
+    """Middleware that passes allowed requests to `app` and answers the others."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app, self._access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Look at one request."""
+        """Check one request."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
@@ -95,7 +95,7 @@ class Guard:
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         if scope["method"] == "OPTIONS" and origin in self._access.origins:
-            # a browser asks without the key
+            # a browser's preflight request carries no key
             await Response(None, 204, headers=_allowed(origin, _PREFLIGHT))(scope, receive, send)
             return
         try:
@@ -118,7 +118,7 @@ def _allowed(origin: str | None, more: dict[str, str]) -> dict[str, str]:
 
 
 def _naming(origin: str, send: Send) -> Send:
-    """Return a `send` that tells the browser that the page may read the answer."""
+    """Return a `send` that adds the CORS headers for the page's origin."""
 
     async def naming(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""Figures of a running server in Prometheus' text form."""
+"""Metrics of a running server in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class Metrics:
-    """What is counted."""
+    """The counters and histograms."""
 
     def __init__(self, worker: Worker, shelf: Shelf) -> None:
         self._registry = CollectorRegistry()
@@ -41,7 +41,7 @@ class Metrics:
         self.first = histogram("first_token_seconds", "From a request to its first token.")
         self.seconds = histogram("request_seconds", "From a request to the end of its answer.")
         gauge("requests_waiting", "Requests in the queue.").set_function(lambda: worker.waiting)
-        gauge("requests_active", "Requests under way.").set_function(lambda: worker.active)
+        gauge("requests_active", "Number of running requests.").set_function(lambda: worker.active)
         gauge("models_loaded", "Models in memory.").set_function(lambda: len(shelf.loaded))
         gauge("cache_bytes", "Keys and values at rest.").set_function(
             lambda: sum(model.cache_bytes for model in shelf.loaded)

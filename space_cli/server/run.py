@@ -1,4 +1,4 @@
-"""The process: a socket, the application on it, and an end in order."""
+"""The server process: socket, application, and orderly shutdown."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from space_cli.errors import Interrupted
 from space_cli.server.app import Server
 from space_cli.server.guard import Access
 
-# answers under way have so long once the process is told to end
+# seconds that running answers get after a request to stop
 _GRACE_SECONDS = 30
 
 
 def run(server: Server, access: Access, listening: socket.socket, *, tell: Callable[[str], None]) -> int:
-    """Serve until SIGTERM or Ctrl-C; answers under way are finished, those that wait are refused.
+    """Serve until SIGTERM or Ctrl-C; running answers are finished, waiting ones refused.
 
     Raises:
         Interrupted: it was Ctrl-C.
@@ -50,7 +50,7 @@ def run(server: Server, access: Access, listening: socket.socket, *, tell: Calla
 
 
 class _Process(uvicorn.Server):
-    """Tells of the signal that ends it, in place of raising it again.
+    """A uvicorn server that reports the signal that ended it instead of raising it again.
 
     Attributes:
         ended_by: that signal, or None.
@@ -62,7 +62,7 @@ class _Process(uvicorn.Server):
         self.ended_by: int | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end; the second signal ends at once."""
+        """Begin shutdown; a second signal ends at once."""
         if self.ended_by is None:
             self.ended_by, self.should_exit = sig, True
             self._on_end()
@@ -71,7 +71,7 @@ class _Process(uvicorn.Server):
 
 
 class _LogLines(logging.Handler):
-    """Lines with the time of day; a traceback only where errors are debugged."""
+    """Log lines with the time of day; tracebacks only under --debug."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's forms, whole and in chunks."""
+"""Responses in OpenAI's forms, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ Event = Begun | Came | Done
 
 
 class Shape(Protocol):
-    """How the events of one request are told."""
+    """Renders the events of one request."""
 
     def chunks(self, event: Event) -> Iterator[Json]:
-        """Yield what a stream tells of an event."""
+        """Yield the chunks of an event."""
 
     def whole(self, done: Sequence[Done]) -> Json:
         """Return the whole response."""
 
     def usage_chunk(self, done: Sequence[Done]) -> Json:
-        """Return what a stream ends with where its usage is asked for."""
+        """Return the last chunk of a stream whose usage is requested."""
 
 
 class _Shape:
-    """What both forms have.
+    """The part that both forms share.
 
     Args:
         model: its public name.
@@ -79,7 +79,7 @@ class _Shape:
         return {**self._head, "object": self._kind[0], "choices": choices, "usage": usage_of(done)}
 
     def usage_chunk(self, done: Sequence[Done]) -> Json:
-        """Return what a stream ends with where its usage is asked for."""
+        """Return the last chunk of a stream whose usage is requested."""
         return self._chunk([], usage=usage_of(done))
 
 
@@ -93,7 +93,7 @@ class ChatShape(_Shape):
         self._calls: dict[int, int] = {}
 
     def chunks(self, event: Event) -> Iterator[Json]:
-        """Yield what a stream tells of an event."""
+        """Yield the chunks of an event."""
         if isinstance(event, Begun):
             return
         if event.index not in self._begun:
@@ -148,7 +148,7 @@ class CompletionShape(_Shape):
         self._lengths = dict.fromkeys(range(len(echoes)), 0)
 
     def chunks(self, event: Event) -> Iterator[Json]:
-        """Yield what a stream tells of an event."""
+        """Yield the chunks of an event."""
         if isinstance(event, Begun):
             return
         echo = self._echoes[event.index] if self._lengths[event.index] == 0 else ""
@@ -198,7 +198,7 @@ def reason_of(answer: Answer) -> str | None:
 
 
 def usage_of(done: Sequence[Done]) -> Json:
-    """Return what a request cost; its prompts are counted once, however many answers there are to each."""
+    """Return a request's token usage; each prompt counts once, however many answers it has."""
     answers = [each.answer for each in done]
     prompts = {each.prompt: each.answer for each in reversed(done)}.values()
     prompt, completion = sum(answer.prompt_tokens for answer in prompts), sum(len(each.token_ids) for each in answers)
@@ -228,6 +228,6 @@ def _call(call: ToolCall) -> Json:
 
 
 def _with_bytes(token: TokenLogprob) -> Json:
-    # a part of a character has no bytes of its own once it is text
+    # the bytes of a partial character are lost once it is text
     told = None if "\N{REPLACEMENT CHARACTER}" in token.text else list(token.text.encode())
     return {"token": token.text, "logprob": token.logprob, "bytes": told}

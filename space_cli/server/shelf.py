@@ -1,4 +1,4 @@
-"""The models a server has: their public names, and those in memory."""
+"""The models of a server: public names, and which are in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("space.serve")
 
 
 class Shelf:
-    """Models by name; loads them when asked for, and gives up those used longest ago.
+    """Models by name; loads them on request and evicts the least recently used.
 
     Args:
         given: names as they were given to the server, the first of which is the default.
@@ -27,7 +27,7 @@ class Shelf:
     def __init__(
         self, given: Sequence[str], load: Callable[[str], Model], *, most: int = 1, models_file: Path | None = None
     ) -> None:
-        # a folder or file is known by its last part: where it lies is nobody's business
+        # a folder or file is listed by its last part only, so its path stays private
         self._sources = {Path(name).name if Path(name).exists() else name: name for name in given}
         self.default = next(iter(self._sources))
         self._load, self._most, self._models_file = load, max(most, 1), models_file
@@ -35,7 +35,7 @@ class Shelf:
 
     @property
     def names(self) -> list[str]:
-        """What can be asked for: what the server was given, and the names of models.toml that are on this machine."""
+        """The names that can be requested: the server's models, and those of models.toml that are on this machine."""
         here = [status.name for status in inventory(self._models_file) if status.present]
         return list(dict.fromkeys([*self._sources, *here]))
 
@@ -63,11 +63,11 @@ class Shelf:
             self._loaded[name] = self._load(source)
 
     def has_room(self, name: str, in_use: Collection[str]) -> bool:
-        """Return whether a model is in memory, or can be without taking one in use out of it."""
+        """Return whether a model is in memory or can be loaded without evicting one in use."""
         return name in self._loaded or len(in_use) < self._most
 
     def get(self, name: str, in_use: Collection[str] = ()) -> Model:
-        """Return a model, loaded if it is not, in place of one that is not in use; only called where there is room.
+        """Return a model, loading it (and evicting an idle one) if necessary; only called if there is room.
 
         Raises:
             ApiError: it cannot be loaded.

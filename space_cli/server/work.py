@@ -1,4 +1,4 @@
-"""One thread that runs the models: requests in order of arrival, a few under way at once, a step of each in turn.
+"""One thread runs the models: requests in order of arrival, a few at a time, one step of each in turn.
 
 A step is one model call for one request: requests are not batched.
 """
@@ -23,7 +23,7 @@ _GATHERED_SECONDS = 0.01
 
 
 class Job(Generic[E]):
-    """A request's work, as the coroutine that waits for it sees it.
+    """A request's work, as seen by the coroutine that waits for it.
 
     Args:
         model: by its name.
@@ -55,12 +55,12 @@ class Job(Generic[E]):
             self._loop.call_soon_threadsafe(self._wake.set)
 
     def cancel(self) -> None:
-        """Say that nobody waits any more; the step under way is the last."""
+        """Cancel the job; the step under way is its last."""
         self.is_cancelled = True
         self._wake.set()
 
     async def events(self) -> AsyncIterator[list[E]]:
-        """Yield what has come, all that is there at once; ends early where the job is cancelled.
+        """Yield events in batches as they arrive; ends early if the job is cancelled.
 
         Raises:
             ApiError: what the job failed with.
@@ -68,7 +68,7 @@ class Job(Generic[E]):
         while not self.is_cancelled:
             await self._wake.wait()
             if self._events and self._events[-1] is not None:
-                # steps quicker than this are told together: each telling takes time from the model
+                # events of faster steps are sent together, since each send takes time from the model
                 await asyncio.sleep(_GATHERED_SECONDS)
             self._wake.clear()
             self._is_told = False
@@ -105,17 +105,17 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return len(self._waiting)
 
     @property
     def active(self) -> int:
-        """Requests under way."""
+        """Number of running requests."""
         return len(self._active)
 
     @property
     def is_draining(self) -> bool:
-        """Whether no more are taken."""
+        """Whether new jobs are refused."""
         return self._is_draining
 
     def start(self) -> None:
@@ -134,21 +134,21 @@ class Worker:
             for left in [waiting for waiting in self._waiting if waiting.is_cancelled]:
                 with suppress(ValueError, IndexError):  # the worker came to it meanwhile
                     self._waiting.remove(left)
-            # what an idle worker has not begun yet does not wait
+            # a job that an idle worker is about to begin does not count as waiting
             if len(self._waiting) + len(self._active) >= self._most_waiting + self._parallel:
                 raise overloaded(429, f"{len(self._waiting)} requests are waiting already", "queue_full")
             self._waiting.append(job)  # type: ignore[arg-type]
             self._condition.notify()
 
     def drain(self) -> None:
-        """Take no more jobs and refuse those that wait; those under way go on. Safe in a signal handler's thread."""
+        """Refuse new and waiting jobs; running ones go on. Safe in a signal handler."""
         self._is_draining = True
         with suppress(IndexError):
             while True:
                 self._waiting.popleft().put(overloaded(503, "the server is shutting down", "shutting_down"))
 
     def stop(self) -> None:
-        """End the thread behind the step under way."""
+        """End the thread after the current step."""
         self.drain()
         with self._condition:
             self._is_stopped = True
@@ -173,7 +173,7 @@ class Worker:
             self._end(job)
 
     def _admit(self) -> None:
-        """Start jobs in their order; one that needs a model for which there is no room yet holds up those behind it."""
+        """Start jobs in order; a job whose model has no room yet holds up those after it."""
         while self._waiting and len(self._active) < self._parallel:
             in_use = {job.model for job in self._active}
             try:
@@ -193,7 +193,7 @@ class Worker:
                 job.put(error)
 
     def _advance(self, job: Job[object]) -> bool:
-        """Take one event of a job; return whether there may be more."""
+        """Produce one event of a job; return whether there may be more."""
         assert job.running is not None
         if job.is_cancelled:
             self._end(job)

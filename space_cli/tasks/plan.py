@@ -16,7 +16,7 @@ from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
 from space_cli.errors import UsageProblem
 from space_cli.models.loading import LoadedModel
-from space_cli.tasks.suites import Prompt, Suite
+from space_cli.tasks.prompts import Prompt, Suite
 from space_cli.tasks.task import Task
 
 

@@ -1,4 +1,4 @@
-"""What a training won: tokens per step on prompts that it has not seen."""
+"""Acceptance after training: tokens per step on held-out prompts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def measure_acceptance(
     stop: StopRule,
     on_progress: Callable[[int, int], None],
 ) -> Acceptance | None:
-    """Answer prompts greedily with SPACE and count; None without prompts.
+    """Answer prompts greedily with SPACE and measure acceptance; None without prompts.
 
     Args:
         model: in evaluation mode.

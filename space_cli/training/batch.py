@@ -1,4 +1,4 @@
-"""Answers of a model in batches: every row at its own length, a finished row's place taken by the next prompt.
+"""Batched answers of a model: each row has its own length, and the next prompt takes a finished row's place.
 
 Decoding one answer reads all weights for one token; a batch reads them for all of its rows. Keys and values lie in one
 buffer per layer, each row written at its own place, so nothing is padded, copied or moved while answers grow.
@@ -45,7 +45,7 @@ class Request:
 
 @dataclass
 class _Row:
-    """An answer that is being written: `number` is that of its request."""
+    """An answer in progress; `number` is that of its request."""
 
     number: int
     request: Request
@@ -62,7 +62,7 @@ class _Row:
 def answer_in_batches(
     model: PreTrainedModel, requests: Sequence[Request], *, rows: int, eos_token_ids: frozenset[int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield (number of the request, its answer's token ids) as answers end, the closing token included.
+    """Yield (request number, answer token ids) as answers end; the ids include the closing token.
 
     Args:
         model: a causal LM in evaluation mode.
@@ -105,7 +105,7 @@ def _choose(logits: torch.Tensor, row: _Row) -> int:
 
 
 class _RowCache:
-    """Keys and values of a batch whose rows have lengths of their own.
+    """KV cache of a batch whose rows differ in length.
 
     Attributes:
         rows: there is room for.
@@ -125,7 +125,7 @@ class _RowCache:
         return cast(list[_RowLayer], self._cache.layers)
 
     def prefill(self, model: PreTrainedModel, index: int, request: Request) -> torch.Tensor:
-        """Compute a prompt into a row; return the (V) logits behind it."""
+        """Prefill a prompt into a row; return the (V) logits after it."""
         prompt = DynamicCache()
         ids = torch.tensor([request.prompt_ids], device=model.device)
         logits = model(ids, logits_to_keep=1, **cache_arguments(model, prompt)).logits
@@ -152,7 +152,7 @@ class _RowCache:
         return cast(torch.Tensor, logits[:, -1])
 
     def move(self, source: int, target: int) -> None:
-        """Put one row's keys and values into another's place."""
+        """Move one row's keys and values to another row."""
         if source != target:
             for layer in self._layers:
                 for states in (layer.keys, layer.values):
@@ -160,7 +160,7 @@ class _RowCache:
 
 
 class _RowLayer(CacheLayerMixin):
-    """Keys and values (rows, H, capacity, D) of one layer."""
+    """Keys and values of one layer, (rows, H, capacity, D)."""
 
     is_sliding = False
     keys: torch.Tensor
@@ -178,7 +178,7 @@ class _RowLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def fill(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write a prompt's (1, H, Q, D) states into a row, in longer buffers where there is no room."""
+        """Write a prompt's (1, H, Q, D) states into a row; grow the buffers if necessary."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         missing = self._shared.capacity - self.keys.shape[2]
@@ -190,7 +190,7 @@ class _RowLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (B, H, 1, D) states, each row at its own place; return views (B, H, shown, D)."""
+        """Write (B, H, 1, D) states, each row at its own position; return views (B, H, shown, D)."""
         count = len(key_states)
         rows = torch.arange(count, device=key_states.device)
         self.keys[rows, :, self._shared.lengths] = key_states[:, :, 0]
@@ -219,7 +219,7 @@ def grouped_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend with one query a row, the heads that share a key head as rows of one product: keys are never copied.
+    """Attend with one query per row; heads that share a key head are rows of one product, so keys are never copied.
 
     Shapes as in transformers' attention functions: query (B, H, 1, D), keys (B, H_kv, N, D). Calls of other shapes go
     to transformers' SDPA.

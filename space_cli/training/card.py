@@ -1,4 +1,4 @@
-"""What a training leaves to read: a model card and its curves."""
+"""The model card of a training, and its curves."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _figure(value: float | None) -> str:
 
 
 def draw_curves(history: Sequence[dict[str, Any]], file: Path) -> bool:
-    """Draw losses and accuracies over the steps; return whether matplotlib was there to do it.
+    """Draw losses and accuracies over the steps; return False without matplotlib.
 
     Args:
         history: Trainer's log.

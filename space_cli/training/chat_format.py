@@ -39,7 +39,7 @@ _THOUGHT, _CLOSED = "<think>", "</think>"
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An example as the collator takes it.
+    """An encoded example for the collator.
 
     Attributes:
         input_ids: at most `max_length` of them.
@@ -77,7 +77,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, template: st
 
 
 def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, *, template: str | None) -> tuple[list[int], ...]:
-    """Return what stands before each answer that `encode` gives loss to, as a model is given it; nothing for texts.
+    """Return the prompt ids before each answer that carries loss in `encode`; none for texts.
 
     Raises:
         UsageProblem: as `encode` does.
@@ -93,7 +93,7 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, *, template
 
 
 def rendered(example: Example, tokenizer: PreTrainedTokenizerBase, *, template: str | None) -> str:
-    """Return the text that `encode` makes tokens of, special tokens included.
+    """Return the text that `encode` tokenizes, special tokens included.
 
     Raises:
         UsageProblem: as `encode` does.
@@ -109,7 +109,7 @@ def rendered(example: Example, tokenizer: PreTrainedTokenizerBase, *, template: 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Text that is tokenised by itself.
+    """A piece of text that is tokenized separately.
 
     Attributes:
         text: with seams in it.
@@ -149,7 +149,7 @@ def _script(example: Example, tokenizer: PreTrainedTokenizerBase, template: str 
         return _with_lead([prompt, completion], escaper.seam, tokenizer)
     escaper = Escaper.of([turn.content for turn in example.turns], tokenizer)
     turns = escape_turns(example.turns, escaper, tokenizer, template=template)
-    while turns[-1].role != "assistant":  # nothing is learned of what nobody answers
+    while turns[-1].role != "assistant":  # turns without an answer carry no loss
         turns.pop()
     if has_own_template(tokenizer, template):
         return _Script(_chat_pieces(turns, tokenizer, where=example.where), escaper.seam, lead=[])

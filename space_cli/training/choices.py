@@ -1,4 +1,4 @@
-"""Names that transformers' Trainer would refuse only after measuring and preparing: found out before any work."""
+"""Checks names before any work that transformers' Trainer would refuse only after preparation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from space_cli.errors import UsageProblem
 
 
 def check_names(*, optim: str, report_to: str) -> None:
-    """Refuse an optimizer or a service to report to that cannot be used here.
+    """Refuse an optimizer or a reporting service that cannot be used here.
 
     Raises:
         UsageProblem: which one, and what there is.
@@ -23,7 +23,7 @@ def check_names(*, optim: str, report_to: str) -> None:
 
 
 def _check_optimizer(name: str) -> None:
-    """Refuse an optimizer that is none of transformers', or whose package is missing."""
+    """Refuse an optimizer that transformers does not know, or whose package is missing."""
     names = [each.value for each in OptimizerNames]
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or ["adamw_torch", "adafactor", "sgd"]
@@ -38,7 +38,7 @@ def _check_optimizer(name: str) -> None:
 
 
 def _check_reporting(name: str) -> None:
-    """Refuse a service to report to that Trainer does not know, or whose package is missing."""
+    """Refuse a reporting service that Trainer does not know, or whose package is missing."""
     if name in ("none", "all"):
         return
     if name not in INTEGRATION_TO_CALLBACK:

@@ -46,12 +46,12 @@ _ERRORS_TOLD = 3
 
 
 class _LeftOut(Exception):
-    """A row that is no example, with the reason."""
+    """A row that is left out, with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns, of which the assistant's are learned; at least one of them answers something.
+    """Turns; the assistant's are learned, and at least one of them answers something.
 
     Attributes:
         turns: as they stand in the data.
@@ -64,7 +64,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and the completion to learn, in no chat format."""
+    """A prompt and the completion to learn, without a chat format."""
 
     prompt: str
     completion: str
@@ -104,7 +104,7 @@ class Loaded:
 
     @property
     def told(self) -> str:
-        """The source in one line, what was not used of it included."""
+        """The source in one line, with what was left out of it."""
         parts = [f"{self.source}: {len(self.examples)} examples, format {self.format}"]
         parts += [f"documents apart at {self.apart}"] if self.apart else []
         parts += [f"{count} left out: {reason}" for reason, count in self.left_out.items()]
@@ -152,7 +152,7 @@ def _rows(source: str, hub: HubDataset) -> tuple[Iterator[SourceRow], str]:
 
 @dataclass(slots=True)
 class _Found:
-    """What the rows so far were."""
+    """Counts of the rows read so far."""
 
     examples: list[Example] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -169,7 +169,7 @@ class _Found:
             self.errors.append(error)
 
     def check(self, source: str) -> None:
-        """Refuse a source with malformed rows, the first of them told, or with nothing but rows left out."""
+        """Refuse a source with malformed rows, listing the first ones, or one without usable rows."""
         if self.errors:
             first = self.errors[:_ERRORS_TOLD]
             more = f"; and {len(self.errors) - len(first)} more such rows" if len(self.errors) > len(first) else ""
@@ -243,7 +243,7 @@ def _pair(row: Row, where: str, *, answer: str, chat: bool) -> Example:
 
 
 def _said(row: Row, field: str, where: str) -> str:
-    """Return what a field says; a row in which it is there and says nothing is left out."""
+    """Return the text of a field; a row in which it is empty is left out."""
     if field in row and (row[field] is None or (isinstance(row[field], str) and not str(row[field]).strip())):
         raise _LeftOut(_EMPTY)
     if not isinstance(row.get(field), str):
@@ -252,7 +252,7 @@ def _said(row: Row, field: str, where: str) -> str:
 
 
 def _with_system(row: Row, turns: list[Turn], where: str) -> list[Turn]:
-    """Put what a row says of itself as `system` in front, as a turn; rows that describe tools are left out."""
+    """Prepend a row's `system` text as a turn; rows that describe tools are left out."""
     if row.get("tools"):
         raise _LeftOut(_TOOLS)
     if row.get("system") is None or not (system := string(row["system"], "system", where)).strip():
@@ -265,7 +265,7 @@ def _with_system(row: Row, turns: list[Turn], where: str) -> list[Turn]:
 
 
 def _unused(row: Row) -> Iterable[str]:
-    """Yield the names of fields by which turns of a list say more than who says what."""
+    """Yield the names of turn fields other than role and content."""
     for name in ("messages", "conversations", "prompt", "completion", "response"):
         turns = row.get(name)
         for turn in turns if isinstance(turns, list) else ():
@@ -302,7 +302,7 @@ def _turns(given: object, field: str, where: str, *, keys: tuple[str, str], role
 
 
 def _answer_said(value: object, field: str, where: str) -> str:
-    """Return an answer; a conversation with an empty one is left out."""
+    """Return the answer's text; a conversation with an empty one is left out."""
     if value is None or (isinstance(value, str) and not value.strip()):
         raise _LeftOut(_EMPTY)
     return string(value, field, where)

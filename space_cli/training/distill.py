@@ -1,4 +1,4 @@
-"""Self-distillation: the base model's own answers to the training prompts, so that masks learn what it will really say.
+"""Self-distillation: the base model answers the training prompts, so that masks learn the model's own continuations.
 
 Answers are kept on disk as they come, and a run that was cut short goes on where it stopped.
 """
@@ -22,7 +22,7 @@ from space_cli.training.batch import Request, answer_in_batches
 
 @dataclass(frozen=True, slots=True)
 class Distillation:
-    """How answers are made.
+    """Settings of distillation.
 
     Attributes:
         max_new_tokens: of an answer.
@@ -57,7 +57,7 @@ def distil(
     file: Path,
     on_progress: Callable[[int, int, float], None],
 ) -> list[tuple[list[int], list[int]]]:
-    """Return pairs of prompt and answer, token ids each; empty and repetitive answers are left out.
+    """Return (prompt, answer) pairs of token ids; empty and repetitive answers are left out.
 
     Args:
         model: the base, before any training.
@@ -73,7 +73,7 @@ def distil(
     requests = [_request(ids, number, settings) for number, ids in enumerate(prompts)]
     answered = _read(file)
     waiting = [request for request in requests if request.key not in answered]
-    # the longest first, so that what does not fit the memory fails at once
+    # longest first, so that running out of memory happens at once
     waiting.sort(key=lambda request: -len(request.prompt_ids))
     done, written, began = len(requests) - len(waiting), 0, time.monotonic()
     on_progress(done, len(requests), 0.0)
@@ -107,7 +107,7 @@ def _answer(
 
 
 def _read(file: Path) -> dict[str, list[int]]:
-    """Return the answers of an earlier run; a last line that was cut off is forgotten."""
+    """Return the answers of an earlier run; an incomplete last line is dropped."""
     answers = {}
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
@@ -122,7 +122,7 @@ def _append(file: Path, answers: dict[str, list[int]]) -> None:
     lines = [json.dumps({"key": key, "token_ids": ids}) for key, ids in answers.items()]
     try:
         with file.open("a", encoding="utf-8") as stream:
-            # a line that an earlier run could not finish must not swallow the first of this one
+            # an incomplete last line of an earlier run must not swallow this run's first one
             stream.write("\n" + "\n".join(lines) + "\n")
     except OSError as error:
         raise unwritten(file, error) from error

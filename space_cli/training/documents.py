@@ -1,4 +1,4 @@
-"""Plain text as training data: files of documents, one behind the other."""
+"""Plain text as training data: files of concatenated documents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLANK_LINES = re.compile(r"\n[ \t]*(?:\n[ \t]*)+(?=\S)")
 
 
 def read_documents(file: Path) -> tuple[list[SourceRow], str]:
-    """Return the documents of a text file as rows with one field `text`, and by what they are told apart.
+    """Return the documents of a text file as rows with one field `text`, and the separator found.
 
     Raises:
         UsageProblem: the file cannot be read, or is no text.

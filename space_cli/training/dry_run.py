@@ -1,4 +1,4 @@
-"""A dry run: a few steps of the real training, to know what it needs before it begins."""
+"""A dry run: measures a few steps of the real training to estimate its time and memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STEPS = 4
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What a training would take.
+    """Estimate of a training.
 
     Attributes:
         trained: parameters that are trained, of `parameters`.
@@ -42,7 +42,7 @@ class DryRun:
 
 
 def dry_run(loaded: LoadedModel, prepared: Prepared, recipe: Recipe, *, base_model: str) -> DryRun:
-    """Run a few steps with and without masks in a folder that is then forgotten.
+    """Run a few steps with and without masks in a temporary folder.
 
     The model given is trained by it.
     """
@@ -85,7 +85,7 @@ def dry_run(loaded: LoadedModel, prepared: Prepared, recipe: Recipe, *, base_mod
 
 
 class _Clock(TrainerCallback):
-    """Times steps, the first apart, and looks at the memory behind each."""
+    """Times steps, the first separately, and samples memory after each."""
 
     def __init__(self) -> None:
         self._ends: list[float] = []
@@ -97,7 +97,7 @@ class _Clock(TrainerCallback):
         return (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take time and memory."""
+        """Record time and memory."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.memory = max(self.memory, memory_in_use())

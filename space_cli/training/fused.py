@@ -1,4 +1,4 @@
-"""Low-rank layers in one piece for training: no table as large as the layer's output beside the output itself.
+"""Fused low-rank layers for training: no temporary as large as the layer's output.
 
 peft's layer scales and adds the update as tables of their own, forwards and backwards, and casts its input; on a CPU
 that takes longer than the products. Here the update is added by the product that makes it.
@@ -27,7 +27,7 @@ _TRANSPOSED = "_space_transposed"
 
 
 def fuse_low_rank_layers(model: PreTrainedModel) -> None:
-    """Make calls in which all slots are masks use `LowRankLinear`, in place; other calls, and other layers, stay."""
+    """Make calls whose slots are all masks use `LowRankLinear`, in place; other calls and layers are unchanged."""
     embedding = adapter_of(model)
     assert embedding is not None
     module: Any
@@ -47,7 +47,7 @@ def _forward(layer: Any, gate: SlotGate, plain: Any, inputs: torch.Tensor) -> to
 
 
 def _transposed(base: nn.Linear) -> torch.Tensor:
-    """Return W', laid out in memory as it is read on a CPU: twice as fast as reading W across."""
+    """Return W' contiguous in memory; on a CPU that is read twice as fast as W transposed."""
     if base.weight.device.type != "cpu":
         return base.weight.t()
     held = getattr(base, _TRANSPOSED, None)
@@ -58,7 +58,7 @@ def _transposed(base: nn.Linear) -> torch.Tensor:
 
 
 class LowRankLinear(torch.autograd.Function):
-    """`x W' + b + s x A' B'` with a frozen W, whose gradient is asked for in x, A and B."""
+    """`x W' + b + s x A' B'` with a frozen W; gradients flow to x, A and B."""
 
     @staticmethod
     def forward(
@@ -115,7 +115,7 @@ def training_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend in plain products where a CPU computes gradients: SDPA's backward pass takes twice the time there.
+    """Attend by plain matrix products when a CPU computes gradients; SDPA's backward pass takes twice the time there.
 
     Shapes as in transformers' attention functions: query (B, H, Q, D), keys (B, H_kv, N, D), an additive mask.
     """
@@ -132,7 +132,7 @@ def training_attention(
 
 
 def training_attention_of(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Lay `training_attention` over the model for the time of a call, where its attention can be replaced."""
+    """Use `training_attention` in the model during a call, if its attention can be replaced."""
     return attention_of(model, TRAINING)
 
 

@@ -1,4 +1,4 @@
-"""Training data without a data set: the model asks itself, and answers.
+"""Training data without a data set: the model writes questions and answers them.
 
 Behind the opening of a user's turn a chat model writes what users say to it; its greedy answers to that are the very
 text that masks must foresee.
@@ -32,7 +32,7 @@ _FRUITLESS_ROUNDS = 8
 
 @dataclass(frozen=True, slots=True)
 class OwnData:
-    """How a model asks itself.
+    """Settings of the model's own questions.
 
     Attributes:
         count: questions wanted.
@@ -57,7 +57,7 @@ def own_examples(
     file: Path,
     on_progress: Callable[[int, int, float], None],
 ) -> list[Conversation]:
-    """Return questions of the model with its own answers, none twice, loops left out.
+    """Return the model's questions with its answers, without duplicates and loops.
 
     Args:
         loaded: the model, before any training.
@@ -96,7 +96,7 @@ def own_examples(
 
 
 def _turn_of_a_user(loaded: LoadedModel, template: str | None) -> tuple[list[int], str]:
-    """Return the token ids up to where a user begins, and the text that ends the turn."""
+    """Return the token ids up to the start of a user's turn, and the text that ends the turn."""
     if has_own_template(loaded.tokenizer, template):
         seam = Escaper.of((), loaded.tokenizer).seam
         opening, _, closing = render([Turn("user", seam)], loaded.tokenizer, OWN_DATA, asks=True).partition(seam)
@@ -111,7 +111,7 @@ def _turn_of_a_user(loaded: LoadedModel, template: str | None) -> tuple[list[int
 def _questions(
     loaded: LoadedModel, settings: OwnData, opening: Sequence[int], closing: str, *, number: int
 ) -> list[str]:
-    """Sample a batch of user's turns."""
+    """Sample a batch of user turns."""
     requests = [
         Request(tuple(opening), _QUESTION_TOKENS, _TEMPERATURE, mix(mix(settings.seed, number), row))
         for row in range(settings.batch_size)
@@ -122,7 +122,7 @@ def _questions(
         ended = ids[-1] in loaded.eos_token_ids
         text = loaded.decode(ids[:-1] if ended else ids)
         text, sign, _ = text.partition(closing) if closing else (text, "", "")
-        # what was cut off by length is no question
+        # a question cut off by length is dropped
         if (ended or sign) and len(ids) >= _MIN_QUESTION and not is_repetitive(ids):
             questions.append(text.strip())
     return [question for question in questions if question]
@@ -140,12 +140,12 @@ def _answered(
 
 
 def _essence(question: str) -> str:
-    """Return what makes two questions the same: their first words, whatever their case."""
+    """Return the key by which questions count as equal: their first words, lower-cased."""
     return " ".join(question.lower().split()[:12])
 
 
 def _read(file: Path, base: str) -> dict[str, tuple[str, str]]:
-    """Return what an earlier run of the same base kept; a last line that was cut off is forgotten."""
+    """Return what an earlier run of the same base kept; an incomplete last line is dropped."""
     known = {}
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:

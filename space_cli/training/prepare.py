@@ -1,4 +1,4 @@
-"""Before the first step: examples encoded, some held out, and the model given its masks."""
+"""Preparation: encodes examples, holds some out, and adds masks to the model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """Tell these examples from others."""
+        """Hash of the examples."""
         inputs = json.dumps([self.examples, self.prompts, self.held_out_examples])
         return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
@@ -62,7 +62,7 @@ def prepare_examples(
     held_out: int,
     seed: int,
 ) -> Prepared:
-    """Encode examples, and keep some prompts back to measure on: at most a tenth, drawn by the seed.
+    """Encode examples and hold out some prompts for measuring: at most a tenth, sampled by the seed.
 
     Raises:
         UsageProblem: the template does not fit, or no example carries loss.
@@ -99,7 +99,7 @@ def prepare_examples(
 
 
 def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: bool, rank: int | None) -> list[int]:
-    """Give a model its masks and make trainable what will be trained, in place; return the mask ids.
+    """Add masks to a model and make the trained weights trainable, in place; return the mask ids.
 
     Args:
         loaded: the base; one already trained for SPACE with such masks keeps their ids.
@@ -132,7 +132,7 @@ def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: 
 
 
 def _carried(loaded: LoadedModel, wanted: int, rank: int | None) -> list[int]:
-    """Return the mask ids of the adapter that a model carries."""
+    """Return the mask ids of a model's adapter."""
     own, ids = cast(Any, loaded.model).peft_config["default"].r, list(loaded.mask_token_ids)
     if len(ids) != wanted or rank not in (None, own):
         raise UsageProblem(

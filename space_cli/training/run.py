@@ -1,4 +1,4 @@
-"""A whole training: distillation, steps, what it won, and the checkpoint."""
+"""A whole training: distillation, steps, acceptance, and the checkpoint."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ CARD_FILE, CURVES_FILE = "README.md", "training.png"
 ANSWER_SHARE = 0.25
 """Of the hours of a training: the most that answers take, those to the data's prompts and to its own each."""
 _ENDLESS = 10_000  # epochs: the hours end it
-# what may change where hours shape a training: more of them, and more answers to learn from
+# settings that may change when resuming a training by hours
 _ADDED_WITH_HOURS = {"hours", "data", "distill", "max_steps"}
-_FEW_SHAPES = 64  # batches of ever new shapes leave an allocator with ever new gaps
+_FEW_SHAPES = 64  # many batch shapes fragment the allocator's memory
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is trained, and how; what Trainer knows already is in `arguments`.
+    """Settings of a training; those that Trainer has are in `arguments`.
 
     Attributes:
         candidates: k, and masks of a group.
@@ -81,7 +81,7 @@ class TrainingView(Protocol):
         """Something is worth a line."""
 
     def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
-        """A part of the work beside the steps has come so far, at so many tokens per second."""
+        """Show the progress of a phase besides the steps, with its tokens per second."""
 
     def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
         """Some steps have ended."""
@@ -100,7 +100,7 @@ def train(
     resume: bool,
     view: TrainingView,
 ) -> SpaceConfig:
-    """Train, and leave a SPACE checkpoint in `output`; return what it says of itself.
+    """Train, and write a SPACE checkpoint to `output`; return its config.
 
     Raises:
         UsageProblem: nothing to resume, or other settings than those of the training to be resumed.
@@ -112,13 +112,9 @@ def train(
     if recipe.method == "full" and (mended := mend_generation_config(loaded)):
         view.note(mended)
     if processes.is_main_process:
-        if not resume:
-            empty(output, loaded)
-        output.mkdir(parents=True, exist_ok=True)
-        atomic_write(output / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
-    stop = StopRule(recipe.answer_tokens, loaded.eos_token_ids)
+        _begin(output, loaded, settings, resume=resume)
     before = _acceptance(
-        loaded, prepared, loaded.mask_token_ids, min(recipe.candidates, loaded.masks_per_group), stop, view
+        loaded, prepared, recipe, loaded.mask_token_ids, min(recipe.candidates, loaded.masks_per_group), view
     )
     with processes.main_process_first():
         # the others then find all answers in the file
@@ -129,11 +125,11 @@ def train(
     )
     counts = {"base": base_model, "examples": len(prepared.examples), "distilled": len(answered)}
     space = checkpoint_config(recipe, mask_ids, base_model, counts | json.loads(json.dumps(settings)))
-    examples = [*prepared.examples, *answered]
-    trainer = make_trainer(loaded, recipe, space, examples, prepared.held_out_examples, output, [_Shows(view)])
+    trainer = make_trainer(
+        loaded, recipe, space, [*prepared.examples, *answered], prepared.held_out_examples, output, [_Shows(view)]
+    )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    measured_at = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
-    if measured_at and (trainer.args.load_best_model_at_end or measured_at[-1] != trainer.state.global_step):
+    if _last_is_unmeasured(trainer):
         trainer.evaluate()
     trainer.finish(space, output)
     loaded.model.eval()
@@ -141,7 +137,7 @@ def train(
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         view.note(f"acceptance is not measured where weights are spread: `space bench --model {output}`")
     else:
-        after = _acceptance(loaded, prepared, mask_ids, recipe.candidates, stop, view)
+        after = _acceptance(loaded, prepared, recipe, mask_ids, recipe.candidates, view)
     # an adapter does not change it, and training it in two passes never computes it
     losses = [row["eval_ar_loss"] for row in trainer.state.log_history if "eval_ar_loss" in row]
     measured = {
@@ -151,17 +147,36 @@ def train(
     }
     space = space.model_copy(update={"acceptance": measured})
     if processes.is_main_process:
-        space.save(output)
-        history = trainer.state.log_history
-        atomic_write(output / LOG_FILE, "".join(json.dumps(row) + "\n" for row in history))
-        atomic_write(output / CARD_FILE, card(space, output.name))
-        if not draw_curves(history, output / CURVES_FILE):
-            view.note(f"no {CURVES_FILE}: pip install 'space-decoding[plot]'")
+        _write(space, trainer.state.log_history, output, view)
     return space
 
 
+def _begin(output: Path, loaded: LoadedModel, settings: dict[str, Any], *, resume: bool) -> None:
+    """Make the folder, empty unless a training goes on in it, and write the settings into it."""
+    if not resume:
+        empty(output, loaded)
+    output.mkdir(parents=True, exist_ok=True)
+    atomic_write(output / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+
+
+def _last_is_unmeasured(trainer: SARTrainer) -> bool:
+    """Return whether the kept weights' held-out loss still has to be measured."""
+    measured_at = [row["step"] for row in trainer.state.log_history if "eval_loss" in row]
+    is_last = measured_at and measured_at[-1] == trainer.state.global_step
+    return bool(measured_at) and (trainer.args.load_best_model_at_end or not is_last)
+
+
+def _write(space: SpaceConfig, history: list[dict[str, float]], output: Path, view: TrainingView) -> None:
+    """Write a checkpoint's config, log, card and curves."""
+    space.save(output)
+    atomic_write(output / LOG_FILE, "".join(json.dumps(row) + "\n" for row in history))
+    atomic_write(output / CARD_FILE, card(space, output.name))
+    if not draw_curves(history, output / CURVES_FILE):
+        view.note(f"no {CURVES_FILE}: pip install 'space-decoding[plot]'")
+
+
 def checkpoint_config(recipe: Recipe, mask_ids: list[int], base_model: str, training: dict[str, Any]) -> SpaceConfig:
-    """Return what a checkpoint of the recipe says of itself."""
+    """Return the config of a checkpoint of this recipe."""
     return SpaceConfig(
         method=recipe.method,
         mask_token_ids=mask_ids,
@@ -173,7 +188,7 @@ def checkpoint_config(recipe: Recipe, mask_ids: list[int], base_model: str, trai
 
 
 def _resumed(output: Path, settings: dict[str, Any]) -> Path | None:
-    """Return the newest whole checkpoint; None where the training was cut short before the first."""
+    """Return the newest complete checkpoint; None if training was interrupted before the first."""
     try:
         earlier = json.loads((output / SETTINGS_FILE).read_bytes())
     except (OSError, ValueError) as error:
@@ -227,11 +242,12 @@ def _distilled(
 def _acceptance(
     loaded: LoadedModel,
     prepared: Prepared,
+    recipe: Recipe,
     mask_ids: Sequence[int],
     candidates: int,
-    stop: StopRule,
     view: TrainingView,
 ) -> Acceptance | None:
+    stop = StopRule(recipe.answer_tokens, loaded.eos_token_ids)
     room, _ = fitting(prepared.held_out, stop.max_new_tokens, loaded.context_length)
     return measure_acceptance(
         loaded.model,
@@ -277,23 +293,7 @@ def make_trainer(
         seed=recipe.seed,
         pad_to_multiple_of=_FEW_SHAPES,
     )
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        num_train_epochs=1,  # `Epochs` holds them all, in order
-        seed=recipe.seed,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        use_cpu=loaded.device == "cpu",
-        eval_strategy="steps" if held_out else "no",
-        eval_steps=recipe.arguments["save_steps"],
-        eval_on_start=bool(held_out),
-        per_device_eval_batch_size=recipe.arguments["per_device_train_batch_size"],
-        load_best_model_at_end=bool(recipe.early_stop or (recipe.hours and held_out)),
-        # a batch whose examples are too short for a group leaves an adapter without a gradient
-        ddp_find_unused_parameters=recipe.method == "adapter",
-        metric_for_best_model="loss" if recipe.early_stop else "expected_tokens_per_step",
-        **recipe.arguments,
-    )
+    arguments = _arguments(loaded, recipe, output, evaluates=bool(held_out))
     stops = [EarlyStoppingCallback(recipe.early_stop)] if recipe.early_stop else []
     two_pass = recipe.method == "adapter" and recipe.form == "groups"
     kind = partial(TwoPassTrainer, loss=recipe.loss) if two_pass else SARTrainer
@@ -311,8 +311,28 @@ def make_trainer(
     )
 
 
+def _arguments(loaded: LoadedModel, recipe: Recipe, output: Path, *, evaluates: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=1,  # `Epochs` holds them all, in order
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=loaded.device == "cpu",
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=recipe.arguments["save_steps"],
+        eval_on_start=evaluates,
+        per_device_eval_batch_size=recipe.arguments["per_device_train_batch_size"],
+        load_best_model_at_end=bool(recipe.early_stop or (recipe.hours and evaluates)),
+        # a batch whose examples are too short for a group leaves an adapter without a gradient
+        ddp_find_unused_parameters=recipe.method == "adapter",
+        metric_for_best_model="loss" if recipe.early_stop else "expected_tokens_per_step",
+        **recipe.arguments,
+    )
+
+
 class _Shows(TrainerCallback):
-    """Hands on what Trainer reports."""
+    """Forwards Trainer's reports to the view."""
 
     def __init__(self, view: TrainingView) -> None:
         self._view = view

@@ -1,4 +1,4 @@
-"""A learning rate shaped by hours instead of steps: up, level, and down to zero in the last part of the time.
+"""A learning rate scheduled by hours instead of steps: warm-up, constant, and decay to zero at the end.
 
 How many steps an hour holds need not be known, and the level part can be gone on with: a training that is taken up with
 more hours rises to its level again and comes down later.
@@ -21,7 +21,7 @@ SPENT = "hours"
 
 
 class HoursSchedule(TrainerCallback):
-    """Ends a training after so many hours, those of earlier sittings included.
+    """Ends a training after a number of hours, including those before a resume.
 
     Args:
         hours: in all.
@@ -38,11 +38,11 @@ class HoursSchedule(TrainerCallback):
 
     @property
     def so_far(self) -> float:
-        """Return the hours that have been spent."""
+        """Return the hours spent so far."""
         return self.spent + (time.monotonic() - self._began) / 3600
 
     def scheduler(self, optimizer: Optimizer) -> LambdaLR:
-        """Return the scheduler of a training that begins now."""
+        """Return the scheduler for a training that starts now."""
         return LambdaLR(optimizer, self._factor)
 
     def _factor(self, step: int) -> float:
@@ -50,12 +50,12 @@ class HoursSchedule(TrainerCallback):
         return max(0.0, min(1.0, (step - self._first_step + 1) / _WARMUP_STEPS, left / _DECAY_SHARE))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look up what was spent before."""
+        """Read the hours spent before."""
         self.spent = max((row[SPENT] for row in state.log_history if SPENT in row), default=0.0)
         self._began, self._first_step = time.monotonic(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop where the time is over; what the last part of the time brought is measured and kept first."""
+        """Stop when the time is up, after evaluating and saving."""
         if self.so_far >= self._hours:
             control.should_training_stop = True
             control.should_evaluate = args.eval_strategy != IntervalStrategy.NO

@@ -1,4 +1,4 @@
-"""What a training begins with: whose weights these are, a folder without what an earlier one left, configs to save."""
+"""The start of a training: identity of the base, an empty output folder, configs that can be saved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ANSWERS = ("distilled.jsonl", "README.md")
 
 
 def identity(loaded: LoadedModel) -> dict[str, Any]:
-    """Return what tells a base from others: its weights as they are in memory, their form and its revision."""
+    """Return the identity of a base: a hash of its weights in memory, their format and its revision."""
     config = loaded.model.config
     quantised = getattr(config, "quantization_config", None)
     return {
@@ -34,7 +34,7 @@ def identity(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def empty(output: Path, base: LoadedModel) -> None:
-    """Remove what an earlier training wrote into a folder: a later `--resume` or load must not take it for this one's.
+    """Remove an earlier training's files from a folder, so that no later resume or load mistakes them for this one's.
 
     Raises:
         UsageProblem: the base itself is there.
@@ -50,7 +50,7 @@ def empty(output: Path, base: LoadedModel) -> None:
 
 
 def mend_generation_config(loaded: LoadedModel) -> str | None:
-    """Write the ids that end a turn into a model's generation config, and make that one that can be saved.
+    """Put the ids that end a turn into a model's generation config, and make that config valid for saving.
 
     Returns:
         What was repaired, in words, or None.
@@ -65,6 +65,6 @@ def mend_generation_config(loaded: LoadedModel) -> str | None:
 
 
 def fitting(prompts: Sequence[list[int]], answer_tokens: int, limit: int | None) -> tuple[list[list[int]], int]:
-    """Return the prompts behind which an answer has room in the model's context, and how many have none."""
+    """Return the prompts that leave room for an answer in the context, and how many do not."""
     found = [ids for ids in prompts if limit is None or len(ids) + answer_tokens <= limit]
     return found, len(prompts) - len(found)

@@ -54,7 +54,7 @@ class Epochs(Dataset[dict[str, Any]]):
 
 
 class SARTrainer(Trainer):
-    """Trains a model with mask groups riding along, all weights or an adapter's.
+    """Trains a model with mask groups in its examples, all weights or an adapter's.
 
     Args:
         collator: makes the batches.
@@ -100,7 +100,7 @@ class SARTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the mean over all slots that learn something, masks weighted."""
+        """Return the mean loss over all slots with a label, masks weighted."""
         labels = inputs["labels"][:, 1:]
         # logits of a large vocabulary are most of the memory: only slots that learn get any
         slots = (labels != IGNORED).any(dim=0).nonzero().flatten()
@@ -124,7 +124,7 @@ class SARTrainer(Trainer):
         self._sums += torch.stack([losses @ kinds, hits.float() @ kinds, kinds.sum(dim=0)]).cpu()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log what the slots have shown since the last time beside what Trainer logs."""
+        """Log the slots' figures since the last log besides Trainer's."""
         if "loss" in logs:
             sums = self._over_processes()
             logs = logs | _shown(sums) | {"tokens_per_second": self._rate(sums), "memory_bytes": memory_in_use()}
@@ -134,7 +134,7 @@ class SARTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Measure held-out examples by kind of slot too."""
+        """Evaluate held-out examples, also by kind of slot."""
         training, self._sums = self._sums, torch.zeros_like(self._sums)
         try:
             output = super().evaluation_loop(*args, **kwargs)
@@ -160,7 +160,7 @@ class SARTrainer(Trainer):
 
     @property
     def tokens_seen(self) -> float:
-        """Tokens that carried loss since the last log, in this process."""
+        """Tokens with loss since the last log, in this process."""
         return self._sums[2, 0].item()
 
     def _rate(self, sums: torch.Tensor) -> float:
@@ -171,7 +171,7 @@ class SARTrainer(Trainer):
         return rate
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Let the hours shape the learning rate where they were given."""
+        """Schedule the learning rate by hours if hours were given."""
         if self._schedule is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
@@ -201,7 +201,7 @@ class SARTrainer(Trainer):
             self._space.save(folder)
 
     def finish(self, space: SpaceConfig, output: Path) -> None:
-        """Write the trained checkpoint: into a folder beside its place first, then file by file, the config last.
+        """Write the trained checkpoint: first into a folder beside the output, then move its files, the config last.
 
         Raises:
             OSError: it could not be written; checkpoints of the training are untouched.
@@ -242,14 +242,14 @@ def _shown(sums: torch.Tensor) -> dict[str, float]:
 
 
 def memory_in_use() -> int:
-    """Return bytes: the most that was in use on a GPU, or what this process holds now."""
+    """Return the peak bytes in use on a GPU, or this process's resident bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return int(psutil.Process().memory_info().rss)
 
 
 def expected_tokens_per_step(accuracies: Sequence[float]) -> float:
-    """Return 1 + the sum of products of the masks' accuracies: what they would bring were they independent.
+    """Return 1 + the sum of products of the masks' accuracies: expected tokens per step if masks were independent.
 
     >>> expected_tokens_per_step([0.5, 0.5])
     1.75
@@ -262,7 +262,7 @@ def expected_tokens_per_step(accuracies: Sequence[float]) -> float:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a training that are whole, newest first.
+    """Return the complete checkpoints of a training, newest first.
 
     Trainer writes its state last, so one without it was cut off; weights that were damaged afterwards do not open.
     """

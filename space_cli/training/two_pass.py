@@ -1,4 +1,4 @@
-"""Training of adapters in two passes: the text once without gradients, then the masks alone over its keys and values.
+"""Two-pass training of adapters: the text once without gradients, then the masks alone over its keys and values.
 
 An adapter leaves every slot that holds text as the base computes it, so nothing is learned there: the first pass is
 plain inference, and leaves the base's own distribution at each position beside keys and values. Only mask groups carry
@@ -94,7 +94,7 @@ class TwoPassTrainer(SARTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the mean over all masks that learn something, weighted by depth."""
+        """Return the mean loss over all masks with a label, weighted by depth."""
         learns = inputs["labels"] != IGNORED
         positions = inputs["position_ids"]
         slots = torch.unique(positions[learns])
@@ -167,7 +167,7 @@ class MaskLoss(torch.autograd.Function):
         gradient, losses, hits = torch.empty_like(logits), torch.empty_like(weights), torch.empty_like(weights)
         tokens = labels.clamp(min=0)[:, None]
         wanted = None if place is None else functional.softmax(teacher, dim=-1)
-        # on a CPU what is worked on stays in the cache
+        # on a CPU the working set stays in the cache
         at_once = max(1, (_CPU_ELEMENTS if logits.device.type == "cpu" else _DEVICE_ELEMENTS) // logits.shape[1])
         for start in range(0, len(logits), at_once):
             some = slice(start, start + at_once)

@@ -1,1 +1,1 @@
-"""Is the output the same? Equivalence checks, and the anatomy of every divergence."""
+"""Equivalence checks: is the output the same, and if not, why?"""

@@ -1,4 +1,4 @@
-"""The comparison: SPACE's answers against those of AR and of transformers' `generate`, token for token."""
+"""Compares SPACE's answers with those of AR and of transformers' `generate`, token for token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, ChainDrafter, Proposal, Verified
 from space_cli.core.drafting.chain import Substitute
 from space_cli.core.engine import embedding_rows
-from space_cli.core.sampling import Sampler, StepLogits
+from space_cli.core.sampling import Sampler, Sampling, StepLogits
 from space_cli.core.stream import Generation, Step, common_prefix_length
 from space_cli.models.loading import LoadedModel
 from space_cli.tasks.plan import Planned, View
@@ -32,7 +32,7 @@ _DRAFTS_PER_ANSWER = 4
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What is compared, and how.
+    """Settings of a comparison.
 
     Attributes:
         block: of SPACE, but for adaptive drafts, which draw their own.
@@ -53,9 +53,19 @@ class Comparison:
     seeds: int = 1
     turns: Iterator[int] = field(default_factory=count)
 
+    def methods(self, sampling: Sampling) -> list[str]:
+        """Return the methods that answer, in order; when sampling, `distribution` tests hf."""
+        hf = ["hf"] if "hf" in self.against and not sampling.temperature else []
+        return ["ar", "space", *hf, *(["base"] if self.base is not None else [])]
+
+    @property
+    def candidates(self) -> int | None:
+        """Candidates of every block; None where blocks differ from step to step."""
+        return None if self.drafts == "adaptive" else self.block.num_candidates
+
 
 def compare(planned: Sequence[Planned], comparison: Comparison, view: View) -> Iterator[Answer]:
-    """Yield what is found for each prompt, seed and turn, in order; later turns follow SPACE's answers."""
+    """Yield the findings for each prompt, seed and turn, in order; later turns follow SPACE's answers."""
     analyzer = DivergenceAnalyzer(planned[0].task.loaded.model)
     for first in planned:
         begin = first.task.sampling.seed
@@ -127,7 +137,7 @@ class _Case:
 
     @torch.inference_mode()
     def _check_drafts(self, space: Generation, predictions: Sequence[Sequence[int]]) -> tuple[int, list[Divergence]]:
-        """Recompute what some mask groups guessed by a plain causal call without cache or block.
+        """Recompute some mask groups' predictions by a plain causal call without cache or block.
 
         Wrong drafts change no output, only speed; they are found here or nowhere.
         """
@@ -197,7 +207,7 @@ class _Case:
 
 
 def run_ar(task: Task, comparison: Comparison, on_step: Callable[[Step], None]) -> Generation:
-    """Answer as AR: a row at a time, or in blocks of SPACE's shape whose drafts are all wrong."""
+    """Answer by AR: one row per call, or blocks of SPACE's shape whose drafts are all wrong."""
     if not comparison.same_shape:
         return run_decode(task, None, on_step)
     # no answer holds a mask token, so none of these is accepted; were one right, the output would be the same
@@ -212,7 +222,7 @@ def run_space(
     on_step: Callable[[Step], None],
     predictions: list[Sequence[int]] | None = None,
 ) -> Generation:
-    """Answer as SPACE.
+    """Answer by SPACE.
 
     Args:
         task: what to answer.
@@ -234,7 +244,7 @@ def run_space(
 
 
 class _Watched(AdaptiveDrafter):
-    """Adaptive drafts that note what the masks predicted for each step.
+    """An adaptive drafter that records the masks' predictions of each step.
 
     Steps count as if they took what is assumed, and none is too dear: where drafting does not pay on this machine, it
     is still to be checked.
@@ -255,7 +265,7 @@ class _Watched(AdaptiveDrafter):
 
 
 def samplers(comparison: Comparison) -> dict[str, Callable[[Task], list[int]]]:
-    """Return what answers a task with token ids, by method."""
+    """Return the function that answers a task with token ids, by method."""
 
     def ar(task: Task) -> list[int]:
         return run_ar(task, comparison, lambda _: None).tokens
@@ -269,7 +279,7 @@ def samplers(comparison: Comparison) -> dict[str, Callable[[Task], list[int]]]:
 
 
 def mixed_drafter(expected: Sequence[int], vocabulary: int, turns: Iterator[int]) -> Substitute:
-    """Return drafts of which 0, 1, ..., k, 0, ... are right up to a wrong one, and right again behind it.
+    """Return a drafter whose drafts are right for 0, 1, ..., k, 0, ... tokens, then wrong once, then right again.
 
     Args:
         expected: prompt and answer, the source of right tokens; behind its end any token will do.

@@ -1,4 +1,4 @@
-"""Sampling against transformers' own: its random stream differs, so distributions are compared, not tokens."""
+"""Compares sampling with transformers' own: the random streams differ, so distributions are compared, not tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Cell = tuple[int, ...]
 def compare_distributions(
     planned: Planned, samplers: dict[str, Callable[[Task], list[int]]], *, draws: int
 ) -> list[Distribution]:
-    """Compare the first two tokens that each sampler gives under `draws` seeds with their exact probabilities.
+    """Compare the first two tokens of each sampler under `draws` seeds with their exact probabilities.
 
     Two tokens, so that a candidate is verified and what follows it is drawn too.
 
@@ -48,7 +48,7 @@ def compare_distributions(
 
 
 def _bins(probabilities: dict[_Cell, float], draws: int) -> tuple[list[_Cell], list[float]]:
-    """Pool neighbouring cells until enough is expected of each bin; return the last cell of each, and what is expected.
+    """Pool neighbouring cells until each bin expects enough; return each bin's last cell and expected count.
 
     Likely tokens are not kept apart from unlikely ones, so that a flat distribution still makes many bins.
     """
@@ -90,7 +90,7 @@ def _result(planned: Planned, method: str, draws: int, terms: list[float]) -> Di
 
 
 def _exact(task: Task) -> tuple[dict[_Cell, float], set[int]]:
-    """Return the probability of each pair of first tokens, of less likely first tokens alone; and the likely ones."""
+    """Return the probability of each pair of first tokens, pooling unlikely first tokens; and the likely ones."""
     first = next_token_probabilities(task, task.prompt_ids)
     frequent = set(first.topk(min(_FIRST_TOKENS, len(first))).indices.tolist()) - task.stop.eos_token_ids
     probabilities: dict[_Cell, float] = {}

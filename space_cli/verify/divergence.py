@@ -1,4 +1,4 @@
-"""The anatomy of a divergence: could rounding have made both choices, or is one of them wrong?
+"""Analyses a divergence: could rounding explain both choices, or is one of them wrong?
 
 Nothing here goes through our block, cache or engine: a mistake in them must not vouch for itself.
 """
@@ -25,7 +25,7 @@ _ROUNDINGS_TRIED = 200
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is known of a place where two choices differ.
+    """The finding at a place where two choices differ.
 
     Attributes:
         gap: difference of the two scores in `exact_dtype`; None where one of the tokens could not be chosen.
@@ -39,7 +39,7 @@ class Finding:
 
 
 class DivergenceAnalyzer:
-    """Examines divergences of one model; makes a copy of it in a wider type the first time it is asked.
+    """Examines divergences of one model; copies it to a wider dtype on first use.
 
     Args:
         model: as it was run.
@@ -52,7 +52,7 @@ class DivergenceAnalyzer:
     def examine(
         self, input_ids: Sequence[int], history: Sequence[int], sampler: Sampler, *, expected: int, got: int
     ) -> Finding:
-        """Say whether rounding explains that one side chose `expected` and the other `got`.
+        """Return whether rounding explains that one side chose `expected` and the other `got`.
 
         Args:
             input_ids: the call whose last row was chosen from: plain causal text, with masks behind it for a draft.
@@ -73,19 +73,19 @@ class DivergenceAnalyzer:
         )
 
     def _measure(self, input_ids: Sequence[int]) -> tuple[torch.Tensor, float, str]:
-        """Return (V,) logits of the last row in the wider type, the largest error of the run's type, and that type."""
+        """Return the last row's (V,) logits in the wider dtype, the run's largest error, and the wider dtype."""
         ids = torch.tensor([list(input_ids)], device=self._model.device)
         whole = self._model(input_ids=ids, use_cache=False).logits[0, -_ROWS_MEASURED:].double()
         alone = self._last_row_alone(ids).double()
         if self._wider is None:
-            # nothing better to compare with: the two shapes' difference stands for the error of each
+            # without a wider dtype, the difference of the two shapes is taken as the error of each
             return whole[-1], 2 * (alone - whole[-1]).abs().max().item(), str(self._model.dtype).removeprefix("torch.")
         exact = self._wider(input_ids=ids, use_cache=False).logits[0, -_ROWS_MEASURED:].double()
         noise = max((whole - exact).abs().max().item(), (alone - exact[-1]).abs().max().item())
         return exact[-1], noise, str(self._wider.dtype).removeprefix("torch.")
 
     def _last_row_alone(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return (V,) logits of the last token evaluated as a call of one row, as AR does."""
+        """Return the (V,) logits of the last token evaluated by a call of one row, as AR does."""
         cache = DynamicCache(config=self._model.config)
         if ids.shape[1] > 1:
             self._model.base_model(input_ids=ids[:, :-1], **cache_arguments(self._model.base_model, cache))
@@ -94,7 +94,7 @@ class DivergenceAnalyzer:
 
     @cached_property
     def _wider(self) -> PreTrainedModel | None:
-        """The model in float64 on a CPU and float32 elsewhere; None where it is quantised or would not fit."""
+        """The model in float64 on a CPU, float32 elsewhere; None if it is quantised or does not fit."""
         if getattr(self._model, "is_quantized", False):
             return None
         types = [torch.float64, torch.float32] if self._model.device.type == "cpu" else [torch.float32]

@@ -1,4 +1,4 @@
-"""What a verification leaves behind: answers, divergences, sums per suite, and the verdict."""
+"""The record of a verification: answers, divergences, sums per suite, and the verdict."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIN_P_VALUE = 1e-4
 
 
 class Divergence(BaseModel):
-    """The first place where two answers part, or a draft that is not what its masks predict.
+    """The first place where two answers differ, or a draft that differs from its masks' prediction.
 
     Attributes:
         prompt: the task id.
@@ -96,7 +96,7 @@ class KernelSelfTest(BaseModel):
 
 
 class Distribution(BaseModel):
-    """First two tokens over many seeds against the exact distribution of transformers' own sampling.
+    """Test of the first two tokens over many seeds against the exact distribution of transformers' sampling.
 
     Attributes:
         bins: groups of pairs of tokens, each with an expected count of at least five.
@@ -113,7 +113,7 @@ class Distribution(BaseModel):
 
 
 class Verification(Record):
-    """The whole of a run.
+    """The record of a whole run.
 
     Attributes:
         lossless: no violation was found, and with `strict` no tie either; None where the run broke.
@@ -139,7 +139,7 @@ class Verification(Record):
     answers: list[Answer] = Field(default_factory=list)
 
     def conclude(self, *, candidates: int | None, strict: bool) -> None:
-        """Sum up what has been found so far.
+        """Sum up the findings so far.
 
         Args:
             candidates: k, the longest acceptance; None where it differs from step to step.
@@ -151,13 +151,13 @@ class Verification(Record):
         self.identical = sum(all(answer.identical.values()) for answer in self.answers)
         longest = max(accepted, default=0) if candidates is None else candidates
         self.accepted = [accepted[length] for length in range(longest + 1)]
-        # of blocks that change from step to step no length is owed
+        # blocks that change from step to step need not accept every length
         self.never_accepted = [length for length in range((candidates or -1) + 1) if not accepted[length]]
         self.divergences = [
             found
             for answer in self.answers
             for found in answer.divergences
-            # a draft that rounding turned into another one costs at most a step
+            # a draft changed by rounding costs at most one step
             if found.against != "drafts" or found.verdict == "violation"
         ]
         self.rows = _rows(self.answers)

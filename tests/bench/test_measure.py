@@ -16,7 +16,8 @@ from space_cli.errors import UsageProblem
 from space_cli.models.loading import load_model
 from space_cli.tasks.environment import environment
 from space_cli.tasks.plan import Settings, check_candidates, plan, suites_for
-from space_cli.tasks.suites import Prompt, Suite, load_suite
+from space_cli.tasks.prompts import Prompt, Suite
+from space_cli.tasks.suites import load_suite
 
 SUITE = Suite(
     "small", tuple(Prompt(f"small/{n}", (text,)) for n, text in enumerate(["def add(a", "for x in", "print("]))

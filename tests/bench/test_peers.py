@@ -17,7 +17,8 @@ from space_cli.core.sampling import Sampling
 from space_cli.errors import RunFailed, UsageProblem
 from space_cli.models.loading import load_model
 from space_cli.tasks.plan import Settings, plan
-from space_cli.tasks.suites import Prompt, Suite, load_suite
+from space_cli.tasks.prompts import Prompt, Suite
+from space_cli.tasks.suites import load_suite
 
 SUITE = Suite(
     "small", tuple(Prompt(f"small/{n}", (text,)) for n, text in enumerate(["def add(a", "for x in", "print("]))

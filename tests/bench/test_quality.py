@@ -1,10 +1,11 @@
 import pytest
 from samples import sample
 
-from space_cli.bench import quality, sandbox
+from space_cli.bench import quality
 from space_cli.bench.quality import check, code_of, score_all, score_answer
 from space_cli.errors import UsageProblem
-from space_cli.tasks.suites import Code, Prompt, Suite
+from space_cli.sandbox import contained as sandbox
+from space_cli.tasks.prompts import Code, Prompt, Suite
 
 contained = pytest.mark.skipif(
     sandbox.unsupported_reason() is not None, reason=f"programs are refused here: {sandbox.unsupported_reason()}"

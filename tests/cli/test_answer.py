@@ -128,7 +128,7 @@ def test_a_long_listed_step_goes_on_below_its_own_column(screen):
     [
         ([RIGHT_THEN_OWN, OWN_ALONE], "space", "tokens per call: 1 ▄ 50%  3 ▄ 50%"),
         ([Step((1,), 0, (2,), (2,), 2, 0.1)], "space", "no guess was right"),
-        ([OWN_ALONE], "space", "no guess seemed worth its time"),
+        ([OWN_ALONE], "space", "drafting was not expected to pay"),
         ([OWN_ALONE], "ar", "1 tokens in 1 model calls, 1.00 per call · 10 tokens/s"),
     ],
 )

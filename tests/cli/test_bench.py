@@ -82,9 +82,9 @@ def test_candidates_choose_the_block(run_space, tiny_model_dir, prompts_file):
         (["--candidates", "4"], "was trained for 1 to 3"),
         (["--methods", "ar,beam"], "no method named 'beam'"),
         (["--max-new-tokens", "256"], "prompts do not fit, with 256 new tokens, into the context of"),
-        (["--dtype", "int4"], "unknown dtype 'int4'"),
+        (["--dtype", "int4"], "'int4' is not one of 'auto', 'float32'"),
         (["--device", "abacus"], "unknown device 'abacus'"),
-        (["--quantization", "q4"], "unknown quantization 'q4'"),
+        (["--quantization", "q4"], "'q4' is not one of 'none', 'int8'"),
     ],
 )
 def test_wrong_values_are_one_line_and_exit_code_2(run_space, tiny_model_dir, prompts_file, arguments, told):
@@ -153,7 +153,7 @@ def test_a_run_that_was_killed_is_taken_up_where_it_was(stop_space, run_space, t
     assert process.returncode == -signal.SIGKILL
     assert 0 < len(kept) < 2500
     assert refused.returncode == other.returncode == 2
-    assert "add --resume to go on, or delete it to begin anew" in refused.stderr
+    assert "add --resume to go on, or delete it to start over" in refused.stderr
     assert "of a run with other sampling" in other.stderr
     assert done.returncode == 0, done.stderr
     assert record["complete"] is True

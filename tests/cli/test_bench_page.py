@@ -12,6 +12,7 @@ from space_cli.cli.bench_page import bench_page
 from space_cli.cli.console import visible
 from space_cli.cli.headline import headline, remarks
 from space_cli.cli.page import as_html, as_markdown, code, escaped, fenced, table, write_page
+from space_cli.cli.tables import show_bench
 
 PIECES = st.sampled_from(
     [
@@ -197,7 +198,7 @@ def test_answers_that_differ_are_told_first():
 def test_without_ar_no_speedup_is_claimed():
     run = report([sample("space", 0.5)])
 
-    assert headline(run).startswith("space brings 8.0 tokens per second on humaneval, 2.00 per step; no speedup")
+    assert headline(run).startswith("space reaches 8.0 tokens per second on humaneval, 2.00 per step; no speedup")
 
 
 def test_a_sweep_is_about_its_best_k():
@@ -205,6 +206,19 @@ def test_a_sweep_is_about_its_best_k():
 
     assert headline(run).startswith("space-k2 is 1.90 times as fast as ar")
     assert "Fastest, by a star: k = 2 for humaneval." in as_page(run)
+
+
+def test_page_and_terminal_name_the_same_k_where_suites_disagree(capsys):
+    # k = 2 is the faster on the first suite, k = 3 over both: all tokens over all seconds
+    answers = compared({"space-k2": 2.0, "space-k3": 1.9})
+    answers += compared({"space-k2": 1.0, "space-k3": 3.0}, suite="mbpp")
+    run = report(answers, sweep="candidates=2..3")
+
+    show_bench(run, "all", to_stderr=False)
+
+    assert "Fastest here: k = 3 (1.90x on humaneval)" in capsys.readouterr().out
+    assert headline(run).startswith("space-k3 is 1.90 (humaneval) to 3.00 (mbpp) times as fast as ar")
+    assert "Fastest, by a star: k = 2 for humaneval, k = 3 for mbpp." in as_page(run)
 
 
 def test_a_run_cut_short_says_so():

@@ -91,7 +91,7 @@ def test_steps_are_listed(run_space, tiny_model_dir):
         (["--continue", *PROMPT], "newest.json: No such file"),
         ([*PROMPT, "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
         ([*PROMPT, "--top-p", "0"], "--top-p 0.0: Input should be greater than 0"),
-        ([*PROMPT, "--candidates", "0"], "--candidates 0: Input should be greater"),
+        ([*PROMPT, "--candidates", "0"], "Invalid value for '--candidates': Input should be greater"),
         (["--prompt", "x" * 2000], "leaves no room in the context of 256"),
     ],
 )

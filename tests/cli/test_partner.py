@@ -22,7 +22,7 @@ def test_its_own_model_answers(space, newest, tmp_path):
         done = space("chat", *option, "--prompt", "r", *FAST, XDG_STATE_HOME=str(tmp_path / "state"))
 
         assert done.returncode == 0, done
-        assert done.stderr == b""
+        assert done.stderr == ""
 
 
 def test_another_model_that_is_asked_for_answers_with_a_word(space, newest, tmp_path, tiny_model_dir):
@@ -35,8 +35,8 @@ def test_another_model_that_is_asked_for_answers_with_a_word(space, newest, tmp_
     )  # fmt: skip
 
     assert done.returncode == 0, done
-    assert f"the conversation was with {tiny_model_dir}; nano goes on with it" in done.stderr.decode()
-    assert same.stderr == b""
+    assert f"the conversation was with {tiny_model_dir}; nano goes on with it" in done.stderr
+    assert same.stderr == ""
 
 
 def newest_model(file):
@@ -50,7 +50,7 @@ def test_a_model_that_is_gone_is_named(space, newest, tmp_path):
     done = space("chat", "--continue", "--prompt", "r", *FAST, XDG_STATE_HOME=str(tmp_path / "state"))
 
     assert done.returncode == 2
-    assert "no model named '/gone/model'" in done.stderr.decode()
+    assert "no model named '/gone/model'" in done.stderr
 
 
 def test_a_page_without_matplotlib_says_what_is_missing(space, tiny_model_dir, tmp_path, monkeypatch):
@@ -68,4 +68,4 @@ def test_a_page_without_matplotlib_says_what_is_missing(space, tiny_model_dir, t
     page = (tmp_path / "r.html").read_text()
     assert "Plots need matplotlib" in page
     assert "<svg" not in page
-    assert "left out: pictures of --report: need matplotlib" in done.stderr.decode()
+    assert "left out: pictures of --report: need matplotlib" in done.stderr

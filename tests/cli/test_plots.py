@@ -47,7 +47,7 @@ def test_a_profile_gives_costs_by_length_and_the_roofline():
 
     plot = plots(run)[-1]
 
-    assert plot.headings == ("slots", "behind 256, ms", "behind 512, ms", "over 1 slot")
+    assert plot.headings == ("slots", "prefix 256, ms", "prefix 512, ms", "over 1 slot")
     assert plot.rows[1] == ("8", "2.00", "3.00", "2.00")
     assert "0.50 ms" in plot.caption
 

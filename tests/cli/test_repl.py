@@ -143,7 +143,7 @@ def test_a_greedy_answer_asked_for_again_says_why_it_is_the_same(chat):
     assert "greedy, so the answer stays the same" in say(terminal, "/retry")
 
 
-@pytest.mark.parametrize(("mode", "greeting"), [("space", "is shaded alike"), ("ar", "brings one token")])
+@pytest.mark.parametrize(("mode", "greeting"), [("space", "is shaded alike"), ("ar", "yields one token")])
 def test_the_first_screen_says_what_a_model_call_does(chat, mode, greeting):
     assert greeting in " ".join(ready(chat("--mode", mode)).split())
 

@@ -95,7 +95,7 @@ def test_colour_that_is_asked_for_moves_no_cursor(space, tiny_model_dir):
     assert (done.returncode, chatted.returncode) == (0, 0), (done, chatted)
     for stream in (done.stdout, done.stderr, chatted.stdout, chatted.stderr):
         assert not CURSOR.search(stream)
-    assert b"\x1b[" in done.stdout
+    assert "\x1b[" in done.stdout
 
 
 def test_a_pipe_is_no_screen_whatever_the_environment_asks_for(monkeypatch):
@@ -109,4 +109,4 @@ def test_a_pipe_is_no_screen_whatever_the_environment_asks_for(monkeypatch):
 def test_names_of_models_keep_their_tabs_in_colour(space):
     done = space("models", "list", FORCE_COLOR="1")
 
-    assert done.stdout.splitlines()[0] == b"name\there\tsize\tSPACE\twhere"
+    assert done.stdout.splitlines()[0] == "name\there\tsize\tSPACE\twhere"

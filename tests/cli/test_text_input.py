@@ -6,7 +6,7 @@ import tomllib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inside import told
+from running import told
 
 from space_cli.errors import UsageProblem
 from space_cli.models.registry import ModelEntry, add_model, read_models
@@ -203,4 +203,4 @@ def test_a_tilde_is_the_home_folder_in_every_path(space, tmp_path, tiny_model_di
 def test_no_option_takes_what_is_no_number(space, arguments):
     line = told(space(*arguments))
     # bounds, where an option has some, refuse it first
-    assert "is no value of an option" in line or f"Invalid value for '{arguments[-2]}'" in line
+    assert "Input should be a finite number" in line or f"Invalid value for '{arguments[-2]}'" in line

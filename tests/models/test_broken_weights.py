@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from inside import told
+from running import told
 from tiny import lively
 
 from space_cli.core.sampling import Sampler, Sampling, TopK
@@ -97,9 +97,9 @@ def test_a_model_that_breaks_behind_a_longer_text_gets_no_verdict(space, tiny_mo
     )
 
     assert done.returncode == 3, done
-    assert b"not finite" in done.stderr
-    assert b"LOSSLESS" not in done.stdout
-    assert done.stdout.splitlines()[-1].startswith(b"NO VERDICT: an error ended the run behind 4 tokens of 1 answers")
+    assert "not finite" in done.stderr
+    assert "LOSSLESS" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("NO VERDICT: an error ended the run after 4 tokens of 1 answers")
 
 
 def space_token(folder):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from inside import told
+from running import told
 from transformers import PretrainedConfig
 
 from space_cli.models.support import is_bitsandbytes

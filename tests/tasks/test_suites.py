@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from space_cli.core.stopping import cut_at_stop
 from space_cli.errors import UsageProblem
-from space_cli.tasks.suites import SUITES, load_suite
+from space_cli.tasks.formats import SUITES
+from space_cli.tasks.suites import load_suite
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

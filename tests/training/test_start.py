@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inside import told
+from running import told
 from tiny import lively, tiny_configs
 
 from space_cli.core.decoder import decode
@@ -131,7 +131,7 @@ def test_prompts_without_room_for_an_answer_are_not_answered_and_told(space, tin
     )
 
     assert done.returncode == 0, done
-    assert b"1 prompts leave no room for an answer of 16 tokens: not answered" in done.stderr
+    assert "1 prompts leave no room for an answer of 16 tokens: not answered" in done.stderr
     keys = [line for line in (tmp_path / "out" / "distilled.jsonl").read_text().splitlines() if line]
     assert len(keys) == 2
 
@@ -176,7 +176,7 @@ def test_a_generation_config_that_cannot_be_saved_is_repaired_and_gets_the_ids_t
     done = train(base, "out", "--method", "full", "--distill", "off", "--template", "{}")
 
     assert done.returncode == 0, done
-    assert b"do_sample is set to true" in done.stderr
+    assert "do_sample is set to true" in done.stderr
     saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     end = tiny_tokenizer.convert_tokens_to_ids("<|mask1|>")
     assert (saved["do_sample"], saved["temperature"]) == (True, 0.9)

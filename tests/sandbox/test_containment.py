@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from space_cli.bench import sandbox
-from space_cli.bench.sandbox import run_submission, unsupported_reason
 from space_cli.errors import RunFailed
+from space_cli.sandbox import contained as sandbox
+from space_cli.sandbox.contained import run_submission, unsupported_reason
 
 PROBLEM = unsupported_reason()
 contained = pytest.mark.skipif(PROBLEM is not None, reason=f"programs are refused here: {PROBLEM}")
@@ -74,7 +74,7 @@ def test_programs_are_refused_outside_linux(monkeypatch, system):
 )
 def test_a_missing_part_of_the_containment_ends_the_process_before_the_program(stand_in, break_it, told):
     folder = json.dumps(str(sandbox._CHILD.parent))
-    stand_in(f"import sys\nsys.path.insert(0, {folder})\nimport sandbox_child as child\n{break_it}\nchild.main()\n")
+    stand_in(f"import sys\nsys.path.insert(0, {folder})\nimport child\n{break_it}\nchild.main()\n")
 
     with pytest.raises(RunFailed, match=told):
         run_submission("pass")

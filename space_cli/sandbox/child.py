@@ -1,4 +1,4 @@
-"""The other side of `sandbox`: contains its own process, then runs one program in it.
+"""The other side of `contained`: contains its own process, then runs one program in it.
 
 Started as a script by a fresh Python; imports nothing of ours. What fails here ends the process before the program is
 compiled.

@@ -1,7 +1,7 @@
 """Run a program that a model wrote, in a process that can compute and nothing else; Linux alone, no privileges needed.
 
 `run_submission` starts a fresh Python with an environment of its own in an empty folder. Before that process reads the
-program as code, it gives up its rights for good (`sandbox_child`): Landlock takes the file system, a seccomp filter
+program as code, it gives up its rights for good (`child`): Landlock takes the file system, a seccomp filter
 lets through the few system calls that computing needs, rlimits bound memory. Where one of them cannot be had, the
 process ends instead.
 
@@ -47,7 +47,7 @@ from typing import IO
 
 from space_cli.errors import RunFailed
 
-_CHILD = Path(__file__).with_name("sandbox_child.py")
+_CHILD = Path(__file__).with_name("child.py")
 _START_SECONDS = 60.0
 _POLL_SECONDS = 0.005
 _LONGEST_VERDICT = 4096

