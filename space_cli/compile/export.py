@@ -23,7 +23,7 @@ from space_cli.compile.packing import LANES, Adapter, fused_groups, packed_layer
 from space_cli.core.attention import has_replaceable_attention
 from space_cli.errors import RunFailed, first_line
 
-MAX_CALL_SLOTS = 128
+MAX_CALL_SLOTS = 512
 """Q of the largest block that a compiled model takes."""
 _ATTENTION = "space_compiled"
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)

@@ -71,7 +71,7 @@ def build_kernels(folder: Path) -> Path:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        said = (getattr(error, "stderr", None) or _how_it_ended(command[0], error)).strip().splitlines()
         first = next((line for line in said if "error" in line), said[0])
         unfinished.unlink(missing_ok=True)
         raise RunFailed(f"no C++ compiler that works: {first}") from error
@@ -81,6 +81,10 @@ def build_kernels(folder: Path) -> Path:
     except OSError as error:
         raise RunFailed(f"{library}: {error.strerror}") from error
     return library
+
+
+def _how_it_ended(compiler: str, error: OSError | subprocess.CalledProcessError) -> str:
+    return str(error) if isinstance(error, OSError) else f"{compiler} ends with exit code {error.returncode}"
 
 
 def _content(file: Path) -> bytes | None:

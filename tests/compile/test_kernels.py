@@ -131,8 +131,9 @@ def linear(kernels, dtype, states, weights, bias=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-# fewer inputs than a block of them, more that do not fill the last; tiles that fill groups and threads, or not
-@pytest.mark.parametrize(("width", "outputs"), [(34, 16), (600, 9 * 16)])
+# fewer inputs than a block of them, more that do not fill the last, more than a cache holds of 128 rows; tiles that
+# fill groups and threads, or not
+@pytest.mark.parametrize(("width", "outputs"), [(34, 16), (600, 9 * 16), (5000, 18 * 16)])
 def test_a_row_of_a_linear_layer_is_right_and_has_the_same_bits_whatever_stands_beside_it(
     kernels, dtype, width, outputs
 ):
@@ -147,6 +148,7 @@ def test_a_row_of_a_linear_layer_is_right_and_has_the_same_bits_whatever_stands_
     for rows in ROWS:
         found = linear(kernels, dtype, states[:rows].copy(), weights, bias)
         assert np.array_equal(found[:40], alone[:rows]), rows
+    assert np.array_equal(found[-1:], linear(kernels, dtype, states[-1:].copy(), weights, bias))
 
     expected = wide(states).astype(np.float64) @ wide(weights).T + wide(bias)
     assert np.abs(wide(found) - expected).max() <= TOLERANCE[dtype] * np.abs(expected).max()

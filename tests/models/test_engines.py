@@ -302,6 +302,14 @@ def failing_compiler(monkeypatch):
 
 
 @pytest.mark.usefixtures("empty")
+def test_a_compiler_that_fails_without_a_word_is_told_in_a_few(monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+
+    with pytest.raises(RunFailed, match=r"works: false ends with exit code 1$"):
+        prepare(loaded_model(), engine="compiled")
+
+
+@pytest.mark.usefixtures("empty")
 def test_without_a_compiler_auto_goes_on_eager_and_does_not_try_again(monkeypatch):
     tried = failing_compiler(monkeypatch)
 

@@ -84,6 +84,7 @@ struct States {
 struct Sizes {
     int64_t rows, heads, key_heads, width, value_width, length, capacity;
     float scale;
+    int64_t chained;  // so many of the first slots follow one another
 };
 
 // Some queries of one key head, worked on together so that keys and values are read once for all of them.
@@ -94,21 +95,30 @@ struct Queries {
     std::vector<Factor<T>> queries[kQueries];
     std::vector<float> weights[kQueries];   // by key: scores, then shares
     std::vector<Bfloat16> halves[kQueries];  // the shares again, where pairs are multiplied
-    std::vector<int32_t> tails[kQueries];   // slots of the block that a query sees
+    int64_t straight[kQueries];             // so many of the first keys lie in the cache in their order
+    std::vector<int32_t> tails[kQueries];   // slots of the block that a query sees behind those
     int64_t length;
-    int64_t straight;  // so many of the first keys lie in the cache in their order
 
-    int64_t count(int query) const { return length + int64_t(tails[query].size()); }
+    int64_t count(int query) const { return straight[query] + int64_t(tails[query].size()); }
 
-    // whether all queries see the same slot as their key `at`
-    bool all_see(int64_t at) const {
-        for (int query = 0; query < kQueries; ++query)
-            if (at >= count(query) || tails[query][at - length] != tails[0][at - length]) return false;
-        return true;
+    // how many of the first keys are the same for all queries
+    int64_t shared() const {
+        const int64_t least = *std::min_element(straight, straight + kQueries);
+        if (least < *std::max_element(straight, straight + kQueries)) return least;
+        const auto all_see = [&](size_t at) {
+            for (const std::vector<int32_t>& tail : tails)
+                if (at >= tail.size() || tail[at] != tails[0][at]) return false;
+            return true;
+        };
+        int64_t found = least;
+        while (all_see(found - least)) ++found;
+        return found;
     }
 
     // row of the cache in which key `at` of a query lies
-    int64_t place(int query, int64_t at) const { return at < length ? at : length + tails[query][at - length]; }
+    int64_t place(int query, int64_t at) const {
+        return at < straight[query] ? at : length + tails[query][at - straight[query]];
+    }
 
     // scores of queries `first` to `last` for kLanes keys, from `at` on, that lie in a row
     template <int kWidth>
@@ -141,10 +151,11 @@ struct Queries {
         const int64_t width = sizes.width;
         int64_t at = from;
         if constexpr (std::is_same_v<Factor<T>, T>) {
-            for (; at < straight && at + kLanes <= sizes.capacity; at += kLanes)
+            const int64_t end = std::min(to, straight[first]);
+            for (; at < end && at + kLanes <= sizes.capacity; at += kLanes)
                 score_tile<kWidth>(keys + at * width, first, last, at, width, sizes.scale);
             // what was read behind them is no key of the query's
-            at = std::min(at, std::max(from, straight));
+            at = std::min(at, std::max(from, end));
         }
         thread_local std::vector<Factor<T>> tile;
         tile.resize(kLanes * width);
@@ -189,13 +200,15 @@ struct Queries {
 #pragma GCC unroll 4
             for (int part = 0; part < kParts; ++part) {
                 const Floats value = load(from + part * kLanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int query = first; query < last; ++query)
                     mixed[query][part] = fused(mixed[query][part], value, broadcast(shares[query][at]));
             }
         };
-        for (int64_t at = 0; at < shared; ++at) add(0, kQueries, at, values + place(0, at) * width + lane);
-#pragma GCC unroll 4
+        const int64_t before = std::min(shared, straight[0]);
+        for (int64_t at = 0; at < before; ++at) add(0, kQueries, at, values + at * width + lane);
+        for (int64_t at = before; at < shared; ++at) add(0, kQueries, at, values + place(0, at) * width + lane);
+#pragma GCC unroll 8
         for (int query = 0; query < kQueries; ++query)
             for (int64_t at = shared; at < count(query); ++at)
                 add(query, query + 1, at, values + place(query, at) * width + lane);
@@ -234,7 +247,7 @@ struct Queries {
             }
         };
         const T* own = values + lane;
-        const int64_t before = straight & ~1, together = shared & ~1;
+        const int64_t before = std::min(shared, straight[0]) & ~1, together = shared & ~1;
         for (int64_t at = 0; at < before; at += 2) add(0, kQueries, at, own + at * width, own + (at + 1) * width);
         for (int64_t at = before; at < together; at += 2)
             add(0, kQueries, at, own + place(0, at) * width, own + place(0, at + 1) * width);
@@ -271,22 +284,21 @@ void attend_some(States<T> query, const T* keys, const T* values, T* output, con
         some.queries[each].resize(sizes.width);
         copy_as(some.queries[each].data(), query.at(head, row), sizes.width);
         some.tails[each].clear();
-        for (int32_t slot = row; slot >= 0; slot = parents[slot]) some.tails[each].push_back(slot);
+        int32_t slot = row;
+        for (; slot >= sizes.chained; slot = parents[slot]) some.tails[each].push_back(slot);
         std::reverse(some.tails[each].begin(), some.tails[each].end());
+        some.straight[each] = sizes.length + slot + 1;
         some.weights[each].resize(sizes.length + sizes.rows + 2 * kLanes);
         if (std::is_same_v<Factor<T>, Bfloat16>) some.halves[each].resize(sizes.length + sizes.rows + 2 * kLanes);
     }
-    int64_t shared = sizes.length;
-    while (some.all_see(shared)) ++shared;
-    some.straight = sizes.length;
-    while (some.straight < shared && some.place(0, some.straight) == some.straight) ++some.straight;
+    const int64_t shared = some.shared();
     some.template score<kWidth>(keys, 0, kQueries, 0, shared, sizes);
     for (int each = 0; each < kQueries; ++each) {
         some.template score<kWidth>(keys, each, each + 1, shared, some.count(each), sizes);
         inverses[each] = some.normalise(each);
     }
     int64_t lane = 0;
-    constexpr int kParts = kRegisters == 32 ? 4 : 2;  // what sums of 4 queries leave room for
+    constexpr int kParts = (kRegisters == 32 ? 16 : 8) / std::max(kQueries, 4);  // what the queries' sums leave room for
     for (; lane + kParts * kLanes <= sizes.value_width; lane += kParts * kLanes) {
 #ifdef __AVX512BF16__
         if constexpr (std::is_same_v<T, Bfloat16>) {
@@ -300,6 +312,13 @@ void attend_some(States<T> query, const T* keys, const T* values, T* output, con
         some.template mix<1>(values, shared, sizes.value_width, lane, inverses, outputs);
 }
 
+// how many of the first slots follow one another
+int64_t chained(const int32_t* parents, int64_t rows) {
+    int64_t found = 0;
+    while (found < rows && parents[found] == found - 1) ++found;
+    return found;
+}
+
 template <typename T>
 void attend(States<T> query, States<T> key, States<T> value, T* keys, T* values, T* output, const int32_t* parents,
             const Sizes& sizes) {
@@ -311,15 +330,18 @@ void attend(States<T> query, States<T> key, States<T> value, T* keys, T* values,
             std::memcpy(values + head * values_of_head + (sizes.length + row) * sizes.value_width, value.at(head, row),
                         sizes.value_width * sizeof(T));
         }
-    constexpr int kTogether = 4;
-    const int64_t queries = sizes.rows * sizes.heads / sizes.key_heads, calls = (queries + kTogether - 1) / kTogether;
+    // pairs are mixed four vectors at a time; few queries are better shared among threads
+    constexpr int kMostTogether = std::is_same_v<Factor<T>, Bfloat16> ? 4 : 8;
+    const int64_t queries = sizes.rows * sizes.heads / sizes.key_heads, together = queries < 64 ? 4 : kMostTogether;
+    const int64_t calls = (queries + together - 1) / together;
     // waking a second thread costs some microseconds
     const bool pays = sizes.heads * sizes.rows * (sizes.length + sizes.rows) * (sizes.width + sizes.value_width) > 400000;
-#pragma omp parallel for collapse(2) schedule(static) if (pays)
+    // later queries see more keys: threads take turns
+#pragma omp parallel for collapse(2) schedule(static, 1) if (pays)
     for (int64_t head = 0; head < sizes.key_heads; ++head)
         for (int64_t call = 0; call < calls; ++call) {
-            int64_t first = call * kTogether;
-            const int64_t last = std::min(first + kTogether, queries);
+            int64_t first = call * together;
+            const int64_t last = std::min(first + together, queries);
             const auto run = [&](auto count) {
                 constexpr int kQueries = decltype(count)::value;
                 const T *own_keys = keys + head * keys_of_head, *own_values = values + head * values_of_head;
@@ -330,7 +352,8 @@ void attend(States<T> query, States<T> key, States<T> value, T* keys, T* values,
                 some(query, own_keys, own_values, output, parents, sizes, head, first);
                 first += kQueries;
             };
-            if (last - first == kTogether) run(std::integral_constant<int, kTogether>());
+            if (last - first == kMostTogether) run(std::integral_constant<int, kMostTogether>());
+            if (last - first >= 4) run(std::integral_constant<int, 4>());
             if (last - first >= 2) run(std::integral_constant<int, 2>());
             if (last - first >= 1) run(std::integral_constant<int, 1>());
         }
@@ -344,7 +367,7 @@ void attend(States<T> query, States<T> key, States<T> value, T* keys, T* values,
                      {static_cast<const TYPE*>(key), key_head, key_row},                                              \
                      {static_cast<const TYPE*>(value), value_head, value_row}, static_cast<TYPE*>(keys),              \
                      static_cast<TYPE*>(values), static_cast<TYPE*>(output), parents,                                 \
-                     {rows, heads, key_heads, width, value_width, length, capacity, scale});                          \
+                     {rows, heads, key_heads, width, value_width, length, capacity, scale, chained(parents, rows)});  \
     }
 
 SPACE_ATTEND_OF(space_attend_float32, float)

@@ -51,11 +51,12 @@ struct TileCall {
     int64_t row_stride, tile_stride, count;
 };
 
-// bytes ahead of their use at which weights are asked for: a fourth to a half faster than what processors foresee
-constexpr int kAhead = 16384;
+// bytes ahead of their use at which weights are asked for: from memory, which few rows wait for (a fourth to a half faster
+// than what processors foresee), or from the second cache, where those of a block lie while many rows pass
+constexpr int kAhead = 16384, kAheadInBlock = 512;
 
 // Add to the sums of `kTiles` tiles and `kRows` rows; `before` are earlier ones (kRows, kTiles * kTile), or null.
-template <typename Tiles, int kTiles, int kRows, typename Finish>
+template <typename Tiles, int kTiles, int kRows, bool kInBlock, typename Finish>
 inline void multiply(const TileCall<Tiles>& call, const float* before, const Finish& finish) {
     constexpr int kVectors = kTiles * kParts;
     Floats sums[kVectors][kRows];
@@ -68,7 +69,9 @@ inline void multiply(const TileCall<Tiles>& call, const float* before, const Fin
         const auto* entry = call.packed + at * kTile * Tiles::kDepth;
 #pragma GCC unroll 4
         for (int tile = 0; tile < kTiles; ++tile)
-            __builtin_prefetch(reinterpret_cast<const char*>(entry + tile * call.tile_stride) + kAhead, 0, 2);
+            __builtin_prefetch(reinterpret_cast<const char*>(entry + tile * call.tile_stride) +
+                                   (kInBlock ? kAheadInBlock : kAhead),
+                               0, kInBlock ? 3 : 2);
         Tiles::add(sums, entry, call.tile_stride, call.input + at * Tiles::kDepth, call.row_stride);
     }
 #pragma GCC unroll 6
@@ -118,12 +121,13 @@ constexpr int64_t kBlock = 256;
 // rows from which on it pays to widen a block's weights once
 constexpr int64_t kRowsWorthWidening = 12;
 
-// Compute `kTiles` tiles of outputs for all rows: output(row, first of kLanes outputs, their sums).
-template <typename Tiles, int kTiles, typename Output>
+// Compute `kTiles` tiles of outputs for some rows: output(row, first of kLanes outputs, their sums). They are worked on in
+// blocks of inputs where they are more than one look at the weights serves.
+template <typename Tiles, int kTiles, bool kInBlocks, typename Output>
 void compute_tiles(const typename Tiles::Input* input, const typename Tiles::Value* packed, int64_t rows, int64_t width,
                    const Output& output) {
     constexpr int kDepth = Tiles::kDepth;
-    const int64_t entries = width / kDepth, block = rows <= most_rows(kTiles) ? entries : kBlock / kDepth;
+    const int64_t entries = width / kDepth, block = kInBlocks ? kBlock / kDepth : entries;
     thread_local std::vector<float> partial, panel;
     partial.resize(block < entries ? rows * kTiles * kTile : 0);
     for (int64_t from = 0; from < entries; from += block) {
@@ -138,11 +142,11 @@ void compute_tiles(const typename Tiles::Input* input, const typename Tiles::Val
                 const float* before = is_first ? nullptr : between;
                 constexpr int kRows = decltype(some)::value;
                 if (is_last)
-                    multiply<Some, kTiles, kRows>(call, before, [&](int each, int lane, Floats sums) {
+                    multiply<Some, kTiles, kRows, kInBlocks>(call, before, [&](int each, int lane, Floats sums) {
                         output(row + each, lane, sums);
                     });
                 else
-                    multiply<Some, kTiles, kRows>(call, before, [&](int each, int lane, Floats sums) {
+                    multiply<Some, kTiles, kRows, kInBlocks>(call, before, [&](int each, int lane, Floats sums) {
                         store(between + each * kTiles * kTile + lane, sums);
                     });
             });
@@ -161,21 +165,44 @@ void compute_tiles(const typename Tiles::Input* input, const typename Tiles::Val
     }
 }
 
-// Compute tiles `first` to `last`: output(tile, row, first of kLanes outputs, their sums).
+// bytes of weights, and of inputs, that the second cache holds beside each other
+constexpr int64_t kHeld = 512 * 1024;
+// rows that weights of any width are read for at least
+constexpr int64_t kLeastHeldRows = 96;
+
+// Compute tiles `first` to `last`: output(tile, row, first of kLanes outputs, their sums). Of many rows and wide layers
+// so many are worked on together as the second cache holds; each weight is then read from memory once.
 template <typename Tiles, typename Output>
 void compute_range(const typename Tiles::Input* input, const typename Tiles::Value* packed, int64_t rows, int64_t width,
                    int64_t first, int64_t last, const Output& output) {
-    int64_t tile = first;
-    const auto run = [&](auto count) {
-        constexpr int kTiles = decltype(count)::value;
-        for (; tile + kTiles <= last; tile += kTiles)
-            compute_tiles<Tiles, kTiles>(input, packed + tile * width * kTile, rows, width,
-                                         [&](int64_t row, int lane, Floats sums) { output(tile, row, lane, sums); });
-    };
     const int together = tiles_together(rows);
-    if (together >= 4) run(std::integral_constant<int, most_rows(4) ? 4 : 1>());
-    if (together >= 2) run(std::integral_constant<int, most_rows(2) ? 2 : 1>());
-    run(std::integral_constant<int, 1>());
+    const int64_t row_size = width * sizeof(typename Tiles::Input);
+    const int64_t group_size = width * kTile * kMostTiles * sizeof(typename Tiles::Value);
+    const int64_t held_rows = std::max(kHeld / row_size / kMostRows * kMostRows, kLeastHeldRows);
+    const int64_t held_tiles = rows <= held_rows ? last - first : std::max<int64_t>(kHeld / group_size, 1) * kMostTiles;
+    for (int64_t tile = first; tile < last;) {
+        const int64_t end = std::min(tile + held_tiles, last), start = tile;
+        for (int64_t row = 0; row < rows; row += held_rows) {
+            const int64_t some = std::min(held_rows, rows - row);
+            tile = start;
+            const auto run = [&](auto count) {
+                constexpr int kTiles = decltype(count)::value;
+                const auto compute = [&](auto in_blocks) {
+                    compute_tiles<Tiles, kTiles, decltype(in_blocks)::value>(
+                        input + row * width, packed + tile * width * kTile, some, width,
+                        [&](int64_t each, int lane, Floats sums) { output(tile, row + each, lane, sums); });
+                };
+                for (; tile + kTiles <= end; tile += kTiles)
+                    if (rows > most_rows(kTiles))
+                        compute(std::true_type());
+                    else
+                        compute(std::false_type());
+            };
+            if (together >= 4) run(std::integral_constant<int, most_rows(4) ? 4 : 1>());
+            if (together >= 2) run(std::integral_constant<int, most_rows(2) ? 2 : 1>());
+            run(std::integral_constant<int, 1>());
+        }
+    }
 }
 
 // Share the tiles among threads where that pays, a run of neighbours each: work(first, last).
