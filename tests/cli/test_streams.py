@@ -12,7 +12,7 @@ from rich.console import Console
 from space_cli.cli import console, streams
 from space_cli.cli.live import LiveRunView, run_view
 
-CURSOR = re.compile(rb"\x1b\[[\d;?]*[ABCDEFGHJKLMSTfhlnsu]")
+CURSOR = re.compile(r"\x1b\[[\d;?]*[ABCDEFGHJKLMSTfhlnsu]")
 FAST = ("--dtype", "float32", "--max-new-tokens", "8")
 
 

@@ -128,7 +128,7 @@ def test_the_same_seed_draws_the_same_anchors():
 
 
 def test_wrong_forms_and_empty_examples_are_refused():
-    with pytest.raises(ValueError, match="form"):
+    with pytest.raises(ValueError, match="mask_layout"):
         SARCollator(MASKS, 3, PAD, mask_layout="other")
     with pytest.raises(ValueError, match="tokens"):
         SARCollator(MASKS, 3, PAD)([{"input_ids": []}])

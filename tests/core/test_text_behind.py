@@ -68,6 +68,6 @@ def test_chat_and_bench_keep_the_space_of_a_sentencepiece_model(space, tmp_path)
     expected = whole([*prompt, *record["token_ids"]])[len(whole(prompt)) :]
     assert expected.startswith(" ")
     assert record["text"] == expected
-    assert shown.stdout.decode() == expected + "\n"
+    assert shown.stdout == expected + "\n"
     sample = json.loads((tmp_path / "b.json").read_text())["samples"][0]
     assert sample["text"] == "".join(sample["text_by_step"]) == expected
