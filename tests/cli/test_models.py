@@ -26,7 +26,7 @@ def test_json_holds_every_field(run_space, tmp_path):
     record = json.loads(done.stdout)
     assert (to_file.returncode, to_file.stdout) == (0, "")
     assert json.loads((tmp_path / "models.json").read_text()) == record
-    assert [status["name"] for status in record["models"]] == ["nano", "smollm2", "vicuna-v1.3-7b-space"]
+    assert [status["name"] for status in record["models"]] == ["nano", "smollm2", "smollm2-space", "vicuna-v1.3-7b-space"]
     assert record["models"][2] == {
         "name": "vicuna-v1.3-7b-space",
         "description": "The SPACE authors' checkpoint of Vicuna 7B v1.3 (14 GB download)",

