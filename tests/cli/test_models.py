@@ -15,8 +15,8 @@ def test_rows_have_tabs_between_where_there_is_no_terminal(run_space_apart):
     assert rows[1][0] == "nano"
     assert rows[1][2].endswith(" MB")
     assert rows[1][4] == "in this package"
-    assert rows[2][0] == "smollm2"
-    assert rows[3] == ["vicuna-v1.3-7b-space", "no", "", "k = 5, m = 5", "Hub: AntMan/vicuna-v1.3-7b-space"]
+    assert [rows[2][0], rows[3][0]] == ["smollm2", "smollm2-space"]
+    assert rows[4] == ["vicuna-v1.3-7b-space", "no", "", "k = 5, m = 5", "Hub: AntMan/vicuna-v1.3-7b-space"]
 
 
 def test_json_holds_every_field(run_space, tmp_path):
@@ -26,8 +26,9 @@ def test_json_holds_every_field(run_space, tmp_path):
     record = json.loads(done.stdout)
     assert (to_file.returncode, to_file.stdout) == (0, "")
     assert json.loads((tmp_path / "models.json").read_text()) == record
-    assert [status["name"] for status in record["models"]] == ["nano", "smollm2", "smollm2-space", "vicuna-v1.3-7b-space"]
-    assert record["models"][2] == {
+    names = ["nano", "smollm2", "smollm2-space", "vicuna-v1.3-7b-space"]
+    assert [status["name"] for status in record["models"]] == names
+    assert record["models"][3] == {
         "name": "vicuna-v1.3-7b-space",
         "description": "The SPACE authors' checkpoint of Vicuna 7B v1.3 (14 GB download)",
         "kind": "hub",
@@ -64,7 +65,7 @@ def test_a_name_of_ones_own_is_added_and_works_everywhere(run_space, tmp_path, t
 
     assert (added.returncode, again.returncode, other.returncode, checked.returncode) == (0, 2, 0, 0)
     assert "has the name" in again.stderr
-    assert [status["name"] for status in listed[3:]] == ['my "own"', "far"]
+    assert [status["name"] for status in listed[4:]] == ['my "own"', "far"]
     assert (listed[4]["candidates"], listed[4]["revision"]) == (2, "v1")
     assert "LlamaForCausalLM" in checked.stdout
     assert checked.stdout.splitlines()[-1] == 'my "own" decodes in blocks'
