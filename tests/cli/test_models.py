@@ -66,7 +66,7 @@ def test_a_name_of_ones_own_is_added_and_works_everywhere(run_space, tmp_path, t
     assert (added.returncode, again.returncode, other.returncode, checked.returncode) == (0, 2, 0, 0)
     assert "has the name" in again.stderr
     assert [status["name"] for status in listed[4:]] == ['my "own"', "far"]
-    assert (listed[5]["candidates"], listed[4]["revision"]) == (2, "v1")
+    assert (listed[5]["candidates"], listed[5]["revision"]) == (2, "v1")
     assert "LlamaForCausalLM" in checked.stdout
     assert checked.stdout.splitlines()[-1] == 'my "own" decodes in blocks'
 
