@@ -37,6 +37,24 @@ def lively(model, scale=0.2):
     return model.eval()
 
 
+def llama_of_whole_blocks():
+    """Make a random Llama whose rows are whole blocks of every type of a GGUF file."""
+    import torch
+    import transformers as tf
+
+    config = tf.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    )
+    return lively(tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32), 0.05)
+
+
 def tiny_configs():
     """One small config per architecture, all of the test vocabulary."""
     import transformers as tf

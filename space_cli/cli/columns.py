@@ -62,7 +62,7 @@ _IDENTICAL = Column("identical", identical)
 def terminal_columns(rows: Sequence[Result]) -> list[Column]:
     """Return the columns of a table in the terminal."""
     metric = _metric(rows)
-    judged = Column(metric or "", lambda row: "-" if row.quality is None else f"{row.quality:.1%}")
+    scored = Column(metric or "", lambda row: "-" if row.quality is None else f"{row.quality:.1%}")
     return [
         _METHOD,
         _TOKENS,
@@ -71,7 +71,7 @@ def terminal_columns(rows: Sequence[Result]) -> list[Column]:
         Column("speedup", lambda row: times(row.speedup)),
         Column("95 %", lambda row: between(row.speedup_interval if row.method != "ar" else None)),
         Column("first ms", lambda row: f"{row.first_token_seconds * 1e3:.0f}"),
-        *([judged] if metric is not None else []),
+        *([scored] if metric is not None else []),
         _IDENTICAL,
     ]
 
@@ -80,11 +80,11 @@ def page_columns(rows: Sequence[Result]) -> list[Column]:
     """Return the columns of a table in a report: the two sides of a speedup in one, and more figures."""
     metric = _metric(rows)
     baseline = next((row for row in rows if row.method == "ar"), None)
-    judged = [Column(metric, lambda row: quality(row, baseline))] if metric is not None else []
+    scored = [Column(metric, lambda row: quality(row, baseline))] if metric is not None else []
     return [
         _METHOD,
         Column("speedup", speedup),
-        *judged,
+        *scored,
         *[_pass_at(k) for k in _tries(rows)],
         _IDENTICAL,
         _TOKENS_PER_STEP,

@@ -9,6 +9,7 @@ import gguf as ggml
 import pytest
 import torch
 from ggufs import llama_file
+from tiny import llama_of_whole_blocks
 
 from space_cli.core.block import Block
 from space_cli.core.engine import engine_for
@@ -26,21 +27,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def model():
-    """A random Llama whose rows are whole blocks of every type."""
-    import transformers as tf
-    from tiny import VOCABULARY, lively
-
-    config = tf.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-    )
-    return lively(tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32), 0.05)
+    return llama_of_whole_blocks()
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,8 @@ import shutil
 
 import pytest
 import torch
-import transformers as tf
 from ggufs import llama_file
-from tiny import VOCABULARY, lively
+from tiny import llama_of_whole_blocks
 
 from space_cli.compile.compiled_model import CompiledModel
 from space_cli.compile.export import compile_model
@@ -36,18 +35,9 @@ def library(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gguf(tiny_tokenizer, tmp_path_factory):
-    config = tf.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+    return read_gguf(
+        llama_file(tmp_path_factory.mktemp("gguf") / "tiny.gguf", llama_of_whole_blocks(), tiny_tokenizer, kind="Q4_1")
     )
-    model = lively(tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32), 0.05)
-    return read_gguf(llama_file(tmp_path_factory.mktemp("gguf") / "tiny.gguf", model, tiny_tokenizer, kind="Q4_1"))
 
 
 @pytest.fixture

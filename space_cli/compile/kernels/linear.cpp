@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "kernels.h"
 #include "tiles.h"
@@ -81,19 +80,6 @@ struct Bfloat16Tiles {
     }
 #endif
 };
-
-// rows as tiles take them
-template <typename Tiles, typename T>
-const typename Tiles::Input* inputs_of(const T* rows, int64_t count) {
-    if constexpr (std::is_same_v<typename Tiles::Input, T>) {
-        return rows;
-    } else {
-        thread_local std::vector<float> wide;
-        wide.resize(count);
-        for (int64_t at = 0; at < count; ++at) wide[at] = widened(rows[at]);
-        return wide.data();
-    }
-}
 
 template <typename Tiles, typename T>
 void linear(const T* from, const T* weights, const T* bias, T* to, int64_t rows, int64_t width, int64_t outputs) {

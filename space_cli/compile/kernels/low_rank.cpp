@@ -25,16 +25,15 @@ struct StoredTiles : Float32Tiles {
 template <typename T>
 void add(const T* input, const Bfloat16* down, const Bfloat16* up, const int64_t* ends, T* output, int64_t layers,
          int64_t rank, int64_t rows, int64_t width) {
-    static thread_local std::vector<float> inputs_of_thread, inner_of_thread;
-    std::vector<float>&inputs = inputs_of_thread, &inner = inner_of_thread;
+    static thread_local std::vector<float> inner_of_thread;
+    std::vector<float>& inner = inner_of_thread;
     const int64_t outputs = ends[layers - 1];
-    inputs.resize(rows * width);
-    for (int64_t at = 0; at < rows * width; ++at) inputs[at] = widened(input[at]);
+    const float* inputs = inputs_of<StoredTiles>(input, rows * width);
     inner.resize(layers * rows * rank);  // (layers, rows, rank)
     // waking a second thread costs some microseconds
     const auto pays = [&](int64_t inputs, int64_t outputs) { return inputs * outputs * (rows + 3) > 100000; };
     for_tiles(layers * rank / kTile, pays(width, layers * rank), [&](int64_t first, int64_t last) {
-        compute_range<StoredTiles>(inputs.data(), down, rows, width, first, last,
+        compute_range<StoredTiles>(inputs, down, rows, width, first, last,
                                    [&](int64_t tile, int64_t row, int lane, Floats sums) {
                                        const int64_t at = tile * kTile + lane;
                                        store(&inner[(at / rank * rows + row) * rank + at % rank], sums);

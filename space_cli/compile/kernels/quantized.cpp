@@ -54,18 +54,8 @@ T load(const void* from) {
     return values;
 }
 
-// `Floats{} + value` would be an addition, for the sake of the sign of zero
-Floats broadcast(float value) {
-#if defined(__AVX512BW__)
-    return (Floats)_mm512_set1_ps(value);
-#elif defined(__AVX2__)
-    return (Floats)_mm256_set1_ps(value);
-#elif defined(__aarch64__)
-    return (Floats)vdupq_n_f32(value);
-#else
-    return Floats{} + value;
-#endif
-}
+// not a sum with zeros, which would be an instruction of its own, for the sake of the sign of zero
+Floats broadcast(float value) { return value - Floats{}; }
 Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 
 // one rounding, whatever the compiler makes of the code around

@@ -205,6 +205,19 @@ void compute_range(const typename Tiles::Input* input, const typename Tiles::Val
     }
 }
 
+// rows as tiles take them
+template <typename Tiles, typename T>
+const typename Tiles::Input* inputs_of(const T* rows, int64_t count) {
+    if constexpr (std::is_same_v<typename Tiles::Input, T>) {
+        return rows;
+    } else {
+        thread_local std::vector<float> wide;
+        wide.resize(count);
+        for (int64_t at = 0; at < count; ++at) wide[at] = widened(rows[at]);
+        return wide.data();
+    }
+}
+
 // Share the tiles among threads where that pays, a run of neighbours each: work(first, last).
 template <typename Work>
 void for_tiles(int64_t tiles, bool pays, const Work& work) {
