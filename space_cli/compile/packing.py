@@ -158,7 +158,14 @@ class _PackedLinears(nn.Module):
         """Return the (..., outputs) of one of the layers; all are computed when the first is asked for."""
         if self._done is None or self._done[0] is not states:
             found = torch.ops.space.packed_linear(
-                states.contiguous(), self.packed, self.bias, self._ends[-1], self._type, self.down, self.up, self.ends,
+                states.contiguous(),
+                self.packed,
+                self.bias,
+                self._ends[-1],
+                self._type,
+                self.down,
+                self.up,
+                self.ends,
                 self._rank,
             )
             self._done = (states, [found[..., start:end] for start, end in pairwise(self._ends)])

@@ -295,7 +295,9 @@ def test_weights_of_few_bits_are_read_as_they_lie_and_rows_have_the_same_bits_wh
 
     def multiplied(rows):
         found = np.empty((len(rows), outputs), dtype=np.float32)
-        kernels.call("space_linear_quantized", int(weight_type), rows, held, bias, found, len(rows), width, outputs, None)
+        kernels.call(
+            "space_linear_quantized", int(weight_type), rows, held, bias, found, len(rows), width, outputs, None
+        )
         return found
 
     kernels.call("space_pack", int(weight_type), raw, order, held, outputs, width)
