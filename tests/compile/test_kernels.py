@@ -327,7 +327,7 @@ def in_8_bits(kernels, weights):
 def test_an_update_is_added_to_the_rows_that_are_masks_and_to_no_others(kernels, weight_type, width, ends, first):
     random = np.random.default_rng(width + first)
     rank, outputs = 64, ends[-1]
-    raw, weights = blocks_of(weight_type, outputs, width, random)
+    raw, _ = blocks_of(weight_type, outputs, width, random)
     packed_weights = np.zeros(outputs * width * 2, dtype=np.uint8)
     kernels.call("space_pack", int(weight_type), raw, None, packed_weights, outputs, width)
     down, packed_down = in_8_bits(kernels, random.standard_normal((len(ends) * rank, width)).astype(np.float32))
