@@ -54,7 +54,7 @@ def vocabulary_file(file, describe):
     return file
 
 
-def llama_file(file, model, tokenizer, *, kind="F32", architecture="llama", template=None, **written):
+def llama_file(file, model, tokenizer, *, kind="F32", architecture="llama", template=None, divisors=None, **written):
     """Write a Llama with its vocabulary, its matrices in one type.
 
     Args:
@@ -64,6 +64,7 @@ def llama_file(file, model, tokenizer, *, kind="F32", architecture="llama", temp
         kind: of matrices, as ggml names it.
         architecture: said of it.
         template: of chats.
+        divisors: float32 by which each rotary frequency is divided, as files of Llama 3.1 have them.
         written: other values of metadata, by key with _ for a dot.
     """
     config = model.config
@@ -84,6 +85,8 @@ def llama_file(file, model, tokenizer, *, kind="F32", architecture="llama", temp
         writer.add_chat_template(template)
     for key, value in written.items():
         writer.add_string(key.replace("_", "."), value)
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", divisors)
     type_ = gguf.GGMLQuantizationType[kind]
     for name, weights in _named(model):
         if weights.ndim == 1:

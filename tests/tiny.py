@@ -37,8 +37,8 @@ def lively(model, scale=0.2):
     return model.eval()
 
 
-def llama_of_whole_blocks():
-    """Make a random Llama whose rows are whole blocks of every type of a GGUF file."""
+def llama_of_whole_blocks(**rope):
+    """Make a random Llama whose rows are whole blocks of every type of a GGUF file; `rope` are rope parameters."""
     import torch
     import transformers as tf
 
@@ -50,7 +50,7 @@ def llama_of_whole_blocks():
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0} | rope,
     )
     return lively(tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32), 0.05)
 

