@@ -66,7 +66,7 @@ def load(
         revision: branch, tag or commit of a Hub id.
         template: a template with one {} in place of the tokenizer's own.
         cache_bytes: of keys and values kept from answer to answer.
-        on_compile: called before a compilation, which takes from ten seconds up.
+        on_compile: called before a compilation, which takes a minute or more (docs/engines.md).
 
     Raises:
         UsageProblem: no such model, or one that cannot work.

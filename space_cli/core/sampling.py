@@ -84,8 +84,7 @@ class Sampling:
         processors = LogitsProcessorList()
         if self.repetition_penalty != 1.0:
             processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.presence_penalty or self.frequency_penalty:
-            processors.append(_CountPenalty(prompt_length, self.presence_penalty, self.frequency_penalty))
+        processors += self.count_penalties(prompt_length)
         if self.temperature == 0:
             return processors
         if self.temperature != 1.0:
@@ -97,6 +96,12 @@ class Sampling:
         if self.min_p:
             processors.append(MinPLogitsWarper(self.min_p))
         return processors
+
+    def count_penalties(self, prompt_length: int) -> LogitsProcessorList:
+        """Return the processor of the presence and frequency penalties, which `generate` lacks; empty without them."""
+        if not (self.presence_penalty or self.frequency_penalty):
+            return LogitsProcessorList()
+        return LogitsProcessorList([_CountPenalty(prompt_length, self.presence_penalty, self.frequency_penalty)])
 
 
 class _CountPenalty(LogitsProcessor):

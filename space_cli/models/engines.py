@@ -61,7 +61,7 @@ def prepare(
         loaded: as `load_model` gave it.
         engine: which one.
         tokens: to be generated in this run at most, for `auto`.
-        on_compile: called before a compilation, which takes from ten seconds up.
+        on_compile: called before a compilation, which takes a minute or more (docs/engines.md).
 
     Raises:
         UsageProblem: engine is compiled and the model cannot be.

@@ -1,4 +1,4 @@
-// The kernels' C interface; `compiled.py` and `shims.cpp` call it.
+// The kernels' C interface; `compiled_model.py` and `shims.cpp` call it.
 
 #pragma once
 
