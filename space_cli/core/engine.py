@@ -29,8 +29,9 @@ def default_numerics(model: PreTrainedModel) -> Numerics:
 def context_length(config: PretrainedConfig) -> int | None:
     """Return how many tokens a model can attend over, or None where its config sets no limit.
 
-    A sliding window is a limit too: a block's mask shows every slot the whole prefix. So is where long rope changes its
-    factors (Phi-3 128k): a block would reach over it before the token that it begins with, and be computed with others.
+    A sliding window is a limit too: a block's mask shows every slot the whole prefix. With long rope
+    the limit is where the scaling factors change (Phi-3 128k): a block that crosses it would use different factors than
+    its head alone.
     """
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None

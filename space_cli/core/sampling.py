@@ -28,6 +28,7 @@ from transformers import (
 from space_cli.errors import RunFailed
 
 TOP_K = 4
+"""Tokens of each row whose probabilities an engine gives; `kSpaceLikely` of the kernels is the same number."""
 _NONE = -1
 _INFINITE = 0x7F80
 """The exponent's bits of a bfloat16 that is infinite or no number."""
@@ -171,8 +172,8 @@ class _Processors:
     def applied(self, scores: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
         """Return (rows, V) scores after all processors."""
         if self.own:
-            known = [list(history) if self.reads_history else []] * len(scores)
-            ids = cast(torch.LongTensor, torch.tensor(known, dtype=torch.int64, device=scores.device))
+            histories = [list(history) if self.reads_history else []] * len(scores)
+            ids = cast(torch.LongTensor, torch.tensor(histories, dtype=torch.int64, device=scores.device))
             # one by one: the list looks up their signatures at every call
             for processor in self.own:
                 scores = processor(ids, scores)
@@ -240,8 +241,8 @@ class StepLogits:
         processors see `history` alone.
         """
         if self._top_k is not None and count <= TOP_K:
-            known = (each[rows.start : rows.stop, :count].tolist() for each in self._top_k)
-            return [list(zip(*pair, strict=True)) for pair in zip(*known, strict=True)]
+            top_k = (each[rows.start : rows.stop, :count].tolist() for each in self._top_k)
+            return [list(zip(*pair, strict=True)) for pair in zip(*top_k, strict=True)]
         scores = self._logits[rows.start : rows.stop]
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores = self._processors.applied(scores, history)

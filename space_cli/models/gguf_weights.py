@@ -91,7 +91,7 @@ def _matrix(model: PreTrainedModel, tensor: Tensor, names: dict[str, str], proce
     outputs, width = tensor.shape
     if tuple(cast(torch.Tensor, module.weight).shape) != (outputs, width) or width % 32:
         return None
-    # numbers in the places of weights tell what is done to them
+    # run the processor on row indices to see whether it only permutes rows
     numbers = np.arange(2 * outputs, dtype=np.int64).reshape(outputs, 2)
     try:
         done = processor.process(weights=numbers, name=tensor.name, tensor_key_mapping=names, parsed_parameters={})
@@ -118,14 +118,14 @@ def _fill_quantized(model: PreTrainedModel, matrix: _Matrix) -> None:
     with warnings.catch_warnings(action="ignore"):  # torch warns that it could be written to
         blocks = torch.from_numpy(raw)
     packed = pack(blocks, weight_type, width, matrix.order)
-    # what was read of the file is needed no more
+    # release the pages already read
     raw._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
     made: nn.Module
     if isinstance(module, nn.Embedding):
         made = QuantizedEmbedding(packed, weight_type, num_embeddings=outputs, width=width)
     else:
         made = QuantizedLinear(packed, weight_type, in_features=width, out_features=outputs)
-        # one that is still to come keeps its place
+        # keep a bias that is loaded later
         made.bias = cast(nn.Linear, module).bias
     model.set_submodule(path, made)
 

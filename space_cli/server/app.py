@@ -192,7 +192,7 @@ def _answers(
     """Yield the events of `count` answers to each prompt; each further answer uses the next seed."""
     for prompt in prompts:
         # refuse what does not fit before sending anything
-        model.room(prompt, settings.max_new_tokens)
+        model.answer_length(len(prompt), settings.max_new_tokens)
     yield Begun()
     for index in range(len(prompts) * count):
         number, again = divmod(index, count)
