@@ -30,7 +30,7 @@ class TokenLogprob:
     """A token with the model's own log-probability, before temperature, penalties and grammar.
 
     Attributes:
-        top: the likeliest tokens at this place, largest first, with theirs.
+        top: the most probable tokens at this place, largest first, with theirs.
     """
 
     token_id: int

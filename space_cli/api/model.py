@@ -224,7 +224,7 @@ class Model:
     def generate(
         self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = (), **options: Unpack[Options]
     ) -> Answer:
-        """Return the whole answer; arguments and errors as of `stream`."""
+        """Return the whole answer; arguments and errors are those of `stream`."""
         with self.stream(prompt, raw=raw, tools=tools, **options) as stream:
             for _ in stream:
                 pass

@@ -3,7 +3,7 @@
 A small model's eager step is spent on dispatch, a large one's on matrix products over weights that are not packed for
 them. `torch.export` and AOTInductor answer the first: the whole call becomes one C++ library, for any number of slots.
 Two operators of our own answer the second. `space::packed_linear` multiplies by packed weights (`kernels/linear.cpp`),
-those of layers with the same input, as of queries, keys and values, in one go. `space::cached_attention` appends to the
+those of layers with the same input, like queries, keys and values, in one go. `space::cached_attention` appends to the
 cache and reads its used part only (`kernels/attend.cpp`); so what is compiled knows neither the cache nor its length,
 and one compilation serves prompts and blocks of all sizes. Both give a row the same bits whatever rows stand beside it.
 No weights are compiled in: they are packed when it is loaded, and models of one architecture share it.
@@ -91,7 +91,7 @@ class CompiledModel:
         return logits, TopK(tokens, probs)
 
     def engine(self, model: PreTrainedModel, **arguments: Any) -> EagerEngine:
-        """Return the engine that runs the model by this; arguments as of `EagerEngine`."""
+        """Return the engine that runs the model by this; arguments are those of `EagerEngine`."""
         return CompiledEngine(model, self, **arguments)
 
     def _call(self, cache: KVCache, slots: int) -> _Call:

@@ -121,7 +121,7 @@ class CompiledCall(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, logits_to_keep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return (W, V) logits of the slots to keep, the likeliest tokens of each and their probabilities.
+        """Return (W, V) logits of the slots to keep, the most probable tokens of each and their probabilities.
 
         The mask's shape alone is read. A model that cannot leave logits out computes those of all slots.
         """

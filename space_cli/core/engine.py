@@ -72,7 +72,7 @@ class EagerEngine:
         cache: of an earlier generation with the same model, to go on from; None starts with an empty one.
 
     Attributes:
-        top_k: the likeliest tokens of the last call, where they are known without looking at its logits.
+        top_k: the most probable tokens of the last call, where they are known without looking at its logits.
     """
 
     def __init__(
@@ -162,12 +162,12 @@ class EagerEngine:
 
 
 class Compiled(Protocol):
-    """A model in a compiled form (see the room `compile`), which brings the engine that runs it."""
+    """A model in a compiled form (see the package `compile`), which brings the engine that runs it."""
 
     def engine(self, model: PreTrainedModel, **arguments: Any) -> EagerEngine:
-        """Return the engine; arguments as of `EagerEngine`."""
+        """Return the engine; arguments are those of `EagerEngine`."""
 
 
 def engine_for(model: PreTrainedModel, compiled: Compiled | None, **arguments: Any) -> EagerEngine:
-    """Return the engine that runs a model, compiled or as it is; arguments as of `EagerEngine`."""
+    """Return the engine that runs a model, compiled or as it is; arguments are those of `EagerEngine`."""
     return EagerEngine(model, **arguments) if compiled is None else compiled.engine(model, **arguments)

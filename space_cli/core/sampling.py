@@ -227,10 +227,10 @@ class StepLogits:
         """
         scores = self._logits[list(rows)]
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(dim=-1)
-        values, likeliest = (each.tolist() for each in scores.topk(min(count, scores.shape[-1]), dim=-1))
+        values, best = (each.tolist() for each in scores.topk(min(count, scores.shape[-1]), dim=-1))
         own = scores[torch.arange(len(tokens)), list(tokens)].tolist()
         return [
-            ((token, value), *zip(likeliest[row], values[row], strict=True))
+            ((token, value), *zip(best[row], values[row], strict=True))
             for row, (token, value) in enumerate(zip(tokens, own, strict=True))
         ]
 
