@@ -118,14 +118,14 @@ def _fill_quantized(model: PreTrainedModel, matrix: _Matrix) -> None:
     with warnings.catch_warnings(action="ignore"):  # torch warns that it could be written to
         blocks = torch.from_numpy(raw)
     packed = pack(blocks, weight_type, width, matrix.order)
-    # release the pages already read
+    # what was read of the file is needed no more
     raw._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
     made: nn.Module
     if isinstance(module, nn.Embedding):
         made = QuantizedEmbedding(packed, weight_type, num_embeddings=outputs, width=width)
     else:
         made = QuantizedLinear(packed, weight_type, in_features=width, out_features=outputs)
-        # keep a bias that is loaded later
+        # one that is still to come keeps its place
         made.bias = cast(nn.Linear, module).bias
     model.set_submodule(path, made)
 
