@@ -30,7 +30,7 @@ class TokenLogprob:
     """A token with the model's own log-probability, before temperature, penalties and grammar.
 
     Attributes:
-        top: the likeliest tokens at this place, largest first, with theirs.
+        top: the most probable tokens at this place, largest first, with theirs.
     """
 
     token_id: int
@@ -124,11 +124,11 @@ class AnswerText:
 
     def piece(self, step: Step) -> Piece:
         """Return the text that a step has made final."""
-        known = 0 if self._reader is None else len(self._reader.calls)
+        num_calls = 0 if self._reader is None else len(self._reader.calls)
         text = self._held.push(self._said(step))
         if step.finish_reason is not None:
             text += self._held.flush()
-        calls = () if self._reader is None else tuple(self._reader.calls[known:])
+        calls = () if self._reader is None else tuple(self._reader.calls[num_calls:])
         return Piece(text, step, tuple(self._logprob(token) for token in step.logprobs), calls)
 
     def _said(self, step: Step) -> str:

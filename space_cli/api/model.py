@@ -29,6 +29,7 @@ from space_cli.errors import UsageProblem
 from space_cli.models.engines import EngineName, measured, prepare
 from space_cli.models.loading import LoadedModel, load_model
 from space_cli.models.registry import default_model
+from space_cli.models.support import no_masks
 
 if TYPE_CHECKING:
     from space_cli.core.drafting import Drafter
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 Prompt = str | Sequence[Message]
-# an answer needs room for at least this many tokens
-_MIN_ROOM = 16
+# an answer of a word or less helps nobody
+_MIN_ANSWER_TOKENS = 16
 
 
 def load(
@@ -66,7 +67,7 @@ def load(
         revision: branch, tag or commit of a Hub id.
         template: a template with one {} in place of the tokenizer's own.
         cache_bytes: of keys and values kept from answer to answer.
-        on_compile: called before a compilation, which takes from ten seconds up.
+        on_compile: called before a compilation, which takes a minute or more (docs/engines.md).
 
     Raises:
         UsageProblem: no such model, or one that cannot work.
@@ -133,19 +134,23 @@ class Model:
         template = "{}" if raw else self._template
         return request(turns, self.loaded.tokenizer, template=template, tools=tools).token_ids
 
-    def room(self, token_ids: Sequence[int], max_new_tokens: int) -> int:
+    def fits(self, prompt_tokens: int, max_new_tokens: int) -> bool:
+        """Return whether the context has room for the prompt and for an answer of some words."""
+        limit = self.context_length
+        return limit is None or prompt_tokens + min(max_new_tokens, _MIN_ANSWER_TOKENS) <= limit
+
+    def answer_length(self, prompt_tokens: int, max_new_tokens: int) -> int:
         """Return how many tokens an answer can have.
 
         Raises:
             UsageProblem: the prompt leaves no room.
         """
-        limit = self.loaded.context_length
-        if limit is not None and len(token_ids) + min(max_new_tokens, _MIN_ROOM) > limit:
+        limit = self.context_length
+        if not self.fits(prompt_tokens, max_new_tokens):
             raise UsageProblem(
-                f"the prompt of {len(token_ids)} tokens leaves no room in the context of {limit}",
-                hint="shorten it",
+                f"the prompt of {prompt_tokens} tokens leaves no room in the context of {limit}", hint="shorten it"
             )
-        return max_new_tokens if limit is None else min(max_new_tokens, limit - len(token_ids))
+        return max_new_tokens if limit is None else min(max_new_tokens, limit - prompt_tokens)
 
     def drafts(
         self,
@@ -169,10 +174,7 @@ class Model:
         if mode == "ar":
             return None
         if candidates is not None and not self.loaded.mask_token_ids:
-            raise UsageProblem(
-                f"candidates {candidates}: {self.name} has no masks, and copies as many tokens as pay",
-                hint="leave it out",
-            )
+            raise no_masks(f"candidates {candidates}", self.name)
         if candidates is None and self.loaded.costs is ASSUMED_COSTS:
             self.loaded = measured(self.loaded)
         asked = None if candidates is None else min(candidates, self.loaded.masks_per_group)
@@ -222,7 +224,7 @@ class Model:
     def generate(
         self, prompt: Prompt, *, raw: bool = False, tools: Sequence[Tool] = (), **options: Unpack[Options]
     ) -> Answer:
-        """Return the whole answer; arguments and errors as of `stream`."""
+        """Return the whole answer; arguments and errors are those of `stream`."""
         with self.stream(prompt, raw=raw, tools=tools, **options) as stream:
             for _ in stream:
                 pass
@@ -281,7 +283,10 @@ class Stream:
         self._model, self.prompt_ids, self.settings = model, tuple(token_ids), settings
         loaded = model.loaded
         stop = StopRule(
-            model.room(token_ids, settings.max_new_tokens), loaded.eos_token_ids, settings.stop, loaded.decode
+            model.answer_length(len(token_ids), settings.max_new_tokens),
+            loaded.eos_token_ids,
+            settings.stop,
+            loaded.decode,
         )
         schema = settings.schema_to_follow
         grammar = None if schema is None else grammar_for(loaded, schema, len(token_ids))

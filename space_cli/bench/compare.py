@@ -65,8 +65,8 @@ def read_report(file: Path) -> BenchRecord:
     except OSError as error:
         raise UsageProblem(f"{file}: {error.strerror or error}") from error
     except ValidationError as error:
-        told = f"not a record of this version's `space bench --json`: {first_invalid(error)}"
-        raise UsageProblem(f"{file}: {told}") from error
+        reason = f"not a record of this version's `space bench --json`: {first_invalid(error)}"
+        raise UsageProblem(f"{file}: {reason}") from error
     except (ValueError, RecursionError) as error:
         raise UsageProblem(f"{file}: not a record of `space bench --json`: {error}") from error
 

@@ -28,8 +28,8 @@ from space_cli.errors import RunFailed, UsageProblem, unwritten
 from space_cli.models.gguf_file import read_gguf
 from space_cli.models.loading import LoadedModel
 
-_FILE_FORM = 1
-"""Of the files written; another number for another content, as they outlive this program."""
+_FILE_VERSION = 1
+"""Version of what is written into the files, which outlive this version of the package."""
 _MIN_CONTEXT = 1024
 # scaled by a factor of each frequency, which a file can hold
 _ROPE_TYPES = ("default", "linear", "llama3")
@@ -58,7 +58,8 @@ def check(loaded: LoadedModel, sampling: Sampling) -> None:
         raise UsageProblem("method 'llama-cpp' needs another package", hint="pip install llama-cpp-python")
     if sampling.temperature or sampling.repetition_penalty != 1:
         raise UsageProblem(
-            "method 'llama-cpp' is greedy, without penalties", hint="leave out --temperature and --repetition-penalty"
+            "method 'llama-cpp' is greedy, without repetition penalty",
+            hint="leave out --temperature and --repetition-penalty",
         )
     reason = None if loaded.gguf is not None else _unsupported_reason(loaded.model)
     if reason is not None:
@@ -76,7 +77,7 @@ def _unsupported_reason(model: PreTrainedModel) -> str | None:
     return unsupported_reason(model)
 
 
-def greedy(loaded: LoadedModel, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Iterator[int]:
+def greedy(loaded: LoadedModel, prompt_ids: Sequence[int], sampling: Sampling, *, max_new_tokens: int) -> Iterator[int]:
     """Return the tokens that llama.cpp generates, without end; loading and converting the model is done on return.
 
     Raises:
@@ -85,16 +86,21 @@ def greedy(loaded: LoadedModel, prompt_ids: Sequence[int], *, max_new_tokens: in
     llama = _runner(loaded, len(prompt_ids) + max_new_tokens)
     # otherwise it would reuse the prefix shared with the previous prompt
     llama.reset()
-    tokens: Iterator[int] = llama.generate(list(prompt_ids), temp=0.0)
+    tokens: Iterator[int] = llama.generate(
+        list(prompt_ids),
+        temp=0.0,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+    )
     return tokens
 
 
 def _runner(loaded: LoadedModel, length: int) -> Any:
     """Return llama.cpp with the model loaded and a context of at least `length` tokens; cached per model."""
     model = loaded.model
-    room, llama = _running.get(model, (0, None))
-    if room < length:
-        room = max(_MIN_CONTEXT, 1 << (length - 1).bit_length())
+    context, llama = _running.get(model, (0, None))
+    if context < length:
+        context = max(_MIN_CONTEXT, 1 << (length - 1).bit_length())
         package = import_module("llama_cpp")
         # its defaults, a float16 cache and flash attention, are fastest, but round to half precision: logits of float32
         # weights are off by 2 % of their spread with them, by 0.001 % without; to blocks of 4 bits it makes no odds
@@ -105,7 +111,9 @@ def _runner(loaded: LoadedModel, length: int) -> Any:
             with _without_amx(package):
                 llama = package.Llama(
                     str(file),
-                    n_ctx=room,
+                    n_ctx=context,
+                    # penalties count the whole answer, not its last 64 tokens
+                    last_n_tokens_size=context,
                     n_threads=torch.get_num_threads(),
                     n_threads_batch=torch.get_num_threads(),
                     flash_attn=half,
@@ -118,7 +126,7 @@ def _runner(loaded: LoadedModel, length: int) -> Any:
         # at interpreter shutdown it would be too late
         weakref.finalize(model, llama.close)
         next(llama.generate([0], temp=0.0))
-        _running[model] = room, llama
+        _running[model] = context, llama
     return llama
 
 
@@ -142,7 +150,7 @@ def _without_amx(package: Any) -> Iterator[None]:
 
 def _file(model: PreTrainedModel) -> Path:
     """Return the GGUF file of these weights; convert them if there is none yet."""
-    file = user_cache_path("space") / "gguf" / f"{fingerprint(model)[:8]}-{weights_digest(model)}-{_FILE_FORM}.gguf"
+    file = user_cache_path("space") / "gguf" / f"{fingerprint(model)[:8]}-{weights_digest(model)}-{_FILE_VERSION}.gguf"
     if file.exists():
         return file
     try:

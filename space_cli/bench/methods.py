@@ -59,7 +59,7 @@ def _hf_mtp(task: Task, on_step: OnStep) -> Generation:
 
 def _llama_cpp(task: Task, on_step: OnStep) -> Generation:
     generation, state = Generation(), task.stop.begin(task.prompt_ids)
-    tokens = llama_cpp.greedy(task.loaded, task.prompt_ids, max_new_tokens=task.stop.max_new_tokens)
+    tokens = llama_cpp.greedy(task.loaded, task.prompt_ids, task.sampling, max_new_tokens=task.stop.max_new_tokens)
     while generation.finish_reason is None:
         started = time.perf_counter()
         token = next(tokens)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from space_cli.api.grammar import grammar_for
 from space_cli.api.model import Model
-from space_cli.api.settings import SamplingSettings
+from space_cli.api.settings import Mode, SamplingSettings
 from space_cli.chat.conversation import Chat
 from space_cli.chat.templates import Prefix, Turn
 from space_cli.core.cache import KVCache
@@ -20,6 +20,7 @@ from space_cli.core.stopping import StopRule, text_behind
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem, first_invalid
 from space_cli.models.loading import LoadedModel
+from space_cli.models.support import no_masks
 from space_cli.records import JsonRecord
 
 # AR steps timed behind an answer, to compare with: more of them where they are quick
@@ -102,10 +103,7 @@ class Session:
 
     def _check_candidates(self, loaded: LoadedModel, candidates: object) -> None:
         if candidates is not None and not loaded.mask_token_ids:
-            raise UsageProblem(
-                f"candidates {candidates}: {loaded.name} has no masks, and copies as many tokens as pay",
-                hint="leave it at auto",
-            )
+            raise no_masks(f"candidates {candidates}", loaded.name, hint="leave it at auto")
 
     @property
     def tokens(self) -> int:
@@ -119,7 +117,7 @@ class Session:
             UsageProblem: it does not fit, or the chat template refuses the conversation.
         """
         asked = self.chat.request()
-        while not self._fits(asked):
+        while not self.model.fits(len(asked.token_ids), self.settings.max_new_tokens):
             if self.settings.context == "stop" or not self.chat.drop_oldest():
                 raise UsageProblem(
                     f"the conversation of {len(asked.token_ids)} tokens leaves no room in the context of"
@@ -129,22 +127,13 @@ class Session:
             asked = self.chat.request()
         return asked
 
-    def _fits(self, asked: Prefix) -> bool:
-        limit = self.loaded.context_length
-        # room for a word at least: an answer of nothing helps nobody
-        return limit is None or len(asked.token_ids) + min(self.settings.max_new_tokens, 16) <= limit
-
-    def steps(
-        self, asked: Prefix, *, mode: Literal["space", "ar"] | None = None, cache: KVCache | None = None
-    ) -> Iterator[Step]:
+    def steps(self, asked: Prefix, *, mode: Mode | None = None, cache: KVCache | None = None) -> Iterator[Step]:
         """Answer a request, in the mode set unless another is given; what the cache holds is not computed again."""
-        room = self.model.room(asked.token_ids, self.settings.max_new_tokens)
-        stop = StopRule(room, self.loaded.eos_token_ids)
+        length = self.model.answer_length(len(asked.token_ids), self.settings.max_new_tokens)
+        stop = StopRule(length, self.loaded.eos_token_ids)
         return self._decode(asked.token_ids, stop, mode or self.settings.mode, self.cache if cache is None else cache)
 
-    def _decode(
-        self, token_ids: list[int], stop: StopRule, mode: Literal["space", "ar"], cache: KVCache
-    ) -> Iterator[Step]:
+    def _decode(self, token_ids: list[int], stop: StopRule, mode: Mode, cache: KVCache) -> Iterator[Step]:
         grammar = None if self.schema is None else grammar_for(self.loaded, self.schema, len(token_ids))
         drafts = self.model.drafts(mode, self.settings.candidates, grammar=grammar)
         return self.model.steps(token_ids, stop, self.settings, cache=cache, drafts=drafts, grammar=grammar)

@@ -148,7 +148,13 @@ class SamplingOptions(Group):
     top_p: limits.TopP = Field(1.0, description="Sample within this probability mass; above 0.")
     min_p: limits.MinP = Field(0.0, description="Minimum probability relative to the most likely token's.")
     repetition_penalty: limits.RepetitionPenalty = Field(1.0, description="Above 0; 1 is off.")
-    seed: limits.Seed = Field(0, description="Of sampling.")
+    presence_penalty: limits.CountPenalty = Field(
+        0.0, description="Taken once off the logit of a token that the answer has; 0 is off."
+    )
+    frequency_penalty: limits.CountPenalty = Field(
+        0.0, description="Taken off that logit for each time the answer has the token; 0 is off."
+    )
+    seed: limits.Seed = Field(0, description="Seed of the sampling noise.")
 
     def sampling(self) -> Sampling:
         """Return how tokens are chosen, for the decoder."""

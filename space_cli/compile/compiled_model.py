@@ -3,7 +3,7 @@
 A small model's eager step is spent on dispatch, a large one's on matrix products over weights that are not packed for
 them. `torch.export` and AOTInductor answer the first: the whole call becomes one C++ library, for any number of slots.
 Two operators of our own answer the second. `space::packed_linear` multiplies by packed weights (`kernels/linear.cpp`),
-those of layers with the same input, as of queries, keys and values, in one go. `space::cached_attention` appends to the
+those of layers with the same input, like queries, keys and values, in one go. `space::cached_attention` appends to the
 cache and reads its used part only (`kernels/attend.cpp`); so what is compiled knows neither the cache nor its length,
 and one compilation serves prompts and blocks of all sizes. Both give a row the same bits whatever rows stand beside it.
 No weights are compiled in: they are packed when it is loaded, and models of one architecture share it.
@@ -64,10 +64,10 @@ class CompiledModel:
         unknown = [name for name in asked if name not in tensors]
         if unknown:
             raise RuntimeError(f"it asks for {unknown[0]}, which the model does not have")
-        # held here: the package takes them where they lie, and kernels want them where vectors do not straddle lines
+        # keep a reference: the package borrows these tensors; their own memory is aligned to cache lines
         self._weights = {name: tensors[name] for name in asked}
         self._package.load_constants(self._weights, False, True, True)
-        self._known: tuple[weakref.ref[KVCache], int, _Call] | None = None
+        self._cached_call: tuple[weakref.ref[KVCache], int, _Call] | None = None
 
     def run(
         self, block: Block, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: KVCache, *, logits_to_keep: int
@@ -91,15 +91,15 @@ class CompiledModel:
         return logits, TopK(tokens, probs)
 
     def engine(self, model: PreTrainedModel, **arguments: Any) -> EagerEngine:
-        """Return the engine that runs the model by this; arguments as of `EagerEngine`."""
+        """Return the engine that runs the model by this; arguments are those of `EagerEngine`."""
         return CompiledEngine(model, self, **arguments)
 
     def _call(self, cache: KVCache, slots: int) -> _Call:
         """Return the addresses of a cache's buffers, grown to hold `slots` more."""
-        if self._known is not None:
-            known, allocations, call = self._known
+        if self._cached_call is not None:
+            of_cache, allocations, call = self._cached_call
             fits = cache.length + slots <= call.capacity
-            if known() is cache and cache.capacity.allocations == allocations and fits:
+            if of_cache() is cache and cache.capacity.allocations == allocations and fits:
                 return call
         layers = [cache.layer(index) for index in range(len(self._states))]
         for layer, (heads, width, value_width) in zip(layers, self._states, strict=True):
@@ -113,7 +113,7 @@ class CompiledModel:
             values=addresses(*[layer.values.data_ptr() for layer in layers]),
             capacity=layers[0].keys.shape[2],
         )
-        self._known = weakref.ref(cache), cache.capacity.allocations, call
+        self._cached_call = weakref.ref(cache), cache.capacity.allocations, call
         return call
 
 
@@ -153,7 +153,7 @@ class CompiledEngine(EagerEngine):
     def _extend(self, token_ids: Sequence[int]) -> None:
         for start in range(0, len(token_ids), MAX_CALL_SLOTS):
             some = token_ids[start : start + MAX_CALL_SLOTS]
-            # what a prompt's tokens are followed by is known
+            # no logits are needed for prompt tokens
             self._run(Block.chain(len(some) - 1, 0), some, logits_to_keep=1)
 
     def run(self, block: Block, slot_ids: Sequence[int]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 `CudaGraphModel` runs a model over buffers that never move, once for every number of rows, and keeps the work of the GPU
 as a graph: choosing included. Per step the host copies token ids, positions and ancestors to the device, launches the
-graph and copies the likeliest tokens back, which is the only wait.
+graph and copies the most probable tokens back, which is the only wait.
 
 Rows are padded to whole tiles (32, then multiples of 64), so that AR and SPACE run the very same graph: a row then
 meets the same kernels, whatever the block, and no library's choice of a kernel by shape can round it otherwise. What a
@@ -135,7 +135,7 @@ class CudaGraphModel:
             last_position: that a slot may have.
 
         Returns:
-            (Q, V) logits, and on the host the likeliest tokens of each row.
+            (Q, V) logits, and on the host the most probable tokens of each row.
         """
         length = cache.length
         self.lend(cache, length + rows)
@@ -166,7 +166,7 @@ class CudaGraphModel:
         cache.crop(start + len(slots))
 
     def engine(self, model: PreTrainedModel, **arguments: Any) -> EagerEngine:
-        """Return the engine that runs the model by this; arguments as of `EagerEngine`."""
+        """Return the engine that runs the model by this; arguments are those of `EagerEngine`."""
         from space_cli.compile.cuda_engine import GraphEngine  # which is written for this class
 
         return GraphEngine(model, self, **arguments)
@@ -314,7 +314,7 @@ class _Fetched:
 
 
 def _top_k(logits: torch.Tensor) -> torch.Tensor:
-    """Return (R, 2 * TOP_K) int32 of (R, V) logits: the likeliest tokens, and their probabilities as bits.
+    """Return (R, 2 * TOP_K) int32 of (R, V) logits: the most probable tokens, and their probabilities as bits.
 
     Of equal logits the first comes first, which `topk` does not promise.
     """
@@ -333,7 +333,7 @@ def _top_k(logits: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=4096)
 def _ancestry(block: Block, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (R) depths and (R * R) ancestors by row and depth, as of `BlockTensors`; rows too many see themselves."""
+    """Return (R) depths and (R * R) ancestors by row and depth, as in `BlockTensors`; rows too many see themselves."""
     depths, ancestors = np.full(rows, -1, dtype=np.int32), np.full((rows, rows), -1, dtype=np.int32)
     for slot in range(block.num_slots):
         # an ancestor stands in a lower slot than what it is an ancestor of

@@ -5,7 +5,7 @@ for every slot of the block its ancestors by depth. The operator appends the blo
 attends over its used part.
 
 A row gets the same bits alone, in a chain and in a tree. Keys are taken in tiles of fixed size that begin at fixed
-positions of the text, each tile's share is computed apart and the shares are put together in the order of the text
+positions of the text, each tile's partial result is computed apart and these are put together in the order of the text
 (`cuda_kernels`); keys of the block stand in a row's tiles where they would stand in the committed text, whichever slot
 of the cache they are in. The model's other layers see rows padded to a fixed number (`cuda`).
 
@@ -21,10 +21,10 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from space_cli.core.attention import check_arguments
+
 NAME, NOTING = "space_graph", "space_graph_noting"
 """Their names in transformers' attention interface."""
-# what attention layers ask of their kernel beyond the plain product of softmaxes
-_FOREIGN_ARGUMENTS = ("position_bias", "s_aux", "softcap", "head_mask")
 
 
 class LayerShape(NamedTuple):
@@ -60,9 +60,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute the attention of a layer that carries `space_states` and `space_block` during the call."""
-    foreign = [name for name in _FOREIGN_ARGUMENTS if kwargs.get(name) is not None]
-    if foreign:
-        raise NotImplementedError(f"its attention takes {', '.join(foreign)}")
+    check_arguments(kwargs)
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     layer = cast(Any, module)
     return torch.ops.space_graph.attend(query, key, value, layer.space_states, *layer.space_block, scaling), None

@@ -1,9 +1,10 @@
-"""The Triton kernels of `cuda_attention`: shares of tiles of keys, each computed alike whoever asks, then their sum.
+"""The Triton kernels of `cuda_attention`: partial results of tiles of keys, alike for any row, then their sum.
 
-One kernel computes all shares. Tiles that the committed text fills are computed for many rows at once; a tile that
-reaches into the block is computed for one row (and its heads) at a time, since rows of a tree have different keys at
-the same position. Both go through the same instructions with the same shapes, only addresses differ: a row's share of a
-tile has the same bits either way, and so it does not matter how much of its text was committed when the row ran.
+One kernel computes all partial results. Tiles that the committed text fills are computed for many rows at once; a tile
+that reaches into the block is computed for one row (and its heads) at a time, since rows of a tree have different keys
+at the same position. Both go through the same instructions with the same shapes, only addresses differ: a row's partial
+result of a tile has the same bits either way, and so it does not matter how much of its text was committed when the row
+ran.
 
 Source: split attention as in Flash-Decoding, with splits of fixed size as Thinking Machines' "Defeating Nondeterminism
 in LLM Inference" has them.
@@ -19,7 +20,7 @@ import triton.language as tl
 from space_cli.compile.cuda_attention import BlockTensors
 
 TILE = 64
-"""Keys of a share: few enough for a float32 model's tile to fit the shared memory of any GPU."""
+"""Keys of a partial result: few enough for a float32 model's tile to fit the shared memory of any GPU."""
 # rows of a matrix instruction
 _LANES = 16
 _LOG2_E = 1.4426950408889634
@@ -50,7 +51,7 @@ def attend(
     together, apart = -(-rows * per_group // _LANES), -(-per_group // _LANES)
     # a block is no deeper than it has rows, so it reaches into so many tiles
     reached = 1 + -(-rows // TILE)
-    _shares[(together * tiles + rows * apart * reached, key_heads)](
+    _partial_results[(together * tiles + rows * apart * reached, key_heads)](
         *(query, states, block.length, block.depths, block.ancestors, sums, tops, weights),
         *(scaling * _LOG2_E, query.stride(1), query.stride(2), states.stride(0), states.stride(1), tiles),
         rows=rows,
@@ -107,7 +108,7 @@ def _append(
 
 
 @triton.jit
-def _shares(
+def _partial_results(
     query: tl.tensor,
     states: tl.tensor,
     length: tl.tensor,
@@ -132,7 +133,7 @@ def _shares(
     tile_size: tl.constexpr,
     lanes: tl.constexpr,
 ) -> None:
-    """Compute the share of one tile of keys for 16 rows of one key head.
+    """Compute the partial result of one tile of keys for 16 rows of one key head.
 
     The first programs take the tiles that are committed throughout, the others those that are not, row by row.
     """
@@ -171,13 +172,13 @@ def _shares(
         scores = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scaling
         scores = tl.where(visible[None, :], scores, float("-inf"))
         top = tl.max(scores, axis=1)
-        shares = tl.math.exp2(scores - top[:, None])
+        unnormalised = tl.math.exp2(scores - top[:, None])
         values = tl.load(place + states_kind.to(tl.int64), mask=held, other=0.0)
-        found = tl.dot(shares.to(values.dtype), values, input_precision="ieee")
+        found = tl.dot(unnormalised.to(values.dtype), values, input_precision="ieee")
         line = (tile.to(tl.int64) * tl.num_programs(1) * per_group + head) * rows + row
         tl.store(sums + line[:, None] * width + at[None, :], found, mask=valid[:, None] & inside[None, :])
         tl.store(tops + line, top, mask=valid)
-        tl.store(weights + line, tl.sum(shares, axis=1), mask=valid)
+        tl.store(weights + line, tl.sum(unnormalised, axis=1), mask=valid)
 
 
 @triton.jit
@@ -193,7 +194,7 @@ def _sum(
     padded: tl.constexpr,
     tile_size: tl.constexpr,
 ) -> None:
-    """Put the shares of one row of one head together, in the order of the text."""
+    """Add up the partial results of one row of one head, in the order of the text."""
     row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     at = tl.arange(0, padded)
     inside = at < width

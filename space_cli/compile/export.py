@@ -20,15 +20,13 @@ from transformers.masking_utils import sdpa_mask
 from space_cli.compile import torch_private
 from space_cli.compile.operators import SHIMS
 from space_cli.compile.packing import LANES, Adapter, fused_groups, packed_layers
-from space_cli.core.attention import has_replaceable_attention
+from space_cli.core.attention import check_arguments, has_replaceable_attention
 from space_cli.errors import RunFailed, first_line
 
 MAX_CALL_SLOTS = 512
 """Q of the largest block that a compiled model takes."""
 _ATTENTION = "space_compiled"
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)
-# what attention layers ask of their kernel beyond the plain product of softmaxes
-_FOREIGN_ARGUMENTS = ("position_bias", "s_aux", "softcap", "head_mask")
 INDUCTOR_CONFIGS = {
     # a loop over a few rows is done before a second thread has woken up
     "cpp.min_chunk_size": 16384,
@@ -56,7 +54,7 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
 
 
 def compile_model(model: PreTrainedModel, package: Path, adapter: Adapter | None = None) -> None:
-    """Compile a model for blocks of 1 to `MAX_CALL_SLOTS` slots; takes from 10 seconds up.
+    """Compile a model for blocks of 1 to `MAX_CALL_SLOTS` slots; takes a minute or more.
 
     Raises:
         RunFailed: it cannot be exported, or there is no C++ compiler.
@@ -123,7 +121,7 @@ class CompiledCall(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor, logits_to_keep: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return (W, V) logits of the slots to keep, the likeliest tokens of each and their probabilities.
+        """Return (W, V) logits of the slots to keep, the most probable tokens of each and their probabilities.
 
         The mask's shape alone is read. A model that cannot leave logits out computes those of all slots.
         """
@@ -144,9 +142,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Stand for a layer's attention while the model is exported."""
-    foreign = [name for name in _FOREIGN_ARGUMENTS if kwargs.get(name) is not None]
-    if foreign:
-        raise NotImplementedError(f"its attention takes {', '.join(foreign)}")
+    check_arguments(kwargs)
     if query.shape[3] % LANES or value.shape[3] % LANES:
         raise NotImplementedError(f"the width of its heads is no multiple of {LANES}")
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling

@@ -42,7 +42,7 @@ SHIMS = {
     ],
     torch.ops.space.likely.default: [
         "AOTITorchError aoti_torch_cpu_likely(AtenTensorHandle logits, AtenTensorHandle* tokens, "
-        "AtenTensorHandle* shares)"
+        "AtenTensorHandle* probs)"
     ],
     torch.ops.space.packed_linear.default: [
         "AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle input, AtenTensorHandle packed, "

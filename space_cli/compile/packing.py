@@ -1,6 +1,6 @@
 """Linear layers over packed weights, as a compiled model calls them.
 
-Layers with one input, as of queries, keys and values, are multiplied in one call. An adapter's low-rank update is part
+Layers with one input, like queries, keys and values, are multiplied in one call. An adapter's low-rank update is part
 of the call, in 8 bits, and touches the rows of mask slots alone: all other rows keep the bits of the untouched model.
 """
 

@@ -16,8 +16,8 @@ from space_cli.core.quantized import use_kernels
 from space_cli.errors import RunFailed
 
 KERNELS = Path(__file__).parent / "kernels"
-# what those that `SPACE_CPU` may name have beyond others of their kind, as Linux lists it
-_LEVELS = {"x86-64-v3": ("avx2", "fma", "bmi2"), "x86-64-v4": ("avx512f", "avx512bw", "avx512dq", "avx512vl")}
+LEVELS = {"x86-64-v3": ("avx2", "fma", "bmi2"), "x86-64-v4": ("avx512f", "avx512bw", "avx512dq", "avx512vl")}
+"""Instruction sets that `SPACE_CPU` may name, with what they have beyond others of their kind, as Linux lists it."""
 _loaded: dict[str, ctypes.CDLL] = {}
 
 
@@ -35,7 +35,7 @@ def instructions() -> str:
 
 def _check_processor() -> None:
     """Refuse an instruction set that this processor lacks; running it would kill the process."""
-    missing = set(_LEVELS.get(instructions(), ())).difference(_processor_flags().split())
+    missing = set(LEVELS.get(instructions(), ())).difference(_processor_flags().split())
     if missing:
         raise RunFailed(
             f"SPACE_CPU={instructions()}: this processor does not have {', '.join(sorted(missing))}",

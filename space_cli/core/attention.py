@@ -13,7 +13,7 @@ longer: whole tiles cost more, but SDPA takes a third of the time for four bfloa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
@@ -33,6 +33,7 @@ KEY_TILE = 512
 # queries that SDPA takes at once there (`qSplitSize`) in calls of fewer than 192
 _ROW_TILE, _SMALL_CALL = 32, 160
 _TRIALS = 24
+_BEYOND_SOFTMAX = ("position_bias", "s_aux", "softcap", "head_mask")
 
 
 def padded_length(length: int) -> int:
@@ -53,6 +54,17 @@ def can_be_invariant(model: PreTrainedModel) -> bool:
 def has_replaceable_attention(model: PreTrainedModel) -> bool:
     """Return whether the model calls SDPA through transformers' attention interface."""
     return model.config.get_text_config()._attn_implementation == "sdpa" and model._can_set_attn_implementation()
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse what an attention layer asks of its kernel beyond the plain product of softmaxes.
+
+    Raises:
+        NotImplementedError: names what it asks for.
+    """
+    asked = [name for name in _BEYOND_SOFTMAX if arguments.get(name) is not None]
+    if asked:
+        raise NotImplementedError(f"its attention takes {', '.join(asked)}")
 
 
 @contextmanager

@@ -29,8 +29,9 @@ def default_numerics(model: PreTrainedModel) -> Numerics:
 def context_length(config: PretrainedConfig) -> int | None:
     """Return how many tokens a model can attend over, or None where its config sets no limit.
 
-    A sliding window is a limit too: a block's mask shows every slot the whole prefix. So is where long rope changes its
-    factors (Phi-3 128k): a block would reach over it before the token that it begins with, and be computed with others.
+    A sliding window is a limit too: a block's mask shows every slot the whole prefix. With long rope
+    the limit is where the scaling factors change (Phi-3 128k): a block that crosses it would use different factors than
+    its head alone.
     """
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
@@ -71,7 +72,7 @@ class EagerEngine:
         cache: of an earlier generation with the same model, to go on from; None starts with an empty one.
 
     Attributes:
-        top_k: the likeliest tokens of the last call, where they are known without looking at its logits.
+        top_k: the most probable tokens of the last call, where they are known without looking at its logits.
     """
 
     def __init__(
@@ -161,12 +162,12 @@ class EagerEngine:
 
 
 class Compiled(Protocol):
-    """A model in a compiled form (see the room `compile`), which brings the engine that runs it."""
+    """A model in a compiled form (see the package `compile`), which brings the engine that runs it."""
 
     def engine(self, model: PreTrainedModel, **arguments: Any) -> EagerEngine:
-        """Return the engine; arguments as of `EagerEngine`."""
+        """Return the engine; arguments are those of `EagerEngine`."""
 
 
 def engine_for(model: PreTrainedModel, compiled: Compiled | None, **arguments: Any) -> EagerEngine:
-    """Return the engine that runs a model, compiled or as it is; arguments as of `EagerEngine`."""
+    """Return the engine that runs a model, compiled or as it is; arguments are those of `EagerEngine`."""
     return EagerEngine(model, **arguments) if compiled is None else compiled.engine(model, **arguments)

@@ -28,6 +28,7 @@ from transformers import (
 from space_cli.errors import RunFailed
 
 TOP_K = 4
+"""Tokens of each row whose probabilities an engine gives; `kSpaceLikely` of the kernels is the same number."""
 _NONE = -1
 _INFINITE = 0x7F80
 """The exponent's bits of a bfloat16 that is infinite or no number."""
@@ -84,8 +85,7 @@ class Sampling:
         processors = LogitsProcessorList()
         if self.repetition_penalty != 1.0:
             processors.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if self.presence_penalty or self.frequency_penalty:
-            processors.append(_CountPenalty(prompt_length, self.presence_penalty, self.frequency_penalty))
+        processors += self.count_penalties(prompt_length)
         if self.temperature == 0:
             return processors
         if self.temperature != 1.0:
@@ -97,6 +97,12 @@ class Sampling:
         if self.min_p:
             processors.append(MinPLogitsWarper(self.min_p))
         return processors
+
+    def count_penalties(self, prompt_length: int) -> LogitsProcessorList:
+        """Return the processor of the presence and frequency penalties, which `generate` lacks; empty without them."""
+        if not (self.presence_penalty or self.frequency_penalty):
+            return LogitsProcessorList()
+        return LogitsProcessorList([_CountPenalty(prompt_length, self.presence_penalty, self.frequency_penalty)])
 
 
 class _CountPenalty(LogitsProcessor):
@@ -166,8 +172,8 @@ class _Processors:
     def applied(self, scores: torch.Tensor, history: Sequence[int]) -> torch.Tensor:
         """Return (rows, V) scores after all processors."""
         if self.own:
-            known = [list(history) if self.reads_history else []] * len(scores)
-            ids = cast(torch.LongTensor, torch.tensor(known, dtype=torch.int64, device=scores.device))
+            histories = [list(history) if self.reads_history else []] * len(scores)
+            ids = cast(torch.LongTensor, torch.tensor(histories, dtype=torch.int64, device=scores.device))
             # one by one: the list looks up their signatures at every call
             for processor in self.own:
                 scores = processor(ids, scores)
@@ -221,10 +227,10 @@ class StepLogits:
         """
         scores = self._logits[list(rows)]
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(dim=-1)
-        values, likeliest = (each.tolist() for each in scores.topk(min(count, scores.shape[-1]), dim=-1))
+        values, best = (each.tolist() for each in scores.topk(min(count, scores.shape[-1]), dim=-1))
         own = scores[torch.arange(len(tokens)), list(tokens)].tolist()
         return [
-            ((token, value), *zip(likeliest[row], values[row], strict=True))
+            ((token, value), *zip(best[row], values[row], strict=True))
             for row, (token, value) in enumerate(zip(tokens, own, strict=True))
         ]
 
@@ -235,8 +241,8 @@ class StepLogits:
         processors see `history` alone.
         """
         if self._top_k is not None and count <= TOP_K:
-            known = (each[rows.start : rows.stop, :count].tolist() for each in self._top_k)
-            return [list(zip(*pair, strict=True)) for pair in zip(*known, strict=True)]
+            top_k = (each[rows.start : rows.stop, :count].tolist() for each in self._top_k)
+            return [list(zip(*pair, strict=True)) for pair in zip(*top_k, strict=True)]
         scores = self._logits[rows.start : rows.stop]
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores = self._processors.applied(scores, history)

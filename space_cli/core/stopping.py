@@ -40,7 +40,7 @@ class TextStream:
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         piece = text[len(before) :]
-        # what shows nothing alone, as special tokens, is no place to go on from
+        # tokens with empty text, such as special tokens, cannot anchor the next decode
         if self._decode(self._tail[self._shown :]):
             self._tail = self._tail[self._shown :]
         self._shown = len(self._tail)

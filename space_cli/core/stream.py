@@ -47,7 +47,7 @@ class Step:
         prefilled: tokens of the prompt that our decoder computed before this step; a cache may have held the others.
         parts: of the seconds; None where it was not our decoder's step.
         depth: how many tokens ahead the candidates reached.
-        logprobs: where asked for, of each token: itself and then the likeliest ones, each with its log-probability.
+        logprobs: where asked for, of each token: itself and then the most probable ones, each with its log-probability.
     """
 
     tokens: tuple[int, ...]

@@ -88,9 +88,11 @@ class MaskEmbedding(nn.Module):
         rows = torch.arange(0, base.num_embeddings, max(1, base.num_embeddings // _ROWS_FOR_MEAN))
         with torch.no_grad():
             # through the base's forward: some models scale what they look up
-            known = base(rows.to(base.weight.device)).float()
-        noise = torch.randn(masks, known.shape[-1], generator=torch.Generator().manual_seed(0)).to(known.device)
-        self.masks = nn.Parameter(known.mean(dim=0) + 0.1 * known.std(dim=0) * noise)
+            embeddings = base(rows.to(base.weight.device)).float()
+        noise = torch.randn(masks, embeddings.shape[-1], generator=torch.Generator().manual_seed(0)).to(
+            embeddings.device
+        )
+        self.masks = nn.Parameter(embeddings.mean(dim=0) + 0.1 * embeddings.std(dim=0) * noise)
 
     @property
     def num_embeddings(self) -> int:

@@ -31,30 +31,6 @@ TENSOR_TYPES = {
 }
 """Types whose weights are read: name, weights in a block, bytes of a block."""
 
-_OTHER_TYPES = {
-    9: "Q8_1",
-    10: "Q2_K",
-    11: "Q3_K",
-    15: "Q8_K",
-    16: "IQ2_XXS",
-    17: "IQ2_XS",
-    18: "IQ3_XXS",
-    19: "IQ1_S",
-    20: "IQ4_NL",
-    21: "IQ3_S",
-    22: "IQ2_S",
-    23: "IQ4_XS",
-    24: "I8",
-    25: "I16",
-    26: "I32",
-    27: "I64",
-    28: "F64",
-    29: "IQ1_M",
-    34: "TQ1_0",
-    35: "TQ2_0",
-    39: "MXFP4",
-    40: "NVFP4",
-}
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -242,9 +218,8 @@ class _Reader:
     def _located(self, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
         if kind not in TENSOR_TYPES:
             names = ", ".join(known for known, _, _ in TENSOR_TYPES.values())
-            type_name = _OTHER_TYPES.get(kind, f"number {kind}")
             raise UsageProblem(
-                f"{self._file}: tensor {name} is of type {type_name}, which is not supported",
+                f"{self._file}: tensor {name} is of type {_type_name(kind)}, which is not supported",
                 hint=f"supported: {names}",
             )
         type_, weights, num_bytes = TENSOR_TYPES[kind]
@@ -254,6 +229,15 @@ class _Reader:
         if start + offset + size > len(self._content):
             raise _damaged(self._file, f"it is cut off before the end of tensor {name}")
         return Tensor(name, shape, type_, self._file, start + offset, size)
+
+
+def _type_name(kind: int) -> str:
+    from gguf import GGMLQuantizationType  # not needed to read a header
+
+    try:
+        return GGMLQuantizationType(kind).name
+    except ValueError:
+        return f"number {kind}"
 
 
 def _damaged(file: Path, reason: str) -> UsageProblem:

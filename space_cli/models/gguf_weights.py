@@ -91,7 +91,7 @@ def _matrix(model: PreTrainedModel, tensor: Tensor, names: dict[str, str], proce
     outputs, width = tensor.shape
     if tuple(cast(torch.Tensor, module.weight).shape) != (outputs, width) or width % 32:
         return None
-    # numbers in the places of weights tell what is done to them
+    # run the processor on row indices to see whether it only permutes rows
     numbers = np.arange(2 * outputs, dtype=np.int64).reshape(outputs, 2)
     try:
         done = processor.process(weights=numbers, name=tensor.name, tensor_key_mapping=names, parsed_parameters={})

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from space_cli.compile.cuda import CudaGraphModel, unsupported_reason
-from space_cli.core.block import AR_BLOCK, Block
-from space_cli.core.engine import engine_for
 from space_cli.errors import RunFailed, UsageProblem, first_line
+from space_cli.models.agreement import agrees
 from space_cli.models.loading import LoadedModel
-
-_PREFIX, _TOKENS = (1, 2, 3), (2, 3, 1, 2)
-# the second of two branches, as `models.support` has it
-_TREE = Block.tree([0, 0, 2], 0)
 
 
 def cuda_graph_model(
@@ -53,23 +46,12 @@ def cuda_graph_model(
     return None
 
 
-@torch.inference_mode()
 def _checked(loaded: LoadedModel, compiled: CudaGraphModel) -> CudaGraphModel:
     """Return the graphs.
 
     Raises:
         RunFailed: it computes something else than the model.
     """
-    model, logits = loaded.model, []
-    for run_by in (None, compiled):
-        engine = engine_for(model, run_by, max_length=len(_PREFIX) + 8, max_slots=8)
-        engine.prefill(list(_PREFIX))
-        alone = engine.run(AR_BLOCK, _TOKENS[:1])
-        engine.rollback()
-        logits.append(torch.cat([alone, engine.run(_TREE, _TOKENS)]).float())
-    own, found = logits
-    # kernels round differently; a wrong one is off by whole spreads
-    allowed = own.std() * (1e-2 if model.dtype == torch.float32 else 0.5)
-    if not (own - found).abs().max() <= allowed:
+    if not agrees(compiled, loaded.model):
         raise RunFailed(f"{loaded.name}, as graphs, computes something else", hint="use --engine eager")
     return compiled

@@ -15,8 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.engine import EagerEngine, context_length, embedding_rows
-from space_cli.core.quantized import has_quantized_layers
 from space_cli.errors import UsageProblem, first_line
+from space_cli.models.agreement import tolerance
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse", "moe"}
 # the second of two branches: a model that puts a causal mask of its own in place of ours sees the first one there
@@ -75,9 +75,7 @@ def check_block(model: PreTrainedModel, name: str) -> None:
     if (expected == expected[:, :1]).all():
         raise UsageProblem(f"{name}: all its logits are equal: its weights are empty", hint="load the model anew")
     spread = expected.std().clamp_min(torch.finfo(torch.float32).tiny)
-    # half precision rounds rows of a block and single rows differently; a wrong mask is off by whole spreads
-    allowed = 1e-2 if model.dtype == torch.float32 and not has_quantized_layers(model) else 0.5
-    if (found - expected).abs().max() / spread > allowed:
+    if (found - expected).abs().max() / spread > tolerance(model):
         raise _refusal(name, "its logits in a block differ from those one by one: it ignores a 4-D mask or positions")
 
 
@@ -106,6 +104,11 @@ def is_bitsandbytes(fields: dict[str, Any]) -> bool:
 def _has_alibi(config: PretrainedConfig) -> bool:
     """Return whether the model uses ALiBi, which ignores position ids (Bloom, MPT, some Falcons)."""
     return config.model_type in ("bloom", "mpt") or bool(getattr(config, "alibi", False))
+
+
+def no_masks(option: str, name: str, *, hint: str = "leave it out") -> UsageProblem:
+    """Return the refusal of a fixed number of candidates by a model without masks; `option` as it was given."""
+    return UsageProblem(f"{option}: {name} has no masks, and copies as many tokens as pay", hint=hint)
 
 
 def _refusal(name: str, reason: str) -> UsageProblem:

@@ -165,11 +165,11 @@ def run(source: str) -> str | None:
         del reserve  # telling it takes memory
         return "out of memory"
     except BaseException as error:  # noqa: BLE001  # SystemExit and KeyboardInterrupt are no more than wrong answers
-        return _told(error)
+        return _described(error)
     return None
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     name = type.__getattribute__(type(error), "__name__")
     try:
         text = str(error)[:1000]

@@ -1,4 +1,4 @@
-"""The ASGI application: its routes and their handlers. To add an endpoint, add its route to `app`."""
+"""The ASGI application: its endpoints and their handlers. To add one, add it to `Server.endpoints`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from space_cli.api import GenerationSettings, Model, Stream, Tool
 from space_cli.core.engine import embedding_rows
 from space_cli.server import docs
 from space_cli.server.bodies import ChatRequest, CompletionRequest
+from space_cli.server.docs import Endpoint
 from space_cli.server.errors import ApiError, api_error
 from space_cli.server.exchange import Exchange, read_body
 from space_cli.server.guard import Access, Guard
@@ -66,6 +67,27 @@ class Server:
         self.worker = Worker(shelf, parallel=limits.parallel, waiting=limits.waiting)
         self.metrics = Metrics(self.worker, shelf)
 
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """All endpoints; they are served and documented alike."""
+        conversation = "Answer a conversation; with `stream`, as server-sent events."
+        return [
+            Endpoint("POST", "/v1/chat/completions", self._chat, conversation, ChatRequest),
+            Endpoint(
+                "POST",
+                "/v1/completions",
+                self._completions,
+                "Continue a prompt, without a chat template.",
+                CompletionRequest,
+            ),
+            Endpoint("GET", "/v1/models", self._models, "The models that can be requested."),
+            Endpoint("GET", "/v1/models/{name:path}", self._model, "One of them."),
+            Endpoint("GET", "/health", self._health, "Whether the server takes requests; needs no key."),
+            Endpoint("GET", "/metrics", self._metrics, "Metrics in Prometheus' text format."),
+            Endpoint("GET", "/docs", self._docs, "This description as a page."),
+            Endpoint("GET", "/openapi.json", self._openapi, "This description in OpenAPI's format."),
+        ]
+
     def app(self, access: Access) -> Guard:
         """Return the application."""
 
@@ -75,36 +97,29 @@ class Server:
             yield
             self.worker.stop()
 
-        posts = {"/v1/chat/completions": self._chat, "/v1/completions": self._completions}
-        gets = {
-            "/v1/models": self._models,
-            "/v1/models/{name:path}": self._model,
-            "/health": self._health,
-            "/metrics": self._metrics,
-            "/docs": self._docs,
-            "/openapi.json": self._openapi,
-        }
-        routes = [Route(path, partial(self._told, endpoint), methods=["POST"]) for path, endpoint in posts.items()]
-        routes += [Route(path, partial(self._told, endpoint), methods=["GET"]) for path, endpoint in gets.items()]
+        routes = [
+            Route(endpoint.path, partial(self._with_errors, endpoint.handler), methods=[endpoint.method])
+            for endpoint in self.endpoints
+        ]
         handlers: dict[Any, Callable[[Request, Exception], Response]] = {HTTPException: _not_here}
         return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), access)
 
-    async def _told(self, endpoint: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+    async def _with_errors(self, handler: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
         """Answer a request; errors take OpenAI's form."""
         try:
-            return await endpoint(request)
+            return await handler(request)
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception as error:  # noqa: BLE001  # the single place where errors become responses
-            told, path = api_error(error), request.url.path
-            self.metrics.requests.labels(request.scope["route"].path, str(told.status)).inc()
-            log.info("%s %d %s", path, told.status, told.code)
-            return told.response()
+            answered, path = api_error(error), request.url.path
+            self.metrics.requests.labels(request.scope["route"].path, str(answered.status)).inc()
+            log.info("%s %d %s", path, answered.status, answered.code)
+            return answered.response()
 
     async def _chat(self, request: Request) -> Response:
         body = ChatRequest.model_validate_json(await read_body(request, self.limits.body_bytes))
         name = self.shelf.name_of(body.model)
-        messages, tools = [message.message() for message in body.messages], body.told_tools
+        messages, tools = [message.message() for message in body.messages], body.allowed_tools
         settings = GenerationSettings.of(**body.options(self.limits.new_tokens))
         self._log_prompt(messages)
 
@@ -161,10 +176,10 @@ class Server:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _docs(self, request: Request) -> Response:
-        return HTMLResponse(docs.page(), headers={"Content-Security-Policy": _POLICY})
+        return HTMLResponse(docs.page(self.endpoints), headers={"Content-Security-Policy": _POLICY})
 
     async def _openapi(self, request: Request) -> Response:
-        return JSONResponse(docs.openapi())
+        return JSONResponse(docs.openapi(self.endpoints))
 
 
 def _answers(
@@ -177,7 +192,7 @@ def _answers(
     """Yield the events of `count` answers to each prompt; each further answer uses the next seed."""
     for prompt in prompts:
         # refuse what does not fit before sending anything
-        model.room(prompt, settings.max_new_tokens)
+        model.answer_length(len(prompt), settings.max_new_tokens)
     yield Begun()
     for index in range(len(prompts) * count):
         number, again = divmod(index, count)
@@ -195,8 +210,8 @@ def _raw_ids(model: Model, prompt: str | list[int]) -> list[int]:
         prompt = model.loaded.encode(prompt)
     rows = embedding_rows(model.loaded.model)
     if not prompt or not all(0 <= token < rows for token in prompt):
-        told = f"a prompt has a token outside of 0 to {rows - 1}" if prompt else "a prompt is empty"
-        raise ApiError(400, told, param="prompt", code="invalid_value")
+        message = f"a prompt has a token outside of 0 to {rows - 1}" if prompt else "a prompt is empty"
+        raise ApiError(400, message, param="prompt", code="invalid_value")
     return prompt
 
 
@@ -204,8 +219,8 @@ def _check_length(model: Model, characters: int) -> None:
     """Refuse a prompt that is far too long before tokenizing it, which is slow."""
     limit = model.context_length
     if limit is not None and characters > limit * _CHARACTERS_PER_TOKEN:
-        told = f"the prompt of {characters} characters is longer than the context of {limit} tokens"
-        raise ApiError(400, told, code="context_length_exceeded", param="messages")
+        message = f"the prompt of {characters} characters is longer than the context of {limit} tokens"
+        raise ApiError(400, message, code="context_length_exceeded", param="messages")
 
 
 def _entry(name: str) -> dict[str, object]:
@@ -215,5 +230,5 @@ def _entry(name: str) -> dict[str, object]:
 def _not_here(request: Request, error: Exception) -> Response:
     """Answer a request for an unknown path or method."""
     assert isinstance(error, HTTPException)
-    told = f"{request.method} {request.url.path} is not here; see /docs"
-    return ApiError(error.status_code, told, code="not_found", headers=error.headers).response()
+    message = f"{request.method} {request.url.path} is not here; see /docs"
+    return ApiError(error.status_code, message, code="not_found", headers=error.headers).response()

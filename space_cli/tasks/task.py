@@ -40,6 +40,10 @@ class Task:
     numerics: Numerics | None = None
     draft: LoadedModel | None = None
 
+    def sampler(self) -> Sampler:
+        """Return what chooses the tokens of the answer."""
+        return Sampler.from_sampling(self.sampling, prompt_length=len(self.prompt_ids))
+
 
 def run_decode(task: Task, drafts: Drafter | None, on_step: OnStep) -> Generation:
     """Answer a task with our decoder; without drafts, one token at a time."""
@@ -48,7 +52,7 @@ def run_decode(task: Task, drafts: Drafter | None, on_step: OnStep) -> Generatio
         task.loaded.model,
         task.prompt_ids,
         stop=task.stop,
-        sampler=Sampler.from_sampling(task.sampling),
+        sampler=task.sampler(),
         drafts=drafts,
         mask_token_ids=task.loaded.mask_token_ids,
         compiled=task.loaded.compiled,
@@ -102,6 +106,8 @@ def _call_generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
+            # applied between its own repetition penalty and temperature, as our decoder does
+            logits_processor=sampling.count_penalties(len(task.prompt_ids)),
             stopping_criteria=stopping_criteria,
             assistant_model=assistant_model,
         )

@@ -103,7 +103,7 @@ class Loaded:
     apart: str = ""
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """The source in one line, with what was left out of it."""
         parts = [f"{self.source}: {len(self.examples)} examples, format {self.format}"]
         parts += [f"documents apart at {self.apart}"] if self.apart else []

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from space_cli.core.sampling import mix
 from space_cli.core.stream import is_repetitive
-from space_cli.errors import unwritten
 from space_cli.training.batch import Request, answer_in_batches
+from space_cli.training.kept import keep, kept_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def distil(
     done, written, began = len(requests) - len(waiting), 0, time.monotonic()
     on_progress(done, len(requests), 0.0)
     for request, answer in _answer(model, waiting, settings, eos_token_ids):
-        _append(file, {request.key: answer})
+        keep(file, {"key": request.key, "token_ids": answer})
         answered[request.key] = answer
         done, written = done + 1, written + len(answer)
         on_progress(done, len(requests), written / (time.monotonic() - began))
@@ -107,22 +107,11 @@ def _answer(
 
 
 def _read(file: Path) -> dict[str, list[int]]:
-    """Return the answers of an earlier run; an incomplete last line is dropped."""
+    """Return the answers of earlier runs by their keys."""
     answers = {}
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
+    for row in kept_rows(file):
         try:
-            row = json.loads(line)
             answers[str(row["key"])] = [int(token) for token in row["token_ids"]]
         except (ValueError, KeyError, TypeError):
             continue
     return answers
-
-
-def _append(file: Path, answers: dict[str, list[int]]) -> None:
-    lines = [json.dumps({"key": key, "token_ids": ids}) for key, ids in answers.items()]
-    try:
-        with file.open("a", encoding="utf-8") as stream:
-            # an incomplete last line of an earlier run must not swallow this run's first one
-            stream.write("\n" + "\n".join(lines) + "\n")
-    except OSError as error:
-        raise unwritten(file, error) from error

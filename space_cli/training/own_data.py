@@ -8,7 +8,6 @@ Source: Magpie (arXiv 2406.08464).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from pathlib import Path
 from space_cli.chat.templates import DEFAULT_TEMPLATE, Escaper, Turn, has_own_template, render, split_template
 from space_cli.core.sampling import mix
 from space_cli.core.stream import is_repetitive
-from space_cli.errors import UsageProblem, unwritten
+from space_cli.errors import UsageProblem
 from space_cli.models.loading import LoadedModel
 from space_cli.training.batch import Request, answer_in_batches
 from space_cli.training.chat_format import prompt_ids
 from space_cli.training.data import OWN_DATA, Conversation
+from space_cli.training.kept import keep, kept_rows
 from space_cli.training.start import identity
 
 _QUESTION_TOKENS = 96
@@ -86,7 +86,7 @@ def own_examples(
             written += len(ids)
             if answer and not is_repetitive(ids):
                 known[_essence(question)] = (question, answer)
-                _append(file, base, question, answer)
+                keep(file, {"base": base, "question": question, "answer": answer})
             on_progress(min(len(known), settings.count), settings.count, written / (time.monotonic() - began))
         fruitless = 0 if len(known) > before else fruitless + 1
     if not known:
@@ -145,23 +145,12 @@ def _essence(question: str) -> str:
 
 
 def _read(file: Path, base: str) -> dict[str, tuple[str, str]]:
-    """Return what an earlier run of the same base kept; an incomplete last line is dropped."""
+    """Return what earlier runs of the same base kept."""
     known = {}
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
+    for row in kept_rows(file):
         try:
-            row = json.loads(line)
-            if row["base"] != base:
-                continue
-            known[_essence(row["question"])] = (str(row["question"]), str(row["answer"]))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            if row["base"] == base:
+                known[_essence(row["question"])] = (str(row["question"]), str(row["answer"]))
+        except (KeyError, AttributeError):
             continue
     return known
-
-
-def _append(file: Path, base: str, question: str, answer: str) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write("\n" + json.dumps({"base": base, "question": question, "answer": answer}) + "\n")
-    except OSError as error:
-        raise unwritten(file, error) from error

@@ -248,10 +248,10 @@ def _acceptance(
     view: TrainingView,
 ) -> Acceptance | None:
     stop = StopRule(recipe.answer_tokens, loaded.eos_token_ids)
-    room, _ = fitting(prepared.held_out, stop.max_new_tokens, loaded.context_length)
+    prompts, _ = fitting(prepared.held_out, stop.max_new_tokens, loaded.context_length)
     return measure_acceptance(
         loaded.model,
-        room,
+        prompts,
         mask_token_ids=mask_ids,
         candidates=candidates,
         stop=stop,

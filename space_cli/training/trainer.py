@@ -146,7 +146,10 @@ class SARTrainer(Trainer):
         return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Measure whole examples: the paper's form, which cuts them at their group, would measure others each time."""
+        """Evaluate whole examples.
+
+        The paper layout truncates each at a random anchor, so results would not be comparable.
+        """
         if self._collator.mask_layout == "groups":
             return super().get_eval_dataloader(eval_dataset)
         training, self.data_collator = self.data_collator, replace(self._collator, mask_layout="groups")

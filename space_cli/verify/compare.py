@@ -17,7 +17,7 @@ from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, ChainDrafter, Proposal, Verified
 from space_cli.core.drafting.chain import Substitute
 from space_cli.core.engine import embedding_rows
-from space_cli.core.sampling import Sampler, Sampling, StepLogits
+from space_cli.core.sampling import Sampling, StepLogits
 from space_cli.core.stream import Generation, Step, common_prefix_length
 from space_cli.models.loading import LoadedModel
 from space_cli.tasks.plan import Planned, View
@@ -84,7 +84,7 @@ class _Case:
     def __init__(self, planned: Planned, comparison: Comparison, analyzer: DivergenceAnalyzer, view: View) -> None:
         self._planned, self._task = planned, planned.task
         self._comparison, self._analyzer, self._view = comparison, analyzer, view
-        self._sampler = Sampler.from_sampling(self._task.sampling)
+        self._sampler = self._task.sampler()
         self._seed = self._task.sampling.seed if self._task.sampling.temperature else None
 
     def answer(self) -> Answer:
@@ -145,7 +145,7 @@ class _Case:
         checked, wrong = 0, []
         ids = loaded.mask_token_ids
         # with a penalty, adaptive drafts leave the predictions before one out of its history
-        skipped = self._comparison.drafts == "adaptive" and self._task.sampling.repetition_penalty != 1.0
+        skipped = self._comparison.drafts == "adaptive" and self._task.sampling.reads_history
         last = len(space.steps) - 1 if ids and not skipped else 0
         for index in sorted({last * part // _DRAFTS_PER_ANSWER for part in range(_DRAFTS_PER_ANSWER)} if last else ()):
             count = len(predictions[index + 1])
@@ -246,8 +246,7 @@ def run_space(
 class _Watched(AdaptiveDrafter):
     """An adaptive drafter that records the masks' predictions of each step.
 
-    Steps count as if they took what is assumed, and none is too dear: where drafting does not pay on this machine, it
-    is still to be checked.
+    Uses assumed step costs and an unlimited budget, so drafting is exercised even where it would not pay.
     """
 
     def __init__(self, loaded: LoadedModel, predictions: list[Sequence[int]]) -> None:

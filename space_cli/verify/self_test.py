@@ -24,8 +24,8 @@ def self_test(task: Task, block: Block, *, same_shape: bool) -> KernelSelfTest:
         same_shape: one by one means as heads of such a block, not as calls of one row.
     """
     loaded, text_ids = task.loaded, task.prompt_ids
-    room = (loaded.context_length or _PREFIX + _FOLLOWING) - block.num_slots
-    length = max(2, min(_PREFIX + _FOLLOWING, room))
+    most = (loaded.context_length or _PREFIX + _FOLLOWING) - block.num_slots
+    length = max(2, min(_PREFIX + _FOLLOWING, most))
     ids = (list(text_ids) * (length // len(text_ids) + 1))[:length]
     prefix, following = ids[: max(1, length - _FOLLOWING)], ids[max(1, length - _FOLLOWING) :]
     masks = block.mask_token_ids(loaded.mask_token_ids) if block.masks else []

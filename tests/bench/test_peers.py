@@ -235,6 +235,21 @@ def test_llama_cpp_runs_the_weights_of_a_tuned_model_and_not_those_of_its_base(l
     assert len([*cache.iterdir()]) == 2
 
 
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", ["hf", "hf-lookup", "llama-cpp"])
+@pytest.mark.parametrize("penalty", [{"presence_penalty": 1.5}, {"frequency_penalty": 0.7}])
+def test_peers_penalise_what_the_answer_has_as_ar_does(loaded, name, penalty):
+    if name == "llama-cpp":
+        pytest.importorskip("llama_cpp")
+    model = llama(loaded)
+
+    plain = run(model, ["ar", name], tokens=80)
+    penalised = run(model, ["ar", name], tokens=80, sampling=Sampling(**penalty))
+
+    assert all(sample.identical for sample in plain + penalised)
+    assert [sample.token_ids for sample in penalised] != [sample.token_ids for sample in plain]
+
+
 @pytest.mark.usefixtures("_llama_cpp")
 def test_what_llama_cpp_cannot_run_is_told(loaded, tiny_models):
     yarn = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}
@@ -249,7 +264,7 @@ def test_what_llama_cpp_cannot_run_is_told(loaded, tiny_models):
         with pytest.raises(UsageProblem, match=f"method 'llama-cpp' cannot run .*: {told}; leave it out"):
             choose_methods([METHODS["llama-cpp"]], replace(loaded, model=model), sampling=Sampling())
     for sampling in (Sampling(0.5), Sampling(repetition_penalty=1.2)):
-        with pytest.raises(UsageProblem, match="method 'llama-cpp' is greedy, without penalties"):
+        with pytest.raises(UsageProblem, match="method 'llama-cpp' is greedy, without repetition penalty"):
             choose_methods([METHODS["llama-cpp"]], loaded, sampling=sampling)
 
 

@@ -59,11 +59,13 @@ def test_json_on_standard_output_stands_alone(run_space, tiny_model_dir, prompts
 
 def test_sampled_runs_are_identical_under_a_seed(run_space, tiny_model_dir, prompts_file):
     options = ("--temperature", "0.8", "--top-k", "50", "--top-p", "0.95", "--min-p", "0.01")
-    done = bench(
-        run_space, tiny_model_dir, "--suite", prompts_file, *options, "--repetition-penalty", "1.1", "--json", "-"
-    )
+    penalties = ("--repetition-penalty", "1.1", "--presence-penalty", "0.5", "--frequency-penalty", "0.25")
+    done = bench(run_space, tiny_model_dir, "--suite", prompts_file, *options, *penalties, "--json", "-")
 
-    rows = {row["method"]: row for row in json.loads(done.stdout)["results"]}
+    record = json.loads(done.stdout)
+    assert record["settings"]["sampling"]["presence_penalty"] == 0.5
+    assert record["settings"]["sampling"]["frequency_penalty"] == 0.25
+    rows = {row["method"]: row for row in record["results"]}
     assert set(rows) == {"ar", "space"}
     assert rows["space"]["identical"] is True
 

@@ -136,7 +136,7 @@ def test_branches_that_were_accepted_are_moved_in_all_layers_at_once(model, prog
     assert {step.accepted for step in steps[:-1]} == {0, 2}
 
 
-def test_the_likeliest_tokens_are_the_first_of_equal_ones_with_their_shares(model, program):
+def test_the_most_probable_tokens_are_the_first_of_equal_ones_with_their_probabilities(model, program):
     own = model.lm_head.weight.data
     # three tokens with the largest logit, or the smallest
     model.lm_head.weight.data = torch.cat(

@@ -12,11 +12,12 @@ import pytest
 
 from space_cli.compile import toolchain
 from space_cli.core.quantized import WeightType
+from space_cli.core.sampling import TOP_K
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler, which the compiled engine needs")
 
 SOURCES = [toolchain.KERNELS / name for name in ("linear.cpp", "attend.cpp", "likely.cpp", "quantized.cpp")]
-NEEDS = {"x86-64": "sse2", "x86-64-v3": "fma avx2 bmi2", "x86-64-v4": "avx512f avx512vl avx512dq", "native": ""}
+NEEDS = {"x86-64": ("sse2",), "native": ()} | toolchain.LEVELS
 ROWS = [*range(1, 41), 128]
 DTYPES = ["float32", "bfloat16"]
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1e-2}
@@ -90,7 +91,7 @@ class Emulated:
 
 def built_for(processor, folder):
     known = Path("/proc/cpuinfo").read_text("utf-8") if Path("/proc/cpuinfo").exists() else ""
-    if not set(NEEDS[processor].split()) <= set(known.split()):
+    if not set(NEEDS[processor]) <= set(known.split()):
         pytest.skip(f"this machine does not run {processor}")
     library = folder / "kernels.so"
     subprocess.run([*toolchain.compiler_command(processor), "-o", str(library), *map(str, SOURCES)], check=True)
@@ -187,8 +188,8 @@ def attended(call, keys, values, parents, length):
     for row, head in np.ndindex(*query.shape[:2]):
         seen = seen_by(row, parents, length)
         scores = wide(keys)[head // group, seen] @ query[row, head].astype(np.float64) * query.shape[2] ** -0.5
-        shares = np.exp(scores - scores.max())
-        found[row, head] = shares / shares.sum() @ wide(values)[head // group, seen]
+        probs = np.exp(scores - scores.max())
+        found[row, head] = probs / probs.sum() @ wide(values)[head // group, seen]
     return found
 
 
@@ -238,19 +239,19 @@ def test_a_slot_of_a_tree_sees_its_ancestors_alone(kernels, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [5, 64, 1003])
-def test_the_likeliest_tokens_and_their_shares(kernels, dtype, width):
+def test_the_most_probable_tokens_and_their_probabilities(kernels, dtype, width):
     random = np.random.default_rng(width)
     logits = stored(4 * random.standard_normal((40, width)), dtype)
     logits[0, :3] = logits[0].max()  # of equal ones the first
 
-    tokens, shares = np.empty((40, 4), dtype=np.int64), np.empty((40, 4), dtype=np.float32)
-    kernels.call(f"space_likely_{dtype}", logits, tokens, shares, 40, width)
+    tokens, probs = np.empty((40, TOP_K), dtype=np.int64), np.empty((40, TOP_K), dtype=np.float32)
+    kernels.call(f"space_likely_{dtype}", logits, tokens, probs, 40, width)
 
     own = wide(logits).astype(np.float64)
-    order = np.argsort(-own, axis=1, kind="stable")[:, :4]
+    order = np.argsort(-own, axis=1, kind="stable")[:, :TOP_K]
     assert np.array_equal(tokens, order)
     softmax = np.exp(own) / np.exp(own).sum(axis=1, keepdims=True)
-    assert np.allclose(shares, np.take_along_axis(softmax, order, axis=1), rtol=1e-5)
+    assert np.allclose(probs, np.take_along_axis(softmax, order, axis=1), rtol=1e-5)
 
 
 def blocks_of(weight_type, outputs, width, random):

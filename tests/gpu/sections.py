@@ -239,7 +239,7 @@ def _profile(run: Run, name: str, engine: GraphEngine, program: CudaGraphModel) 
             engine.commit([0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    # the one is the wait for the likeliest tokens
+    # the one is the wait for the most probable tokens
     run.row(f"{name}, a step", waits=sum("synchroniz" in str(each.message) for each in told))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step.graph.replay()

@@ -13,6 +13,7 @@ from tiny import llama_of_whole_blocks
 
 from space_cli.core.block import Block
 from space_cli.core.engine import engine_for
+from space_cli.core.quantized import WeightType
 from space_cli.errors import UsageProblem
 from space_cli.models.gguf_file import TENSOR_TYPES, read_gguf
 from space_cli.models.gguf_names import gguf_path, is_gguf
@@ -152,6 +153,10 @@ def test_sizes_of_types_are_ggmls():
     for number, (name, weights, num_bytes) in TENSOR_TYPES.items():
         kind = ggml.GGMLQuantizationType(number)
         assert (kind.name, ggml.GGML_QUANT_SIZES[kind]) == (name, (weights, num_bytes))
+
+
+def test_every_type_that_is_read_has_kernels_or_is_plain():
+    assert {name: number for number, (name, _, _) in TENSOR_TYPES.items()} == {"F32": 0} | dict(WeightType.__members__)
 
 
 def test_a_header_is_read_as_ggufs_own_reader_reads_it(file):

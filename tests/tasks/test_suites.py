@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from space_cli.core.stopping import cut_at_stop
 from space_cli.errors import UsageProblem
-from space_cli.tasks.formats import SUITES
+from space_cli.rows import SourceRow
+from space_cli.tasks.formats import SUITES, Package
 from space_cli.tasks.suites import load_suite
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -496,3 +498,13 @@ def test_a_chat_model_is_asked_for_the_function_that_others_complete():
     assert first.turns[0].startswith("Write a solution to the following problem")
     assert f"```python\n{given.turns[0]}\n```" in first.turns[0]
     assert (first.task_id, first.code, asked.metric) == (given.task_id, given.code, "pass@1")
+
+
+def test_each_package_gives_its_own_rows(monkeypatch):
+    shipped = Package("other", lambda: iter([SourceRow("other", "row", 1, HUMAN_EVAL | {"task_id": "Other/0"})]))
+    monkeypatch.setitem(SUITES, "other", replace(SUITES["humaneval"], package=shipped))
+
+    suite = load_suite("other")
+
+    assert [prompt.task_id for prompt in suite.prompts] == ["Other/0"]
+    assert SUITES["other"].needs.startswith("package other, ")

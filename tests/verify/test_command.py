@@ -66,6 +66,16 @@ def test_sampled_answers_are_compared_under_each_seed_and_in_distribution(verify
     assert all(test["bins"] > 2 and test["draws"] == 150 for test in record["distributions"])
 
 
+@pytest.mark.parametrize("sampling", [(), ("--temperature", "0.9", "--top-k", "20", "--draws", "150")])
+def test_penalties_of_what_the_answer_has_are_kept_by_all_sides(verify, sampling):
+    done = verify(*sampling, "--presence-penalty", "1.5", "--frequency-penalty", "0.5", "--json", "-")
+
+    record = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert record["settings"]["sampling"]["presence_penalty"] == 1.5
+    assert record["settings"]["sampling"]["frequency_penalty"] == 0.5
+
+
 @pytest.mark.parametrize("numerics", ["plain", "invariant", "same-shape"])
 def test_numerics_are_chosen(verify, numerics):
     done = verify("--numerics", numerics, "--candidates", "2", "--dtype", "bfloat16", "--json", "-")

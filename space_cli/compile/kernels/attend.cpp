@@ -24,7 +24,7 @@ namespace {
 #define SPACE_MIXED(one, other, ...) __builtin_shuffle(one, other, Ints{__VA_ARGS__})
 #endif
 
-// of runs of 2 * kHalf lanes the first halves of both vectors (kSecond 0), or the second halves
+// interleave two vectors: the low (kSecond 0) or the high halves of each run of 2 * kHalf lanes
 template <int kHalf, int kSecond, int... kLane>
 inline __attribute__((always_inline)) Floats halves_of(Floats one, Floats other, std::integer_sequence<int, kLane...>) {
     return SPACE_MIXED(one, other, (kLane % (2 * kHalf) % kHalf + kLane / (2 * kHalf) * 2 * kHalf + kSecond * kHalf +
@@ -93,8 +93,8 @@ struct Sizes {
 template <int kQueries, typename T>
 struct Queries {
     std::vector<Factor<T>> queries[kQueries];
-    std::vector<float> weights[kQueries];   // by key: scores, then shares
-    std::vector<Bfloat16> halves[kQueries];  // the shares again, where pairs are multiplied
+    std::vector<float> weights[kQueries];   // by key: scores, then weights
+    std::vector<Bfloat16> halves[kQueries];  // the weights again, where pairs are multiplied
     int64_t straight[kQueries];             // so many of the first keys lie in the cache in their order
     std::vector<int32_t> tails[kQueries];   // slots of the block that a query sees behind those
     int64_t length;
@@ -166,7 +166,7 @@ struct Queries {
         }
     }
 
-    // turn the scores of a query into shares; return one over their sum
+    // turn the scores of a query into weights; return one over their sum
     float normalise(int query) {
         std::vector<float>& scores = weights[query];
         const int64_t end = count(query);
@@ -181,11 +181,11 @@ struct Queries {
         Floats totals{};
         for (int64_t key = 0; key < end; key += kLanes) {
             Floats part = load(&scores[key]);
-            Floats share = exponential(part - broadcast(largest));
-            share = part == -INFINITY ? Floats{} : share;
-            totals += share;
-            store(&scores[key], share);
-            if (std::is_same_v<Factor<T>, Bfloat16>) store(&halves[query][key], share);
+            Floats weight = exponential(part - broadcast(largest));
+            weight = part == -INFINITY ? Floats{} : weight;
+            totals += weight;
+            store(&scores[key], weight);
+            if (std::is_same_v<Factor<T>, Bfloat16>) store(&halves[query][key], weight);
         }
         return 1.0f / sum(totals);
     }
@@ -194,15 +194,15 @@ struct Queries {
     template <int kParts>
     void mix(const T* values, int64_t shared, int64_t width, int64_t lane, const float* inverses, T* const* outputs) {
         Floats mixed[kQueries][kParts] = {};
-        const float* shares[kQueries];
-        for (int query = 0; query < kQueries; ++query) shares[query] = weights[query].data();
+        const float* by_key[kQueries];
+        for (int query = 0; query < kQueries; ++query) by_key[query] = weights[query].data();
         const auto add = [&](auto first, auto last, int64_t at, const T* from) __attribute__((always_inline)) {
 #pragma GCC unroll 4
             for (int part = 0; part < kParts; ++part) {
                 const Floats value = load(from + part * kLanes);
 #pragma GCC unroll 8
                 for (int query = first; query < last; ++query)
-                    mixed[query][part] = fused(mixed[query][part], value, broadcast(shares[query][at]));
+                    mixed[query][part] = fused(mixed[query][part], value, broadcast(by_key[query][at]));
             }
         };
         const int64_t before = std::min(shared, straight[0]);
@@ -218,7 +218,7 @@ struct Queries {
     }
 
 #ifdef __AVX512BF16__
-    // the same of 4 vectors of bfloat16, two keys at a time; shares are rounded to bfloat16 as well
+    // the same of 4 vectors of bfloat16, two keys at a time; weights are rounded to bfloat16 as well
     void mix_pairs(const T* values, int64_t shared, int64_t width, int64_t lane, const float* inverses,
                    T* const* outputs) {
         __m512 mixed[kQueries][4];
@@ -238,12 +238,12 @@ struct Queries {
             }
 #pragma GCC unroll 4
             for (int query = first; query < last; ++query) {
-                int share;
-                std::memcpy(&share, &halves[query][at], sizeof share);
+                int two_weights;
+                std::memcpy(&two_weights, &halves[query][at], sizeof two_weights);
 #pragma GCC unroll 4
                 for (int part = 0; part < 4; ++part)
                     mixed[query][part] =
-                        _mm512_dpbf16_ps(mixed[query][part], pairs[part], (__m512bh)_mm512_set1_epi32(share));
+                        _mm512_dpbf16_ps(mixed[query][part], pairs[part], (__m512bh)_mm512_set1_epi32(two_weights));
             }
         };
         const T* own = values + lane;
@@ -253,7 +253,7 @@ struct Queries {
             add(0, kQueries, at, own + place(0, at) * width, own + place(0, at + 1) * width);
 #pragma GCC unroll 4
         for (int query = 0; query < kQueries; ++query)
-            for (int64_t at = together; at < count(query); at += 2)  // the share behind an odd last key is 0
+            for (int64_t at = together; at < count(query); at += 2)  // the weight behind an odd last key is 0
                 add(query, query + 1, at, own + place(query, at) * width,
                     own + place(query, std::min(at + 1, count(query) - 1)) * width);
         for (int query = 0; query < kQueries; ++query)
@@ -334,8 +334,9 @@ void attend(States<T> query, States<T> key, States<T> value, T* keys, T* values,
     constexpr int kMostTogether = std::is_same_v<Factor<T>, Bfloat16> ? 4 : 8;
     const int64_t queries = sizes.rows * sizes.heads / sizes.key_heads, together = queries < 64 ? 4 : kMostTogether;
     const int64_t calls = (queries + together - 1) / together;
-    // waking a second thread costs some microseconds
-    const bool pays = sizes.heads * sizes.rows * (sizes.length + sizes.rows) * (sizes.width + sizes.value_width) > 120000;
+    const int64_t seen = sizes.heads * sizes.rows * (sizes.length + sizes.rows);
+    // shares and sums take as long again as the products
+    const bool pays = seen * (sizes.width + sizes.value_width) > kWorthThreads / 3;
     // later queries see more keys: threads take turns
 #pragma omp parallel for collapse(2) schedule(static, 1) if (pays)
     for (int64_t head = 0; head < sizes.key_heads; ++head)

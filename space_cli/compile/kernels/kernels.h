@@ -1,4 +1,4 @@
-// The kernels' C interface; `compiled.py` and `shims.cpp` call it.
+// The kernels' C interface; `compiled_model.py` and `shims.cpp` call it.
 
 #pragma once
 
@@ -35,9 +35,9 @@ SPACE_ATTEND(space_attend_bfloat16);
 SPACE_LINEAR(space_linear_float32);
 SPACE_LINEAR(space_linear_bfloat16);
 
-// logits (rows, width); tokens and shares (rows, kSpaceLikely), the likeliest first
+// logits (rows, width); tokens and probs (rows, kSpaceLikely), the most probable first; as many as `sampling.TOP_K`
 constexpr int kSpaceLikely = 4;
-#define SPACE_LIKELY(NAME) void NAME(const void* logits, int64_t* tokens, float* shares, int64_t rows, int64_t width)
+#define SPACE_LIKELY(NAME) void NAME(const void* logits, int64_t* tokens, float* probs, int64_t rows, int64_t width)
 SPACE_LIKELY(space_likely_float32);
 SPACE_LIKELY(space_likely_bfloat16);
 }

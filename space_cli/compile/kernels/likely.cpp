@@ -1,4 +1,4 @@
-// The likeliest tokens of each row of logits, and their shares of the softmax.
+// The most probable tokens of each row of logits, and their probabilities.
 
 #include <algorithm>
 #include <cmath>
@@ -42,7 +42,7 @@ bool any_above(Floats values, float bound) {
 }
 
 template <typename T>
-void likely_of_row(const T* logits, int64_t width, int64_t* tokens, float* shares) {
+void likely_of_row(const T* logits, int64_t width, int64_t* tokens, float* probs) {
     Best best;
     std::fill_n(best.values, kSpaceLikely, -INFINITY);
     std::fill_n(best.tokens, kSpaceLikely, 0);
@@ -60,27 +60,27 @@ void likely_of_row(const T* logits, int64_t width, int64_t* tokens, float* share
     Floats totals{};
     for (int64_t token = 0; token < width; token += kLanes) {
         const Floats values = at(token);
-        const Floats share = exponential(values - broadcast(best.values[0]));
-        totals += values == -INFINITY ? Floats{} : share;
+        const Floats weights = exponential(values - broadcast(best.values[0]));
+        totals += values == -INFINITY ? Floats{} : weights;
     }
     float total = 0;
     for (int lane = 0; lane < kLanes; ++lane) total += totals[lane];
     for (int place = 0; place < kSpaceLikely; ++place) {
         tokens[place] = best.tokens[place];
-        shares[place] = std::exp(best.values[place] - best.values[0]) / total;
+        probs[place] = std::exp(best.values[place] - best.values[0]) / total;
     }
 }
 
 template <typename T>
-void likely(const T* logits, int64_t* tokens, float* shares, int64_t rows, int64_t width) {
+void likely(const T* logits, int64_t* tokens, float* probs, int64_t rows, int64_t width) {
     // waking a second thread costs some microseconds
     const bool pays = rows * width > 65536;
 #pragma omp parallel for schedule(static) if (pays)
     for (int64_t row = 0; row < rows; ++row)
-        likely_of_row(logits + row * width, width, tokens + row * kSpaceLikely, shares + row * kSpaceLikely);
+        likely_of_row(logits + row * width, width, tokens + row * kSpaceLikely, probs + row * kSpaceLikely);
 }
 
 }  // namespace
 
-SPACE_LIKELY(space_likely_float32) { likely(static_cast<const float*>(logits), tokens, shares, rows, width); }
-SPACE_LIKELY(space_likely_bfloat16) { likely(static_cast<const Bfloat16*>(logits), tokens, shares, rows, width); }
+SPACE_LIKELY(space_likely_float32) { likely(static_cast<const float*>(logits), tokens, probs, rows, width); }
+SPACE_LIKELY(space_likely_bfloat16) { likely(static_cast<const Bfloat16*>(logits), tokens, probs, rows, width); }

@@ -164,16 +164,16 @@ AOTITorchError aoti_torch_cpu_cached_attention(AtenTensorHandle query, AtenTenso
     return AOTI_TORCH_SUCCESS;
 }
 
-// logits (rows, width) contiguous; makes tokens and shares (rows, kSpaceLikely)
-AOTITorchError aoti_torch_cpu_likely(AtenTensorHandle logits, AtenTensorHandle* tokens, AtenTensorHandle* shares) {
+// logits (rows, width) contiguous; makes tokens and probs (rows, kSpaceLikely)
+AOTITorchError aoti_torch_cpu_likely(AtenTensorHandle logits, AtenTensorHandle* tokens, AtenTensorHandle* probs) {
     const View from(logits);
     if (from.dims != 2 || !from.is_contiguous()) return AOTI_TORCH_FAILURE;
     const int64_t sizes[2] = {from.sizes[0], kSpaceLikely};
     AOTITorchError failed = make(sizes, 2, aoti_torch_dtype_int64(), tokens);
-    if (!failed) failed = make(sizes, 2, aoti_torch_dtype_float32(), shares);
+    if (!failed) failed = make(sizes, 2, aoti_torch_dtype_float32(), probs);
     if (failed) return failed;
     const auto run = is_half(logits) ? space_likely_bfloat16 : space_likely_float32;
-    run(from.data, static_cast<int64_t*>(View(*tokens).data), static_cast<float*>(View(*shares).data), from.sizes[0],
+    run(from.data, static_cast<int64_t*>(View(*tokens).data), static_cast<float*>(View(*probs).data), from.sizes[0],
         from.sizes[1]);
     return AOTI_TORCH_SUCCESS;
 }
