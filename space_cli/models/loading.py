@@ -230,7 +230,7 @@ def _from_folder(
         pack_layers(model, quantization, name)
         if weights == "dense":
             dequantize(model)
-            model.to(chosen)
+            model.to(chosen)  # type: ignore[arg-type]  # wrapped in a way that hides its signature
     return model, tokenizer
 
 

@@ -22,7 +22,8 @@ from space_cli.models.kernels import kernels_problem
 
 PACKED = {"q8_0": WeightType.Q8_0, "q4_0": WeightType.Q4_0}
 """Quantisations computed by our kernels, and the type of linear layers in each."""
-# llama.cpp keeps output embeddings at 6 bits, or 8 where rows are no whole blocks of these; `gguf` makes no blocks of 6
+# as llama.cpp, which takes 6 bits there, 8 where rows are no whole blocks of these; `gguf` makes no blocks of 6 bits.
+# SmolLM2 in q4_0: perplexity 29.0, with output embeddings in 4 bits too 32.0; 24.4 in float32
 _OUTPUT = WeightType.Q8_0
 _BLOCK = 32
 
@@ -61,7 +62,8 @@ def check_packing(name: str, config: PretrainedConfig, quantization: str, *, dev
         raise UsageProblem(f"{name}: its weights are quantised as they are", hint="leave --quantization out")
     if device != "cpu":
         raise UsageProblem(
-            f"--quantization {quantization} computes on a CPU, not on {device}", hint="give --device cpu, or int8 or nf4"
+            f"--quantization {quantization} computes on a CPU, not on {device}",
+            hint="give --device cpu, or int8 or nf4",
         )
     if dtype not in ("auto", "float32"):
         raise UsageProblem(
@@ -106,7 +108,10 @@ def pack_layers(model: PreTrainedModel, quantization: str, name: str) -> None:
 
 def _check_share(model: PreTrainedModel, paths: Sequence[str], quantization: str, name: str) -> None:
     """Refuse a model whose weights would mostly stay as they are."""
-    held = {id(weight): weight.numel() for weight in (model.get_submodule(path).weight for path in paths)}
+    held = {
+        id(weight): weight.numel()
+        for weight in (cast(torch.Tensor, model.get_submodule(path).weight) for path in paths)
+    }
     share = sum(held.values()) / num_parameters(model)
     if share < 0.5:
         raise UsageProblem(
