@@ -30,7 +30,7 @@ _OPERATORS.define("cached_attention(Tensor query, Tensor key, Tensor value, int 
 _OPERATORS.define("likely(Tensor logits) -> (Tensor, Tensor)")
 _OPERATORS.define(
     "packed_linear(Tensor input, Tensor packed, Tensor? bias, int outputs, int type, Tensor? down, Tensor? up, "
-    "Tensor? ends) -> Tensor"
+    "Tensor? ends, int rank) -> Tensor"
 )
 torch.library.register_fake("space::cached_attention", _attention_shape, lib=_OPERATORS)
 torch.library.register_fake("space::likely", _likely_shape, lib=_OPERATORS)
@@ -47,7 +47,7 @@ SHIMS = {
     torch.ops.space.packed_linear.default: [
         "AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle input, AtenTensorHandle packed, "
         "AtenTensorHandle* bias, int64_t outputs, int64_t type, AtenTensorHandle* down, AtenTensorHandle* up, "
-        "AtenTensorHandle* ends, AtenTensorHandle* made)"
+        "AtenTensorHandle* ends, int64_t rank, AtenTensorHandle* made)"
     ],
     torch.ops.space.quantized_linear.default: [
         "AOTITorchError aoti_torch_cpu_quantized_linear(AtenTensorHandle input, AtenTensorHandle packed, "

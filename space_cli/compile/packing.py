@@ -1,7 +1,7 @@
 """Linear layers over packed weights, as a compiled model calls them.
 
 Layers with one input, as of queries, keys and values, are multiplied in one call. An adapter's low-rank update is part
-of the call, and touches the rows of mask slots alone: all other rows keep the bits of the untouched model.
+of the call, in 8 bits, and touches the rows of mask slots alone: all other rows keep the bits of the untouched model.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from itertools import chain, pairwise
 from typing import NamedTuple, cast
 
 import torch
+from gguf import GGMLQuantizationType, quants
 from torch import nn
 from transformers import PreTrainedModel
 
-from space_cli.core.quantized import QuantizedLinear
+from space_cli.core.quantized import QuantizedLinear, WeightType, pack
 
 LANES = 16
+_CHUNK = 32
+"""Inputs with one scale, where they are rounded to 8 bits."""
 # inputs that stand together in a tile of weights
 _DEPTH = {torch.float32: 1, torch.bfloat16: 2}
 _PLAIN = 0
@@ -145,6 +148,7 @@ class _PackedLinears(nn.Module):
         self._ends = [0]
         for linear in linears:
             self._ends.append(self._ends[-1] + linear.out_features)
+        self._rank = _padded_rank(len(updates[0].down)) if updates else 0
         self.register_buffer("down", _packed_down(updates))
         self.register_buffer("up", _packed_up(updates))
         self.register_buffer("ends", torch.tensor(self._ends[1:]) if updates else None)
@@ -154,7 +158,15 @@ class _PackedLinears(nn.Module):
         """Return the (..., outputs) of one of the layers; all are computed when the first is asked for."""
         if self._done is None or self._done[0] is not states:
             found = torch.ops.space.packed_linear(
-                states.contiguous(), self.packed, self.bias, self._ends[-1], self._type, self.down, self.up, self.ends
+                states.contiguous(),
+                self.packed,
+                self.bias,
+                self._ends[-1],
+                self._type,
+                self.down,
+                self.up,
+                self.ends,
+                self._rank,
             )
             self._done = (states, [found[..., start:end] for start, end in pairwise(self._ends)])
         output = self._done[1][index]
@@ -229,26 +241,32 @@ def _one_tensor(linears: Sequence[nn.Linear], *, meta: bool) -> torch.Tensor:
 
 
 def _padded_rank(rank: int) -> int:
-    return -(-rank // LANES) * LANES
+    return -(-rank // _CHUNK) * _CHUNK
 
 
 def _packed_down(updates: Sequence[LowRank]) -> torch.Tensor | None:
-    """Return (ranks / 16, width, 16) bfloat16 of all updates, each rank filled up with zeros to a multiple of 16."""
+    """Return (ranks, inputs) of all updates, each rank filled up with zeros to a multiple of 32, packed in 8 bits."""
     if not updates:
         return None
-    padded = [nn.functional.pad(down, (0, 0, 0, _padded_rank(len(down)) - len(down))) for down, _ in updates]
-    return torch.cat([_tiles(down.detach().bfloat16(), 1) for down in padded]).squeeze(-1)
+    return _in_8_bits([nn.functional.pad(down, (0, 0, 0, _padded_rank(len(down)) - len(down))) for down, _ in updates])
 
 
 def _packed_up(updates: Sequence[LowRank]) -> torch.Tensor | None:
-    """Return (outputs / 16, rank, 16) bfloat16 of all updates."""
+    """Return (outputs, rank) of all updates, packed in 8 bits."""
     if not updates:
         return None
-    padded = [nn.functional.pad(up, (0, _padded_rank(up.shape[1]) - up.shape[1])) for _, up in updates]
-    return torch.cat([_tiles(up.detach().bfloat16(), 1) for up in padded]).squeeze(-1)
+    return _in_8_bits([nn.functional.pad(up, (0, _padded_rank(up.shape[1]) - up.shape[1])) for _, up in updates])
+
+
+def _in_8_bits(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    rows = torch.cat([weight.detach().float() for weight in weights])
+    blocks = quants.quantize(rows.numpy(), GGMLQuantizationType.Q8_0)
+    return pack(torch.from_numpy(blocks), WeightType.Q8_0, rows.shape[1])
 
 
 def _fits(linear: nn.Linear, update: LowRank) -> bool:
+    if linear.in_features % _CHUNK:
+        return False
     return update.down.shape[1] == linear.in_features and update.up.shape[0] == linear.out_features
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -17,9 +18,9 @@ from transformers import PreTrainedModel
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.cache import KVCache
 from space_cli.core.drafting import ChainDrafter, Drafter, Verified
-from space_cli.core.engine import Compiled, Numerics, context_length, engine_for
+from space_cli.core.engine import Compiled, EagerEngine, Numerics, context_length, engine_for
 from space_cli.core.sampling import Sampler, StepLogits
-from space_cli.core.stopping import StopRule
+from space_cli.core.stopping import StopRule, StopState
 from space_cli.core.stream import Parts, Step
 from space_cli.errors import UsageProblem
 
@@ -78,50 +79,69 @@ def decode(
     engine = engine_for(
         model, compiled, max_length=max_length, max_slots=drafts.max_slots, numerics=numerics, cache=cache
     )
-    state = stop.begin(prompt_ids)
     # AR and SPACE prefill the same rows, so that their caches agree bit for bit; the head comes with the first step
     computed = engine.prefill(tokens[:-1])
-    step_logits: StepLogits | None = None
-    group = range(0)
+    decoding = _Decoding(engine, sampler, drafts, mask_token_ids, stop.begin(prompt_ids), tokens, logprobs)
     try:
         while True:
-            drafting = time.perf_counter()
-            proposal = drafts.draft(tokens, step_logits, group)
-            block, candidates = proposal.block, proposal.candidates
-            mask_ids = block.mask_token_ids(mask_token_ids) if block.anchors else []
-            began = time.perf_counter()
-            logits = engine.run(block, [tokens[-1], *candidates, *mask_ids])
-            ran = time.perf_counter()
-            step_logits = sampler.step_logits(logits, engine.top_k)
-            path, emitted = _verify(step_logits, block, candidates, tokens)
-            chose = time.perf_counter()
-            engine.commit(path)
-            committed = time.perf_counter()
-            count, reason = state.push_all(emitted)
-            tokens += emitted[:count]
-            if reason is None:
-                drafts.observe(Verified(proposal, path, emitted, committed - drafting))
-            group = block.group(path[-1])
-            yield Step(
-                tokens=tuple(emitted[:count]),
-                accepted=min(len(path) - 1, count),
-                candidates=tuple(candidates),
-                rejected=tuple(candidates[child - 1] for child in block.children[path[-1]]),
-                slots=block.num_slots,
-                seconds=time.perf_counter() - started,
-                finish_reason=reason,
-                prefilled=computed,
-                parts=Parts(ran - began, chose - ran, committed - chose, began - drafting),
-                depth=max(block.offsets[: block.num_tokens]),
-                logprobs=()
-                if logprobs is None
-                else tuple(step_logits.logprobs(path[:count], emitted[:count], logprobs)),
-            )
-            if reason is not None:
+            step = decoding.step(started, computed)
+            yield step
+            if step.finish_reason is not None:
                 return
             started, computed = time.perf_counter(), 0
     finally:
         engine.rollback()
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """What goes on from step to step; `tokens` are all so far, the last of which is the head."""
+
+    engine: EagerEngine
+    sampler: Sampler
+    drafts: Drafter
+    mask_token_ids: Sequence[int]
+    state: StopState
+    tokens: list[int]
+    logprobs: int | None
+    step_logits: StepLogits | None = None
+    group: range = range(0)
+
+    def step(self, started: float, prefilled: int) -> Step:
+        """Draft, run the block and commit what is accepted; the step's time counts from `started`."""
+        began = time.perf_counter()
+        proposal = self.drafts.draft(self.tokens, self.step_logits, self.group)
+        block, candidates = proposal.block, proposal.candidates
+        mask_ids = block.mask_token_ids(self.mask_token_ids) if block.anchors else []
+        drafted = time.perf_counter()
+        logits = self.engine.run(block, [self.tokens[-1], *candidates, *mask_ids])
+        ran = time.perf_counter()
+        self.step_logits = self.sampler.step_logits(logits, self.engine.top_k)
+        path, emitted = _verify(self.step_logits, block, candidates, self.tokens)
+        chose = time.perf_counter()
+        self.engine.commit(path)
+        committed = time.perf_counter()
+        count, reason = self.state.push_all(emitted)
+        self.tokens += emitted[:count]
+        self.group = block.group(path[-1])
+        if reason is None:
+            self.drafts.observe(Verified(proposal, path, emitted, committed - began))
+        logprobs = (
+            () if self.logprobs is None else self.step_logits.logprobs(path[:count], emitted[:count], self.logprobs)
+        )
+        return Step(
+            tokens=tuple(emitted[:count]),
+            accepted=min(len(path) - 1, count),
+            candidates=tuple(candidates),
+            rejected=tuple(candidates[child - 1] for child in block.children[path[-1]]),
+            slots=block.num_slots,
+            seconds=time.perf_counter() - started,
+            finish_reason=reason,
+            prefilled=prefilled,
+            parts=Parts(ran - drafted, chose - ran, committed - chose, drafted - began),
+            depth=max(block.offsets[: block.num_tokens]),
+            logprobs=tuple(logprobs),
+        )
 
 
 def _verify(

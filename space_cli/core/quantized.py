@@ -186,7 +186,7 @@ def use_kernels(library: ctypes.CDLL) -> None:
     library.space_packed_bytes.argtypes = [size] * 3
     library.space_packed_bytes.restype = size
     library.space_pack.argtypes = [size, *[address] * 3, *[size] * 2]
-    library.space_linear_quantized.argtypes = [size, *[address] * 4, *[size] * 3]
+    library.space_linear_quantized.argtypes = [size, *[address] * 4, *[size] * 3, address]
     library.space_rows_quantized.argtypes = [size, *[address] * 3, *[size] * 2]
     _library[:] = [library]
 
@@ -212,6 +212,7 @@ def _quantized_linear(
         states.numel() // width,
         width,
         outputs,
+        None,
     )
     return made
 

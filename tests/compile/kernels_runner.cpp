@@ -45,11 +45,14 @@ int main() {
     if (name == "space_pack")
         space_pack(a[0].integer, a[1].data(), static_cast<const int64_t*>(a[2].data()), a[3].data(), a[4].integer,
                    a[5].integer);
-    else if (name == "space_linear_quantized")
+    else if (name == "space_linear_quantized") {
+        a.resize(14);  // an update, or none
+        const SpaceUpdate update{a[8].data(),  a[9].data(),   static_cast<const int64_t*>(a[10].data()),
+                                 a[11].integer, a[12].integer, a[13].integer};
         space_linear_quantized(a[0].integer, static_cast<const float*>(a[1].data()), a[2].data(),
                                static_cast<const float*>(a[3].data()), static_cast<float*>(a[4].data()), a[5].integer,
-                               a[6].integer, a[7].integer);
-    else if (name == "space_rows_quantized")
+                               a[6].integer, a[7].integer, update.down ? &update : nullptr);
+    } else if (name == "space_rows_quantized")
         space_rows_quantized(a[0].integer, static_cast<const int64_t*>(a[1].data()), a[2].data(),
                              static_cast<float*>(a[3].data()), a[4].integer, a[5].integer);
     else if (name.starts_with("space_linear"))

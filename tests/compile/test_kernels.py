@@ -48,13 +48,16 @@ class Loaded:
         self._library.omp_set_num_threads(count)
 
     def call(self, name, *arguments):
-        kinds = {int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}
-        getattr(self._library, name)(
-            *(
-                each.ctypes.data_as(ctypes.c_void_p) if isinstance(each, np.ndarray) else kinds[type(each)](each)
-                for each in arguments
-            )
-        )
+        getattr(self._library, name)(*map(self._passed, arguments))
+
+    def _passed(self, argument):
+        if isinstance(argument, np.ndarray):
+            return argument.ctypes.data_as(ctypes.c_void_p)
+        if isinstance(argument, tuple):  # a structure
+            values = [self._passed(each) for each in argument]
+            fields = [(f"field{place}", type(value)) for place, value in enumerate(values)]
+            return ctypes.byref(type("Passed", (ctypes.Structure,), {"_fields_": fields})(*values))
+        return {int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p}[type(argument)](argument)
 
 
 class Emulated:
@@ -68,6 +71,7 @@ class Emulated:
 
     def call(self, name, *arguments):
         told = [f"{name}\n".encode()]
+        arguments = [field for each in arguments for field in (each if isinstance(each, tuple) else [each])]
         for each in arguments:
             if each is None:
                 told.append(b"0")
@@ -291,7 +295,9 @@ def test_weights_of_few_bits_are_read_as_they_lie_and_rows_have_the_same_bits_wh
 
     def multiplied(rows):
         found = np.empty((len(rows), outputs), dtype=np.float32)
-        kernels.call("space_linear_quantized", int(weight_type), rows, held, bias, found, len(rows), width, outputs)
+        kernels.call(
+            "space_linear_quantized", int(weight_type), rows, held, bias, found, len(rows), width, outputs, None
+        )
         return found
 
     kernels.call("space_pack", int(weight_type), raw, order, held, outputs, width)
@@ -305,3 +311,45 @@ def test_weights_of_few_bits_are_read_as_they_lie_and_rows_have_the_same_bits_wh
     assert np.abs(whole - expected).max() < 1e-5 * np.abs(expected).max()
     for rows in (1, 2, 3, 4, 5, 8, 13, 32):
         assert np.array_equal(multiplied(states[5 : 5 + rows].copy()), whole[5 : 5 + rows])
+
+
+def in_8_bits(kernels, weights):
+    """Weights as a type Q8_0 holds them, and packed."""
+    raw = gguf.quantize(weights, gguf.GGMLQuantizationType.Q8_0)
+    held = np.zeros(-(-len(weights) // 16) * (weights.shape[1] // 32 * 544 + 64), dtype=np.uint8)
+    kernels.call("space_pack", int(WeightType.Q8_0), raw, None, held, *weights.shape)
+    return gguf.dequantize(raw, gguf.GGMLQuantizationType.Q8_0), held
+
+
+@pytest.mark.parametrize("weight_type", [WeightType.Q4_1, WeightType.F16], ids=lambda each: each.name)
+# rows that are no masks, and that are; few outputs are left to one thread
+@pytest.mark.parametrize(("width", "ends", "first"), [(64, (32, 48), 3), (576, (576, 768, 960), 0), (576, (576,), 31)])
+def test_an_update_is_added_to_the_rows_that_are_masks_and_to_no_others(kernels, weight_type, width, ends, first):
+    random = np.random.default_rng(width + first)
+    rank, outputs = 64, ends[-1]
+    raw, _ = blocks_of(weight_type, outputs, width, random)
+    packed_weights = np.zeros(outputs * width * 2, dtype=np.uint8)
+    kernels.call("space_pack", int(weight_type), raw, None, packed_weights, outputs, width)
+    down, packed_down = in_8_bits(kernels, random.standard_normal((len(ends) * rank, width)).astype(np.float32))
+    up, packed_up = in_8_bits(kernels, random.standard_normal((outputs, rank)).astype(np.float32))
+    states = random.standard_normal((32, width)).astype(np.float32)
+
+    def multiplied(rows, *, masks_from=None):
+        update = packed_down, packed_up, np.array(ends), len(ends), rank, masks_from
+        found = np.empty((len(rows), outputs), dtype=np.float32)
+        arguments = rows, packed_weights, None, found, len(rows), width, outputs
+        kernels.call("space_linear_quantized", int(weight_type), *arguments, None if masks_from is None else update)
+        return found
+
+    kernels.threads(2)
+    base, found = multiplied(states), multiplied(states, masks_from=first)
+    kernels.threads(1)
+    alone = multiplied(states[-1:].copy(), masks_from=0)
+
+    assert np.array_equal(found[:first], base[:first])
+    assert np.array_equal(found[-1:], alone)
+    inner = (rounded(states[first:]) @ down.T).reshape(-1, rank)
+    inner = rounded(inner.astype(np.float32)).reshape(-1, len(ends), rank)
+    layer = np.searchsorted(ends, np.arange(outputs), side="right")
+    added = np.einsum("mor,or->mo", inner[:, layer], up)
+    assert np.abs(found[first:] - base[first:] - added).max() < 2e-3 * np.abs(added).max()

@@ -335,7 +335,7 @@ void attend(States<T> query, States<T> key, States<T> value, T* keys, T* values,
     const int64_t queries = sizes.rows * sizes.heads / sizes.key_heads, together = queries < 64 ? 4 : kMostTogether;
     const int64_t calls = (queries + together - 1) / together;
     // waking a second thread costs some microseconds
-    const bool pays = sizes.heads * sizes.rows * (sizes.length + sizes.rows) * (sizes.width + sizes.value_width) > 400000;
+    const bool pays = sizes.heads * sizes.rows * (sizes.length + sizes.rows) * (sizes.width + sizes.value_width) > 120000;
     // later queries see more keys: threads take turns
 #pragma omp parallel for collapse(2) schedule(static, 1) if (pays)
     for (int64_t head = 0; head < sizes.key_heads; ++head)

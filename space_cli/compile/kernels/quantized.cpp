@@ -226,13 +226,13 @@ struct Activations {
         halves.resize(2 * size / kChunk);
     }
 
-    void quantize_row(const float* input, int64_t row, int64_t width) {
+    void quantize_row(const float* values_of, int64_t row, int64_t width) {
         constexpr int kRegisters = kChunk / kLanes;
         for (int64_t chunk = 0; chunk < width / kChunk; ++chunk) {
             const int64_t at = row * (width / kChunk) + chunk;
             Floats values[kRegisters], most{};
             for (int part = 0; part < kRegisters; ++part) {
-                values[part] = load<Floats>(input + row * width + chunk * kChunk + part * kLanes);
+                values[part] = load<Floats>(values_of + chunk * kChunk + part * kLanes);
                 const Floats size = values[part] < 0.0f ? -values[part] : values[part];
                 most = size > most ? size : most;
             }
@@ -498,10 +498,10 @@ void ask_ahead(const uint8_t* tile, int64_t chunk, int64_t chunks) {
     for (int line = 0; line < code_bytes(Format::kBits) + 64; line += 64) __builtin_prefetch(from + line, 0, 3);
 }
 
-// one part of a tile of outputs for `kRows` rows
-template <typename Format, int kRows>
+// one part of a tile of outputs for `kRows` rows; `kAdds` to what the outputs are
+template <typename Format, int kRows, bool kAdds>
 void multiply(const Activations& input, int64_t row, const uint8_t* tile, int part, int64_t width, float* output,
-              int64_t outputs, int lanes) {
+              int64_t outputs, int lanes, bool asks) {
     const int64_t chunks = width / kChunk;
     const uint8_t* scales = tile + chunks * code_bytes(Format::kBits);
     const int8_t* codes_of = input.codes.data() + row * width;
@@ -509,9 +509,12 @@ void multiply(const Activations& input, int64_t row, const uint8_t* tile, int pa
     const int32_t* halves_of = input.halves.data() + row * chunks * 2;
     Floats totals[kRows];
 #pragma GCC unroll 8
-    for (int each = 0; each < kRows; ++each) totals[each] = Floats{};
+    for (int each = 0; each < kRows; ++each) {
+        totals[each] = Floats{};
+        if (kAdds) std::memcpy(&totals[each], output + each * outputs, lanes * sizeof(float));
+    }
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        if (row == 0 && part == 0) ask_ahead<Format>(tile, chunk, chunks);
+        if (asks) ask_ahead<Format>(tile, chunk, chunks);
         Bytes codes[kVectors];
         unpack<Format::kBits>(tile + chunk * code_bytes(Format::kBits), part, codes);
         const typename Format::Scales own(scales, chunk, part);
@@ -523,20 +526,23 @@ void multiply(const Activations& input, int64_t row, const uint8_t* tile, int pa
         }
     }
     for (int each = 0; each < kRows; ++each)
-        std::memcpy(output + (row + each) * outputs, &totals[each], lanes * sizeof(float));
+        std::memcpy(output + each * outputs, &totals[each], lanes * sizeof(float));
 }
 
-template <typename Format>
-void multiply_tile(const Activations& input, int64_t rows, const uint8_t* tile, int64_t width, float* output,
-                   int64_t outputs, int64_t first) {
+// the 16 outputs of a tile for the rows of the input from `first` on, of which `output` has the first
+template <typename Format, bool kAdds = false>
+void multiply_tile(const Activations& input, int64_t first, int64_t rows, const uint8_t* tile, int64_t width,
+                   float* output, int64_t outputs, int64_t tile_index) {
     constexpr int kMost = kParts == 1 ? 8 : 4;
     for (int part = 0; part < kParts; ++part) {
-        const int64_t at = first + part * kLanes;
+        const int64_t at = tile_index * kTile + part * kLanes;
         const int lanes = int(std::min<int64_t>(kLanes, outputs - at));
         if (lanes <= 0) return;
         int64_t row = 0;
         const auto run = [&](auto count) {
-            multiply<Format, decltype(count)::value>(input, row, tile, part, width, output + at, outputs, lanes);
+            multiply<Format, decltype(count)::value, kAdds>(input, first + row, tile, part, width,
+                                                            output + row * outputs + at, outputs, lanes,
+                                                            row == 0 && part == 0);
             row += decltype(count)::value;
         };
         while (rows - row >= kMost) run(std::integral_constant<int, kMost>());
@@ -546,6 +552,49 @@ void multiply_tile(const Activations& input, int64_t rows, const uint8_t* tile, 
         if (rows - row == 1) run(std::integral_constant<int, 1>());
     }
 }
+
+// whether waking a second thread, which costs some microseconds, pays
+bool pays(int64_t rows, int64_t width, int64_t outputs) { return width * outputs * (rows + 3) > 400000; }
+
+// What an adapter adds to the rows that are masks: their inputs times down, and the results, rounded in turn, times up.
+class Update {
+    typedef Plain<8, false> Format;
+
+  public:
+    Update(const SpaceUpdate* update, int64_t rows, int64_t outputs) : update_(update), outputs_(outputs) {
+        if (!update) return;
+        static thread_local std::vector<float> own;
+        masks_ = rows - update->first;
+        own.resize(masks_ * update->layers * update->rank);
+        between_ = own.data();
+    }
+
+    // called by all threads of a region; the masks are the rows of the input from `first` on
+    void add(const Activations& input, int64_t first, int64_t width, float* output) const {
+        const int64_t rank = update_->rank, layers = update_->layers, ranks = layers * rank;
+        const auto *down = static_cast<const uint8_t*>(update_->down), *up = static_cast<const uint8_t*>(update_->up);
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < ranks / kTile; ++tile)
+            multiply_tile<Format>(input, first, masks_, down + tile * tile_bytes<Format>(width), width, between_, ranks,
+                                  tile);
+        // each thread for itself: they are few
+        static thread_local Activations own;
+        own.reserve(layers * masks_, rank);
+        for (int64_t row = 0; row < layers * masks_; ++row)
+            own.quantize_row(between_ + (row % masks_ * layers + row / masks_) * rank, row, rank);
+#pragma omp for schedule(static) nowait
+        for (int64_t tile = 0; tile < outputs_ / kTile; ++tile) {
+            const int64_t* end = std::upper_bound(update_->ends, update_->ends + layers, tile * kTile);
+            multiply_tile<Format, true>(own, (end - update_->ends) * masks_, masks_,
+                                        up + tile * tile_bytes<Format>(rank), rank, output, outputs_, tile);
+        }
+    }
+
+  private:
+    const SpaceUpdate* update_;
+    int64_t outputs_, masks_ = 0;
+    float* between_ = nullptr;  // (masks, layers, rank)
+};
 
 template <typename Format>
 struct Quantized {
@@ -576,23 +625,23 @@ struct Quantized {
     }
 
     static void linear(const float* input, const uint8_t* packed, float* output, int64_t rows, int64_t width,
-                       int64_t outputs) {
+                       int64_t outputs, const SpaceUpdate* update) {
         static thread_local Activations own;
         Activations& activations = own;
         activations.reserve(rows, width);
         const int64_t tiles = (outputs + kTile - 1) / kTile, bytes = tile_bytes<Format>(width);
-        // waking a second thread costs some microseconds
-        const bool pays = width * outputs * (rows + 3) > 400000;
         if (rows == 1) activations.quantize_row(input, 0, width);
-#pragma omp parallel if (pays)
+        const Update added(update, rows, outputs);
+#pragma omp parallel if (pays(rows, width, outputs))
         {
             if (rows > 1) {
 #pragma omp for schedule(static)
-                for (int64_t row = 0; row < rows; ++row) activations.quantize_row(input, row, width);
+                for (int64_t row = 0; row < rows; ++row) activations.quantize_row(input + row * width, row, width);
             }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t tile = 0; tile < tiles; ++tile)
-                multiply_tile<Format>(activations, rows, packed + tile * bytes, width, output, outputs, tile * kTile);
+                multiply_tile<Format>(activations, 0, rows, packed + tile * bytes, width, output, outputs, tile);
+            if (update) added.add(activations, update->first, width, output + update->first * outputs);
         }
     }
 
@@ -651,10 +700,9 @@ struct Halved {
     }
 
     static void linear(const float* input, const uint8_t* packed, float* output, int64_t rows, int64_t width,
-                       int64_t outputs) {
+                       int64_t outputs, const SpaceUpdate* update) {
         const int64_t tiles = (outputs + kTile - 1) / kTile;
-        const bool pays = width * outputs * (rows + 3) > 400000;
-#pragma omp parallel for schedule(static) if (pays)
+#pragma omp parallel for schedule(static) if (pays(rows, width, outputs))
         for (int64_t tile = 0; tile < tiles; ++tile)
             for (int part = 0; part < kParts; ++part) {
                 const int64_t first = tile * kTile + part * kLanes;
@@ -673,6 +721,7 @@ struct Halved {
                 if (rows - row >= 2) run(std::integral_constant<int, 2>());
                 if (rows - row >= 1) run(std::integral_constant<int, 1>());
             }
+        if (update) space_update(input, output, rows, width, outputs, update);
     }
 
     static void row(const uint8_t* packed, int64_t output, int64_t width, float* to) {
@@ -721,13 +770,29 @@ void space_pack(int64_t type, const void* blocks, const int64_t* order, void* pa
 }
 
 void space_linear_quantized(int64_t type, const float* input, const void* packed, const float* bias, float* output,
-                            int64_t rows, int64_t width, int64_t outputs) {
+                            int64_t rows, int64_t width, int64_t outputs, const SpaceUpdate* update) {
     with_format(type, [&](auto format) {
-        decltype(format)::linear(input, static_cast<const uint8_t*>(packed), output, rows, width, outputs);
+        decltype(format)::linear(input, static_cast<const uint8_t*>(packed), output, rows, width, outputs, update);
     });
     if (!bias) return;
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t at = 0; at < outputs; ++at) output[row * outputs + at] += bias[at];
+}
+
+void space_update(const float* input, float* output, int64_t rows, int64_t width, int64_t outputs,
+                  const SpaceUpdate* update) {
+    static thread_local Activations own;
+    Activations& activations = own;
+    const int64_t masks = rows - update->first;
+    activations.reserve(masks, width);
+    const Update added(update, rows, outputs);
+#pragma omp parallel if (pays(masks, width, outputs))
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < masks; ++row)
+            activations.quantize_row(input + (update->first + row) * width, row, width);
+        added.add(activations, 0, width, output + update->first * outputs);
+    }
 }
 
 void space_rows_quantized(int64_t type, const int64_t* ids, const void* packed, float* output, int64_t rows,

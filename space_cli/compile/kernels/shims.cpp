@@ -5,9 +5,10 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
-#include "low_rank.h"
+#include "lanes.h"
 #include "quantized.h"
 
 namespace {
@@ -68,6 +69,22 @@ AOTITorchError make_output(const View& from, int32_t dtype, int64_t outputs, int
     return make(sizes, from.dims, dtype, made);
 }
 
+// `space_update` for rows of bfloat16
+void update_halves(const Bfloat16* input, Bfloat16* output, int64_t rows, int64_t width, int64_t outputs,
+                   SpaceUpdate update) {
+    static thread_local std::vector<float> inputs, sums;
+    const int64_t masks = rows - update.first;
+    inputs.resize(masks * width);
+    sums.resize(masks * outputs);
+    const Bfloat16* from = input + update.first * width;
+    Bfloat16* to = output + update.first * outputs;
+    for (int64_t at = 0; at < masks * width; ++at) inputs[at] = widened(from[at]);
+    for (int64_t at = 0; at < masks * outputs; ++at) sums[at] = widened(to[at]);
+    update.first = 0;
+    space_update(inputs.data(), sums.data(), masks, width, outputs, &update);
+    for (int64_t at = 0; at < masks * outputs; at += kLanes) store(to + at, load(sums.data() + at));
+}
+
 const void* data_of(AtenTensorHandle* tensor) { return tensor ? View(*tensor).data : nullptr; }
 
 }  // namespace
@@ -77,42 +94,42 @@ extern "C" {
 void space_begin(const SpaceCall* call) { current = *call; }
 
 // input (1, rows, width) contiguous, packed as `linear.cpp` has it for type 0, else `quantized.cpp`, bias (outputs); down,
-// up and ends as `low_rank.cpp` has them, for rows that are masks; makes (1, rows, outputs)
+// up, ends and rank as in SpaceUpdate, for rows that are masks; makes (1, rows, outputs)
 AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle input, AtenTensorHandle packed, AtenTensorHandle* bias,
                                             int64_t outputs, int64_t type, AtenTensorHandle* down, AtenTensorHandle* up,
-                                            AtenTensorHandle* ends, AtenTensorHandle* made) {
+                                            AtenTensorHandle* ends, int64_t rank, AtenTensorHandle* made) {
     const View from(input);
     int64_t rows;
     const AOTITorchError failed = make_output(from, dtype_of(input), outputs, &rows, made);
     if (failed) return failed;
     const int64_t width = from.sizes[from.dims - 1];
     void* to = View(*made).data;
+    const bool has_update = down && current.tokens < rows;
+    SpaceUpdate update{};
+    if (has_update) {
+        const View of_layers(*ends);
+        update = {data_of(down), data_of(up), static_cast<const int64_t*>(of_layers.data), of_layers.sizes[0], rank,
+                  current.tokens};
+    }
     if (type) {
         space_linear_quantized(type, static_cast<const float*>(from.data), View(packed).data,
-                               static_cast<const float*>(data_of(bias)), static_cast<float*>(to), rows, width, outputs);
-    } else {
-        const auto run = is_half(input) ? space_linear_bfloat16 : space_linear_float32;
-        run(from.data, View(packed).data, data_of(bias), to, rows, width, outputs);
+                               static_cast<const float*>(data_of(bias)), static_cast<float*>(to), rows, width, outputs,
+                               has_update ? &update : nullptr);
+        return AOTI_TORCH_SUCCESS;
     }
-    if (!down || current.tokens >= rows) return AOTI_TORCH_SUCCESS;
-    const View of_layers(*ends), updates(*up);
-    const int64_t size = is_half(input) ? 2 : 4, first = current.tokens;
-    const auto *inputs = static_cast<const char*>(from.data) + first * width * size;
-    auto* outputs_of = static_cast<char*>(to) + first * outputs * size;
-    const auto add = [&](auto run, auto* states, auto* results) {
-        run(states, View(*down).data, updates.data, static_cast<const int64_t*>(of_layers.data), results,
-            of_layers.sizes[0], updates.sizes[1], rows - first, width);
-    };
+    const auto run = is_half(input) ? space_linear_bfloat16 : space_linear_float32;
+    run(from.data, View(packed).data, data_of(bias), to, rows, width, outputs);
+    if (!has_update) return AOTI_TORCH_SUCCESS;
     if (is_half(input))
-        add(space_low_rank_bfloat16, static_cast<const void*>(inputs), static_cast<void*>(outputs_of));
+        update_halves(static_cast<const Bfloat16*>(from.data), static_cast<Bfloat16*>(to), rows, width, outputs, update);
     else
-        add(space_low_rank_float32, reinterpret_cast<const float*>(inputs), reinterpret_cast<float*>(outputs_of));
+        space_update(static_cast<const float*>(from.data), static_cast<float*>(to), rows, width, outputs, &update);
     return AOTI_TORCH_SUCCESS;
 }
 
 AOTITorchError aoti_torch_cpu_quantized_linear(AtenTensorHandle input, AtenTensorHandle packed, AtenTensorHandle* bias,
                                                int64_t outputs, int64_t type, AtenTensorHandle* made) {
-    return aoti_torch_cpu_packed_linear(input, packed, bias, outputs, type, nullptr, nullptr, nullptr, made);
+    return aoti_torch_cpu_packed_linear(input, packed, bias, outputs, type, nullptr, nullptr, nullptr, 0, made);
 }
 
 // ids of any shape, contiguous; makes (..., width) float32

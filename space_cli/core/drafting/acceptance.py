@@ -75,6 +75,7 @@ class AcceptanceStats:
         values: by depth, how often a mask brought a token that a copy would not have brought; this and the following
             are of the last refresh.
         prices: of a step by its slots: the tokens that its time brings at the rate of late.
+        mask_factor: how many times as much a step takes if some of its slots are masks.
         cheapest: the least that another slot costs, in tokens.
     """
 
@@ -86,7 +87,7 @@ class AcceptanceStats:
         self._copied = [{length: Ema(prior) for length, prior in _FIRST_COPIED.items()} for _ in range(4)]
         self._tokens = Ema(_FIRST_TOKENS)
         self._ratio, self._ratios = Ema(1.0), {size: Ema(1.0) for size in SIZES}
-        self._plain_ratio = Ema(1.0, weight=1.0)
+        self._plain_ratio, self._mask_ratio = Ema(1.0, weight=1.0), Ema(1.0)
         self.masks = Credit(trials)
         self._steps, self._since_plain = 0, _MAX_WITHOUT_PLAIN
         self._refresh()
@@ -128,17 +129,21 @@ class AcceptanceStats:
                 accepted.add(copied < depth <= right)
 
     def _add_costs(self, step: Verified) -> None:
-        slots = step.proposal.block.num_slots
+        block, slots = step.proposal.block, step.proposal.block.num_slots
+        expected = self._expected_seconds(slots)
         # a hiccup of the machine is no property of a block
-        seconds = min(step.seconds, _LONGEST_HICCUP * self._expected_seconds(slots))
-        self._ratio.add(seconds / self._seconds[slots])
-        self._ratios[slots].add(seconds / self._seconds[slots])
+        seconds = min(step.seconds, _LONGEST_HICCUP * expected)
+        if block.anchors:
+            self._mask_ratio.add(seconds / expected)
+        else:
+            self._ratio.add(seconds / self._seconds[slots])
+            self._ratios[slots].add(seconds / self._seconds[slots])
         self._tokens.add(len(step.tokens), seconds / self._seconds[1])
         if slots == 1:
             self._plain_ratio.add(seconds / self._seconds[1])
         self._since_plain = 0 if slots == 1 else self._since_plain + 1
         plain_steps = seconds / (self._seconds[1] * self._plain_ratio.value)
-        has_masks = slots > 1 and (step.proposal.block.anchors or step.proposal.predictions)
+        has_masks = slots > 1 and (block.anchors or step.proposal.predictions)
         self.masks.add(plain_steps, len(step.tokens) - plain_steps if has_masks else 0.0)
 
     def _expected_seconds(self, slots: int) -> float:
@@ -150,6 +155,7 @@ class AcceptanceStats:
         rate = self._tokens.value / self._seconds[1]
         self.prices = [rate * each for each in seconds]
         self.cheapest = min((self.prices[more] - self.prices[size]) / (more - size) for size, more in pairwise(SIZES))
+        self.mask_factor = self._mask_ratio.value
         self.values = [accepted.value for accepted in self._accepted]
         self._probabilities = [[known[length].value for length in _BUCKETS] for known in self._copied]
 

@@ -93,7 +93,9 @@ class AdaptiveDrafter:
         tree = TokenTree(asked, texts, self._stats.copy_probability, allows)
         # a node whose gain is below the cheapest slot's cost may only fill a free padding slot
         tree.grow(self._stats.cheapest, MAX_BLOCK_SLOTS - 1)
-        taken, masks, anchors = most_worth(tree.nodes, self._stats.values[:masks], self._stats.prices)
+        taken, masks, anchors = most_worth(
+            tree.nodes, self._stats.values[:masks], self._stats.prices, self._stats.mask_factor
+        )
         slots = 1 + taken + masks * len(anchors)
         taken += next(size for size in SIZES if size >= slots) - slots
         tree.grow(0.0, taken)

@@ -77,13 +77,16 @@ class TokenTree:
         return path
 
 
-def most_worth(nodes: Sequence[Node], values: Sequence[float], prices: Sequence[float]) -> tuple[int, int, list[int]]:
+def most_worth(
+    nodes: Sequence[Node], values: Sequence[float], prices: Sequence[float], mask_factor: float = 1.0
+) -> tuple[int, int, list[int]]:
     """Return how many nodes, m and mask groups behind which slots bring most tokens beyond the price of their slots.
 
     Args:
         nodes: the most probable first.
         values: by depth, the tokens that a mask brings to the next step behind the last accepted slot.
         prices: by slots, in tokens.
+        mask_factor: how many times as much slots cost if some are masks.
     """
     gains = [1.0]
     for node in nodes:
@@ -101,6 +104,7 @@ def most_worth(nodes: Sequence[Node], values: Sequence[float], prices: Sequence[
         gain = gains[taken]
         for many, slot in enumerate(order[: (len(prices) - 2 - taken) // size], start=1):
             gain += last[slot] * value
-            if gain - prices[1 + taken + many * size] > best:
-                best, masks, groups = gain - prices[1 + taken + many * size], size, many
+            price = prices[1 + taken + many * size] * mask_factor
+            if gain - price > best:
+                best, masks, groups = gain - price, size, many
     return taken, masks, sorted(order[:groups])
