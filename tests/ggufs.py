@@ -54,7 +54,18 @@ def vocabulary_file(file, describe):
     return file
 
 
-def llama_file(file, model, tokenizer, *, kind="F32", architecture="llama", template=None, divisors=None, **written):
+def llama_file(
+    file,
+    model,
+    tokenizer,
+    *,
+    kind="F32",
+    output_kind=None,
+    architecture="llama",
+    template=None,
+    divisors=None,
+    **written,
+):
     """Write a Llama with its vocabulary, its matrices in one type.
 
     Args:
@@ -62,6 +73,7 @@ def llama_file(file, model, tokenizer, *, kind="F32", architecture="llama", temp
         model: a `LlamaForCausalLM`.
         tokenizer: a fast tokenizer of transformers with byte-level BPE.
         kind: of matrices, as ggml names it.
+        output_kind: of output embeddings, and of input embeddings tied to them, where it is another.
         architecture: said of it.
         template: of chats.
         divisors: float32 by which each rotary frequency is divided, as files of Llama 3.1 have them.
@@ -87,11 +99,12 @@ def llama_file(file, model, tokenizer, *, kind="F32", architecture="llama", temp
         writer.add_string(key.replace("_", "."), value)
     if divisors is not None:
         writer.add_tensor("rope_freqs.weight", divisors)
-    type_ = gguf.GGMLQuantizationType[kind]
+    output = "token_embd.weight" if config.tie_word_embeddings else "output.weight"
     for name, weights in _named(model):
         if weights.ndim == 1:
             writer.add_tensor(name, weights)
         else:
+            type_ = gguf.GGMLQuantizationType[output_kind or kind if name == output else kind]
             writer.add_tensor(name, gguf.quants.quantize(weights, type_), raw_dtype=type_)
     finish(writer)
     return file

@@ -62,7 +62,7 @@ def load(
         models_file: a user's own models.toml.
         dtype: auto, float32, bfloat16 or float16.
         device: auto, cpu, cuda, cuda:N or mps.
-        quantization: none, int8, nf4 or fp4 (bitsandbytes).
+        quantization: none; q8_0 or q4_0, as GGUF files have them, on a CPU; int8, nf4 or fp4 (bitsandbytes).
         engine: auto, eager or compiled.
         revision: branch, tag or commit of a Hub id.
         template: a template with one {} in place of the tokenizer's own.

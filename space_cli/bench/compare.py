@@ -13,7 +13,10 @@ from space_cli.bench.record import BenchRecord, Sample
 from space_cli.bench.results import interval, place, rate
 from space_cli.errors import UsageProblem, first_invalid
 
-_WHERE = ("space", "commit", "torch", "transformers", "processor", "threads", "gpu", "dtype", "weights", "engine")
+_WHERE = (
+    *("space", "commit", "torch", "transformers", "processor", "threads", "gpu"),
+    *("dtype", "quantization", "weights", "engine"),
+)
 _HOW = ("model", "draft_model", "max_new_tokens", "sampling", "candidates")
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from space_cli.compile.export import unsupported_reason
 from space_cli.compile.fingerprint import fingerprint, weights_digest
+from space_cli.core.quantized import QuantizedEmbedding, QuantizedLinear, WeightType, has_quantized_layers
 from space_cli.core.sampling import Sampling
 from space_cli.errors import RunFailed, UsageProblem, unwritten
 from space_cli.models.gguf_file import read_gguf
@@ -104,7 +105,8 @@ def _runner(loaded: LoadedModel, length: int) -> Any:
         package = import_module("llama_cpp")
         # its defaults, a float16 cache and flash attention, are fastest, but round to half precision: logits of float32
         # weights are off by 2 % of their spread with them, by 0.001 % without; to blocks of 4 bits it makes no odds
-        half = model.dtype != torch.float32 or (loaded.gguf is not None and read_gguf(loaded.gguf).is_quantized)
+        low_bit = has_quantized_layers(model) or (loaded.gguf is not None and read_gguf(loaded.gguf).is_quantized)
+        half = model.dtype != torch.float32 or low_bit
         cache_type = None if half else package.GGML_TYPE_F32
         file = loaded.gguf if loaded.gguf is not None else _file(model)
         try:
@@ -168,7 +170,7 @@ def _file(model: PreTrainedModel) -> Path:
 
 
 def convert(model: PreTrainedModel, file: Path) -> None:
-    """Write a Llama as a GGUF file without vocabulary; matrices in the model's dtype, vectors in float32."""
+    """Write a Llama as a GGUF file without vocabulary: matrices as the model has them, vectors in float32."""
     gguf = import_module("gguf")
     config = model.config
     writer = gguf.GGUFWriter(file, "llama")
@@ -185,8 +187,12 @@ def convert(model: PreTrainedModel, file: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    for name, tensor in _tensors(model):
-        if tensor.ndim == 1 or tensor.dtype == torch.float32:
+    for name, tensor, weight_type in _tensors(model):
+        if weight_type is not None:
+            # rounding what was rounded before gives the same bits
+            kind = gguf.GGMLQuantizationType(int(weight_type))
+            writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+        elif tensor.ndim == 1 or tensor.dtype == torch.float32:
             writer.add_tensor(name, tensor.float().contiguous().numpy())
         else:
             raw = tensor.contiguous().view(torch.uint8).numpy()
@@ -199,24 +205,27 @@ def convert(model: PreTrainedModel, file: Path) -> None:
         writer.close()
 
 
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights under llama.cpp's names, in its order of rotary dimensions."""
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor, WeightType | None]]:
+    """Yield the weights under llama.cpp's names, in its order of rotary dimensions, and the type of packed ones."""
     config = model.config
     heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         module, _, kind = name.rpartition(".")
         if module == "lm_head" and config.tie_word_embeddings:
             continue  # llama.cpp takes token_embd where there is no output
+        owner, weight_type = model.get_submodule(module), None
+        if kind == "weight" and isinstance(owner, QuantizedLinear | QuantizedEmbedding):
+            tensor, weight_type = owner.dequantized().weight.detach(), owner.weight_type
         if module in _OUTSIDE:
-            yield f"{_OUTSIDE[module]}.{kind}", tensor
+            yield f"{_OUTSIDE[module]}.{kind}", tensor, weight_type
         else:
             _, _, layer, part = module.split(".", 3)
             placed = _interleaved(tensor, heads[part]) if part in heads else tensor
-            yield f"blk.{layer}.{_IN_LAYER[part]}.{kind}", placed
+            yield f"blk.{layer}.{_IN_LAYER[part]}.{kind}", placed, weight_type
     if config.rope_parameters["rope_type"] != "default":
         scaled = model.model.rotary_emb.inv_freq.float()
         exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
-        yield "rope_freqs.weight", config.rope_parameters["rope_theta"] ** -exponents / scaled
+        yield "rope_freqs.weight", config.rope_parameters["rope_theta"] ** -exponents / scaled, None
 
 
 def _interleaved(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -127,7 +127,9 @@ class LoadOptions(Group):
         "auto", description="auto: that of the checkpoint, where the device computes in it."
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N, cuda:all (layers over all GPUs) or mps.")
-    quantization: Literal["none", "int8", "nf4", "fp4"] = Field("none", description="By bitsandbytes.")
+    quantization: Literal["none", "q8_0", "q4_0", "int8", "nf4", "fp4"] = Field(
+        "none", description="q8_0, q4_0: as in GGUF files, on a CPU. int8, nf4, fp4: by bitsandbytes."
+    )
     models_file: ModelsFile = None
 
     def load(

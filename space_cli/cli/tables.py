@@ -222,6 +222,7 @@ def how(record: Record) -> list[str]:
     return [
         str(settings["model"]),
         where["dtype"],
+        *([where["quantization"]] if where.get("quantization", "none") != "none" else []),
         where["device"],
         where["engine"],
         f"{where['threads']} threads",

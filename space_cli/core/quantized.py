@@ -1,4 +1,4 @@
-"""Layers over weights that stay in the 4 to 16 bits in which a GGUF file has them.
+"""Layers over weights in 4 to 16 bits, as a GGUF file has them, or quantised at load.
 
 Weights are packed into tiles once, when they are loaded, by the C++ kernels (`kernels/quantized.cpp`); plain
 modules and compiled models compute with the same tensors. Activations and outputs are float32.
@@ -106,6 +106,28 @@ class QuantizedEmbedding(nn.Embedding):
 def has_quantized_layers(model: nn.Module) -> bool:
     """Return whether any layer of a model computes with packed weights."""
     return any(isinstance(module, QuantizedLinear | QuantizedEmbedding) for module in model.modules())
+
+
+def replace_layer(model: nn.Module, path: str, packed: torch.Tensor, weight_type: WeightType) -> None:
+    """Put a quantised layer in the place of a linear layer, whose bias it keeps, or of embeddings.
+
+    Args:
+        model: of the layer.
+        path: of the layer in the model.
+        packed: its weights, a parameter that holds what `pack` made; layers may share it.
+        weight_type: of the weights in it.
+    """
+    module = model.get_submodule(path)
+    made: QuantizedLinear | QuantizedEmbedding
+    if isinstance(module, nn.Embedding):
+        made = QuantizedEmbedding(packed, weight_type, num_embeddings=module.num_embeddings, width=module.embedding_dim)
+    else:
+        linear = cast(nn.Linear, module)
+        made = QuantizedLinear(packed, weight_type, in_features=linear.in_features, out_features=linear.out_features)
+        # on the meta device it is still to be filled
+        made.bias = linear.bias
+    made.weight = cast(nn.Parameter, packed)
+    model.set_submodule(path, made)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from space_cli.core.quantized import QuantizedEmbedding, QuantizedLinear, WeightType, pack
+from space_cli.core.quantized import QuantizedEmbedding, WeightType, pack, replace_layer
 from space_cli.errors import UsageProblem
 from space_cli.models.gguf_dense import processor_of, tensor_names, unpacked
 from space_cli.models.gguf_file import GgufFile, Tensor
@@ -110,7 +110,6 @@ def _matrix(model: PreTrainedModel, tensor: Tensor, names: dict[str, str], proce
 def _fill_quantized(model: PreTrainedModel, matrix: _Matrix) -> None:
     """Replace a layer by a quantised one with the weights of a matrix."""
     path, tensor = matrix.name.removesuffix(".weight"), matrix.tensor
-    module = model.get_submodule(path)
     weight_type, (outputs, width) = WeightType[tensor.type], tensor.shape
     raw = np.memmap(
         tensor.file, mode="r", dtype=np.uint8, offset=tensor.offset, shape=(outputs, tensor.num_bytes // outputs)
@@ -120,14 +119,7 @@ def _fill_quantized(model: PreTrainedModel, matrix: _Matrix) -> None:
     packed = pack(blocks, weight_type, width, matrix.order)
     # what was read of the file is needed no more
     raw._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
-    made: nn.Module
-    if isinstance(module, nn.Embedding):
-        made = QuantizedEmbedding(packed, weight_type, num_embeddings=outputs, width=width)
-    else:
-        made = QuantizedLinear(packed, weight_type, in_features=width, out_features=outputs)
-        # one that is still to come keeps its place
-        made.bias = cast(nn.Linear, module).bias
-    model.set_submodule(path, made)
+    replace_layer(model, path, nn.Parameter(packed, requires_grad=False), weight_type)
 
 
 def _tie(model: PreTrainedModel) -> None:
@@ -136,14 +128,7 @@ def _tie(model: PreTrainedModel) -> None:
     if output is None or not cast(torch.Tensor, output.weight).is_meta:
         return
     if isinstance(embedding, QuantizedEmbedding):
-        tied = QuantizedLinear(
-            embedding.weight,
-            embedding.weight_type,
-            in_features=embedding.embedding_dim,
-            out_features=embedding.num_embeddings,
-        )
-        tied.weight = embedding.weight
-        model.set_submodule(next(_paths(model, output)), tied)
+        replace_layer(model, next(_paths(model, output)), embedding.weight, embedding.weight_type)
     else:
         model.tie_weights()
 

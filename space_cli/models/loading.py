@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,12 +24,13 @@ from space_cli.core.costs import ASSUMED_COSTS, StepCosts
 from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Guide, Strategy
 from space_cli.core.drafting.ngrams import Source
 from space_cli.core.engine import Compiled, context_length, embedding_rows
-from space_cli.core.quantized import num_parameters
+from space_cli.core.quantized import dequantize, num_parameters
 from space_cli.errors import UsageProblem, first_line
 from space_cli.models import support
 from space_cli.models.checkpoint import ADAPTER_FILES, SPACE_CONFIG_NAME, SpaceConfig
 from space_cli.models.gguf_names import gguf_path, is_gguf
 from space_cli.models.kernels import kernels_problem
+from space_cli.models.quantization import PACKED, bitsandbytes_arguments, check_packing, pack_layers
 from space_cli.models.registry import ModelEntry, read_models, resolve
 from space_cli.models.stops import stop_ids
 from space_cli.models.texts import PastAnswers
@@ -57,6 +56,7 @@ class LoadedModel:
         compiled: the compiled model, or None where transformers runs it; costs: of its steps (see `models.engines`).
         completes: it is a base model, which goes on with a text, whatever its chat template.
         gguf: the file its weights came from, the first of several shards; None for a folder of safetensors.
+        quantization: of its weights when they were loaded, `none` where they are as stored.
         corpora: texts to copy from.
         past: answers of before to copy from, to which new ones are added; None where they are not wanted.
         stats: of its drafts by their strategy, from answer to answer.
@@ -79,6 +79,7 @@ class LoadedModel:
     costs: StepCosts = ASSUMED_COSTS
     completes: bool = False
     gguf: Path | None = None
+    quantization: str = "none"
     corpora: tuple[Source, ...] = ()
     past: PastAnswers | None = None
     stats: dict[Strategy, AcceptanceStats] = field(default_factory=dict)
@@ -160,7 +161,7 @@ def load_model(
         models_file: a user's own models.toml.
         dtype: auto, float32, bfloat16 or float16; auto is the checkpoint's own where the device computes in it.
         device: auto, cpu, cuda, cuda:N, mps, or cuda:all: layer by layer over all GPUs.
-        quantization: none, int8, nf4 or fp4 (bitsandbytes).
+        quantization: none; q8_0 or q4_0, as GGUF files have them, on a CPU; int8, nf4 or fp4 (bitsandbytes).
         revision: branch, tag or commit of a Hub id.
         weights: those of a GGUF file stay in its few bits as stored, or become tensors that can be trained through.
 
@@ -176,7 +177,7 @@ def load_model(
         file = gguf_path(base, base_revision) if is_gguf(base) else None
         asked = {"dtype": dtype, "device": chosen_device, "quantization": quantization}
         if file is None:
-            model, tokenizer = _from_folder(name, base, base_revision, **asked)
+            model, tokenizer = _from_folder(name, base, base_revision, **asked, weights=weights)
         else:
             model, tokenizer = _from_gguf(name, file, **asked, weights=weights)
     except OSError as error:
@@ -202,12 +203,13 @@ def load_model(
         prompt_template=entry.prompt_template,
         completes=entry.completes or _base_completes(space, models_file),
         gguf=file,
+        quantization=quantization,
         **_mask_fields(name, model, space, entry),
     )
 
 
 def _from_folder(
-    name: str, source: str, revision: str | None, *, dtype: str, device: str, quantization: str
+    name: str, source: str, revision: str | None, *, dtype: str, device: str, quantization: str, weights: Weights
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return model and tokenizer of a folder, or of a Hub id."""
     if Path(source).is_dir() and not Path(source, "config.json").is_file():
@@ -215,16 +217,20 @@ def _from_folder(
     config = AutoConfig.from_pretrained(source, revision=revision)
     support.check_config(config, name)
     chosen = DTYPES[_dtype(dtype, device, config)]
+    if quantization in PACKED:
+        check_packing(name, config, quantization, device=device, dtype="auto" if weights == "dense" else dtype)
+        placed: dict[str, Any] = {"dtype": DTYPES.get(_own_dtype(config), torch.float32)}
+    else:
+        placed = {"dtype": chosen, **_placement(quantization, device), **bitsandbytes_arguments(quantization, chosen)}
     tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     model = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=revision,
-        config=config,
-        dtype=chosen,
-        use_safetensors=True,
-        **_placement(quantization, device),
-        **_quantization(quantization, chosen),
+        source, revision=revision, config=config, use_safetensors=True, **placed
     )
+    if quantization in PACKED:
+        pack_layers(model, quantization, name)
+        if weights == "dense":
+            dequantize(model)
+            model.to(chosen)  # type: ignore[arg-type]  # wrapped in a way that hides its signature
     return model, tokenizer
 
 
@@ -272,10 +278,15 @@ def _dtype(dtype: str, device: str, config: PretrainedConfig) -> str:
         if dtype not in DTYPES:
             raise UsageProblem(f"unknown dtype {dtype!r}", hint=f"use auto, {', '.join(DTYPES)}")
         return dtype
-    own = str(config.get_text_config().dtype or config.dtype or "float32").removeprefix("torch.")
+    own = _own_dtype(config)
     if device == "cpu" and own != "float32":
         return "bfloat16" if computes_in_bfloat16() else "float32"
     return own if own in DTYPES else "float32"
+
+
+def _own_dtype(config: PretrainedConfig) -> str:
+    """Return the dtype of a checkpoint by its config."""
+    return str(config.get_text_config().dtype or config.dtype or "float32").removeprefix("torch.")
 
 
 def _placement(quantization: str, device: str) -> dict[str, Any]:
@@ -283,24 +294,6 @@ def _placement(quantization: str, device: str) -> dict[str, Any]:
     if device == SPREAD:
         return {"device_map": _OVER_ALL}
     return {} if quantization == "none" else {"device_map": {"": device}}
-
-
-def _quantization(quantization: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` for bitsandbytes weights."""
-    if quantization == "none":
-        return {}
-    if quantization not in ("int8", "nf4", "fp4"):
-        raise UsageProblem(f"unknown quantization {quantization!r}", hint="use none, int8, nf4 or fp4")
-    if find_spec("bitsandbytes") is None:
-        raise UsageProblem(
-            f"--quantization {quantization} needs bitsandbytes", hint="pip install 'space-decoding[quantization]'"
-        )
-    if quantization == "int8":
-        # with its outlier columns, chosen over all rows of a call, a row's result would depend on the rows beside it
-        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    else:
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": config}
 
 
 def _space_config(entry: ModelEntry, revision: str | None) -> SpaceConfig | None:

@@ -19,7 +19,7 @@ from space_cli.models.loading import LoadedModel
 
 
 def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
-    """Return versions, machine, weights, dtype, engine, step costs and date."""
+    """Return versions, machine, weights, dtype, quantization, engine, step costs and date."""
     return {
         "space": space_cli.__version__,
         "commit": _commit(),
@@ -32,6 +32,7 @@ def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(loaded.model.device) if loaded.model.device.type == "cuda" else None,
         "device": loaded.device,
         "dtype": loaded.dtype,
+        "quantization": loaded.quantization,
         "weights": weights_digest(loaded.model),
         "engine": "eager" if loaded.compiled is None else "compiled",
         "step_costs": None if loaded.costs is ASSUMED_COSTS else asdict(loaded.costs),

@@ -86,7 +86,7 @@ def test_candidates_choose_the_block(run_space, tiny_model_dir, prompts_file):
         (["--max-new-tokens", "256"], "prompts do not fit, with 256 new tokens, into the context of"),
         (["--dtype", "int4"], "'int4' is not one of 'auto', 'float32'"),
         (["--device", "abacus"], "unknown device 'abacus'"),
-        (["--quantization", "q4"], "'q4' is not one of 'none', 'int8'"),
+        (["--quantization", "q4"], "'q4' is not one of 'none', 'q8_0'"),
     ],
 )
 def test_wrong_values_are_one_line_and_exit_code_2(run_space, tiny_model_dir, prompts_file, arguments, told):
