@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -37,9 +39,27 @@ class RunFailed(SpaceError):
     exit_code = 3
 
 
-def unwritten(file: Path, error: OSError) -> RunFailed:
-    """Return the error of a result that found no place on disk."""
-    return RunFailed(f"{file}: could not be written: {error.strerror or error}")
+def system_reason(error: OSError) -> str:
+    """Return what the system says of a file or an address, without the name."""
+    return error.strerror or str(error)
+
+
+@contextmanager
+def opening(what: object) -> Iterator[None]:
+    """Turn an OSError within into a `UsageProblem`; its line begins with `what`, as the user named it."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageProblem(f"{what}: {system_reason(error)}") from error
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Turn an OSError within into a `RunFailed`: a result could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{file}: could not be written: {system_reason(error)}") from error
 
 
 class Interrupted(SpaceError):

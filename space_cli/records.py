@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
 
-from space_cli.errors import unwritten
+from space_cli.errors import writing
 from space_cli.files import atomic_write
 
 SCHEMA_VERSION = 2
@@ -35,10 +35,8 @@ class JsonRecord(BaseModel):
         Raises:
             RunFailed: the file cannot be written.
         """
-        try:
+        with writing(file):
             atomic_write(file, self.to_json())
-        except OSError as error:
-            raise unwritten(file, error) from error
 
 
 class Record(JsonRecord):

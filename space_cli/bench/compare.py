@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from space_cli.bench.record import BenchRecord, Sample
 from space_cli.bench.results import interval, place, rate
-from space_cli.errors import UsageProblem, first_invalid
+from space_cli.errors import UsageProblem, first_invalid, opening
 
 _WHERE = ("space", "commit", "torch", "transformers", "processor", "threads", "gpu", "dtype", "weights", "engine")
 _HOW = ("model", "draft_model", "max_new_tokens", "sampling", "candidates")
@@ -60,13 +60,13 @@ def read_report(file: Path) -> BenchRecord:
     Raises:
         UsageProblem: it cannot be read, or is none.
     """
+    with opening(file):
+        content = file.read_bytes()
     try:
-        return BenchRecord.model_validate(json.loads(file.read_bytes()))
-    except OSError as error:
-        raise UsageProblem(f"{file}: {error.strerror or error}") from error
+        return BenchRecord.model_validate(json.loads(content))
     except ValidationError as error:
-        told = f"not a record of this version's `space bench --json`: {first_invalid(error)}"
-        raise UsageProblem(f"{file}: {told}") from error
+        reason = f"not a record of this version's `space bench --json`: {first_invalid(error)}"
+        raise UsageProblem(f"{file}: {reason}") from error
     except (ValueError, RecursionError) as error:
         raise UsageProblem(f"{file}: not a record of `space bench --json`: {error}") from error
 

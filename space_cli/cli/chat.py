@@ -15,7 +15,7 @@ from pydantic import Field
 from space_cli.cli import options
 from space_cli.cli.groups import grouped
 from space_cli.cli.texts import with_corpora, with_past_answers
-from space_cli.errors import Interrupted, UsageProblem
+from space_cli.errors import Interrupted, UsageProblem, opening
 from space_cli.text import prose, well_formed
 
 if TYPE_CHECKING:
@@ -167,10 +167,8 @@ def _system(system: str | None, file: Path | None) -> str:
         raise UsageProblem("--system and --system-file exclude each other")
     if file is None:
         return well_formed(system or "", "--system")
-    try:
+    with opening(f"--system-file {file}"):
         return prose(file.read_bytes(), str(file)).strip()
-    except OSError as error:
-        raise UsageProblem(f"--system-file {file}: {error.strerror or error}") from error
 
 
 def _saved(file: Path | None) -> tuple[list[Turn], str | None]:
@@ -201,10 +199,10 @@ def _schema(file: Path | None, *, json_mode: bool) -> dict[str, Any] | None:
         raise UsageProblem("--schema and --json-mode exclude each other")
     if file is None:
         return {"type": "object"} if json_mode else None
+    with opening(f"--schema {file}"):
+        content = file.read_bytes()
     try:
-        schema = loads(file.read_bytes())
-    except OSError as error:
-        raise UsageProblem(f"--schema {file}: {error.strerror or error}") from error
+        schema = loads(content)
     except (ValueError, RecursionError) as error:
         raise UsageProblem(f"--schema {file}: no JSON: {error}") from error
     if not isinstance(schema, dict):

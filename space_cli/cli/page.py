@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from space_cli.cli.console import visible
-from space_cli.errors import unwritten
+from space_cli.errors import writing
 from space_cli.files import atomic_write
 
 if TYPE_CHECKING:
@@ -68,10 +68,8 @@ def write_page(file: Path, title: str, parts: Sequence[Part]) -> None:
     Raises:
         RunFailed: the file cannot be written.
     """
-    try:
+    with writing(file):
         atomic_write(file, as_markdown(parts) if file.suffix == ".md" else as_html(title, parts))
-    except OSError as error:
-        raise unwritten(file, error) from error
 
 
 def as_markdown(parts: Sequence[Part]) -> str:

@@ -24,7 +24,7 @@ from space_cli.cli.console import is_screen, out, plain, print_wrapped, unechoed
 from space_cli.cli.live import named_histogram, tally_of
 from space_cli.cli.repl_input import QUOTES, CommandCompleter, input_history, key_bindings, unquoted
 from space_cli.core.stream import Generation
-from space_cli.errors import SpaceError, UsageProblem, first_line
+from space_cli.errors import SpaceError, UsageProblem, first_line, opening, system_reason
 from space_cli.models.registry import located
 from space_cli.text import well_formed
 
@@ -178,7 +178,7 @@ class Repl:
             try:
                 session.chat.save(self._newest)
             except OSError as error:
-                self._say(f"the conversation could not be kept: {error.strerror or error}")
+                self._say(f"the conversation could not be kept: {system_reason(error)}")
                 self._newest = None
 
     # Commands
@@ -267,10 +267,8 @@ class Repl:
         file = Path(name).expanduser()
         if file.exists() and file.resolve() not in self._own_files:
             raise UsageProblem(f"{name}: is there already", hint="give another name")
-        try:
+        with opening(name):
             self._session.chat.save(file)
-        except OSError as error:
-            raise UsageProblem(f"{name}: {error.strerror or error}") from error
         self._own_files.add(file.resolve())
         self._say(f"saved {name}")
 

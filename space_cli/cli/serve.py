@@ -13,7 +13,7 @@ from pydantic import Field
 
 from space_cli.cli import options
 from space_cli.cli.groups import Group, grouped
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, opening
 from space_cli.text import read_text
 
 if TYPE_CHECKING:
@@ -153,10 +153,8 @@ def _api_key(file: Path | None) -> str | None:
     """Return the key that requests must bring, or None."""
     if file is None:
         return os.environ.get("SPACE_API_KEY") or None
-    try:
+    with opening(f"--api-key-file {file}"):
         key = read_text(file).strip()
-    except OSError as error:
-        raise UsageProblem(f"--api-key-file {file}: {error.strerror or error}") from error
     if not key:
         raise UsageProblem(f"--api-key-file {file}: is empty")
     return key

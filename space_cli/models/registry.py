@@ -12,7 +12,7 @@ from platformdirs import user_config_path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from tomlkit.exceptions import TOMLKitError
 
-from space_cli.errors import UsageProblem, first_invalid
+from space_cli.errors import UsageProblem, first_invalid, opening
 from space_cli.files import atomic_write, expanded
 from space_cli.models.checkpoint import SPACE_CONFIG_NAME
 from space_cli.models.gguf_names import PACKAGE, has_package_file, is_gguf, is_on_hub
@@ -108,19 +108,20 @@ def add_model(name: str, entry: ModelEntry, file: Path) -> None:
     before = _read(file) if file.is_file() else {}
     if name in before:
         raise UsageProblem(f"{file} has the name {name!r} already", hint="choose another, or edit the file")
+    with opening(file):
+        content = read_text(file) if file.is_file() else ""
     try:
-        document = tomlkit.parse(read_text(file) if file.is_file() else "")
+        document = tomlkit.parse(content)
         document.setdefault("models", tomlkit.table(is_super_table=True))[name] = fields
         text = tomlkit.dumps(document)
-        # what would be written is read as it will be, before it takes the place of the old file
-        if _parsed(text, file) != before | {name: _located(entry, file)}:
-            raise UsageProblem(f"{file}: {name!r} would not be read as it was given; nothing was written")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, text)
-    except OSError as error:
-        raise UsageProblem(f"{file}: {error.strerror or error}") from error
     except TOMLKitError as error:
         raise UsageProblem(f"{file}: cannot be added to: {error}", hint="edit it by hand") from error
+    # what would be written is read as it will be, before it takes the place of the old file
+    if _parsed(text, file) != before | {name: _located(entry, file)}:
+        raise UsageProblem(f"{file}: {name!r} would not be read as it was given; nothing was written")
+    with opening(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, text)
 
 
 def resolve(name: str, models_file: Path | None = None) -> ModelEntry:
@@ -145,10 +146,9 @@ def resolve(name: str, models_file: Path | None = None) -> ModelEntry:
 
 
 def _read(file: Path) -> dict[str, ModelEntry]:
-    try:
-        return _parsed(read_text(file), file)
-    except OSError as error:
-        raise UsageProblem(f"{file}: {error.strerror or error}") from error
+    with opening(file):
+        text = read_text(file)
+    return _parsed(text, file)
 
 
 def _parsed(text: str, file: Path) -> dict[str, ModelEntry]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from space_cli.core.drafting.corpus import SortedText
 from space_cli.core.drafting.ngrams import SEPARATOR, Continuation, NgramIndex
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, opening
 
 MAX_TOKENS = 1 << 18
 """Tokens of past answers that are kept: about a megabyte of text, sorted in a tenth of a second."""
@@ -136,10 +136,10 @@ def _encoded(
 
 
 def _text(file: Path) -> str:
+    with opening(f"--corpus {file}"):
+        content = file.read_bytes()
     try:
-        text = file.read_bytes().decode()
-    except OSError as error:
-        raise UsageProblem(f"--corpus {file}: {error.strerror}") from error
+        text = content.decode()
     except UnicodeDecodeError:
         return ""
     return "" if "\0" in text else text

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, opening
 from space_cli.files import expanded
 from space_cli.rows import HubDataset, SourceRow, read_file, read_hub, read_rows
 from space_cli.tasks.formats import SUITES, DatasetFormat, each_row, plain_prompt
@@ -71,10 +71,8 @@ def _human_eval() -> Iterator[SourceRow]:
 
 def _file_rows(name: str) -> Iterator[SourceRow]:
     file = Path(expanded(name))
-    try:
+    with opening(name):  # a name can be too long for the file system
         there = file.exists()
-    except OSError as error:  # a name too long for the file system
-        raise UsageProblem(f"{name}: {error.strerror or error}") from error
     if there:
         return read_file(file)
     close = difflib.get_close_matches(name.partition("=")[0], SUITES, n=1, cutoff=0.5)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from space_cli.core.sampling import mix
 from space_cli.core.stream import is_repetitive
-from space_cli.errors import unwritten
+from space_cli.errors import writing
 from space_cli.training.batch import Request, answer_in_batches
 
 
@@ -120,9 +120,6 @@ def _read(file: Path) -> dict[str, list[int]]:
 
 def _append(file: Path, answers: dict[str, list[int]]) -> None:
     lines = [json.dumps({"key": key, "token_ids": ids}) for key, ids in answers.items()]
-    try:
-        with file.open("a", encoding="utf-8") as stream:
-            # an incomplete last line of an earlier run must not swallow this run's first one
-            stream.write("\n" + "\n".join(lines) + "\n")
-    except OSError as error:
-        raise unwritten(file, error) from error
+    with writing(file), file.open("a", encoding="utf-8") as stream:
+        # an incomplete last line of an earlier run must not swallow this run's first one
+        stream.write("\n" + "\n".join(lines) + "\n")

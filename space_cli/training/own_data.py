@@ -17,7 +17,7 @@ from pathlib import Path
 from space_cli.chat.templates import DEFAULT_TEMPLATE, Escaper, Turn, has_own_template, render, split_template
 from space_cli.core.sampling import mix
 from space_cli.core.stream import is_repetitive
-from space_cli.errors import UsageProblem, unwritten
+from space_cli.errors import UsageProblem, writing
 from space_cli.models.loading import LoadedModel
 from space_cli.training.batch import Request, answer_in_batches
 from space_cli.training.chat_format import prompt_ids
@@ -159,9 +159,7 @@ def _read(file: Path, base: str) -> dict[str, tuple[str, str]]:
 
 
 def _append(file: Path, base: str, question: str, answer: str) -> None:
-    try:
+    with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as stream:
             stream.write("\n" + json.dumps({"base": base, "question": question, "answer": answer}) + "\n")
-    except OSError as error:
-        raise unwritten(file, error) from error

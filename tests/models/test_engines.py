@@ -224,7 +224,7 @@ def test_a_library_that_cannot_be_loaded_is_told_and_costs_auto_nothing(filled, 
 @pytest.mark.usefixtures("empty")
 def test_a_processor_that_this_one_is_not_is_told_before_anything_is_compiled(monkeypatch):
     monkeypatch.setenv("SPACE_CPU", "x86-64-v4")
-    monkeypatch.setattr(toolchain, "_processor_flags", lambda: "flags: sse2 fma avx2 bmi2 avx512f")
+    monkeypatch.setattr(toolchain, "processor_field", lambda _: "sse2 fma avx2 bmi2 avx512f")
 
     assert prepare(loaded_model(), tokens=ENOUGH).compiled is None
     with pytest.raises(RunFailed, match="x86-64-v4: this processor does not have avx512bw, avx512dq, avx512vl"):
