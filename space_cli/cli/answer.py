@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-import time
 from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from space_cli.cli.console import is_screen, plain, print_wrapped, visible
-from space_cli.cli.live import Tally, named_histogram, newest_lines, tally_of, without_masks
+from space_cli.cli.live import Frames, Tally, named_histogram, newest_lines, tally_of, without_masks
 from space_cli.cli.markdown import styled
 
 if TYPE_CHECKING:
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from space_cli.chat.session import Session
     from space_cli.core.stream import Generation, Step
 
-_SECONDS_PER_FRAME = 0.08
 # a blue and a purple of medium lightness, readable on white and on black
 _SHADES = ("color(32)", "color(133)")
 # of 16 colours the nearest to that purple is white
@@ -93,33 +90,30 @@ class LiveAnswer(PlainAnswer):
         self._console = console
         self._shaded = ShadedText(session, console, prompt_ids)
         self._tally = Tally()
-        self._drawn = 0.0
-        self._live = Live(console=console, auto_refresh=False, transient=True, get_renderable=self._render)
+        self._frames = Frames(console, self._render, transient=True)
 
     def __enter__(self) -> LiveAnswer:
         """Start drawing."""
-        self._live.start(refresh=True)
+        self._frames.start(refresh=True)
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Leave the answer, as it came."""
         self._shaded.finish()
-        self._live.stop()
+        self._frames.stop()
         self._console.print(styled(self._shaded.text), soft_wrap=True)
 
     def step(self, step: Step) -> None:
         """Add a step's text."""
         self._tally.add(step)
         self._shaded.add(step)
-        if time.monotonic() - self._drawn >= _SECONDS_PER_FRAME:
-            self._live.refresh()
-            self._drawn = time.monotonic()
+        self._frames.refresh_if_due()
 
     def _render(self) -> Group:
         size, so_far = self._console.size, self._tally
         newest = newest_lines(self._shaded.text, max(1, size.width - 1), max(1, size.height - 3))
-        told = f"{counted(so_far)} · {so_far.rate:.0f} tokens/s" if so_far.steps else "reading the prompt"
-        return Group(newest, Text(told, style="dim", no_wrap=True, overflow="ellipsis"))
+        status = f"{counted(so_far)} · {so_far.rate:.0f} tokens/s" if so_far.steps else "reading the prompt"
+        return Group(newest, Text(status, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
 class StepsAnswer(PlainAnswer):

@@ -79,8 +79,7 @@ class MethodOptions(Group):
         from space_cli.bench.methods import chains, methods_named
         from space_cli.bench.sweep import parse_sweep
 
-        if self.seeds > 1 and not sampled:
-            raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
+        options.check_seeds(self.seeds, sampled=sampled)
         if self.sweep is not None:
             if self.methods is not None or candidates is not None:
                 raise UsageProblem(
@@ -356,7 +355,8 @@ def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) 
 def _hand_out(report: BenchRecord, output: ResultOptions, view: RunView) -> None:
     """Write the files and show the table; with --json - standard output holds the JSON alone."""
     from space_cli.bench.results import results
-    from space_cli.cli.tables import show_bench, write_record
+    from space_cli.cli.console import write_json
+    from space_cli.cli.tables import show_bench
 
     report.results = results(report.samples, report.settings["methods"], report.settings["metrics"])
 
@@ -367,7 +367,7 @@ def _hand_out(report: BenchRecord, output: ResultOptions, view: RunView) -> None
             stack.callback(_draw, output.plot_file, report)
         if output.report_file is not None:
             stack.callback(_write_report, output.report_file, report)
-        stack.callback(write_record, report, output.json_file)
+        stack.callback(write_json, report.to_json, output.json_file)
 
 
 def _draw(file: Path, report: BenchRecord) -> None:

@@ -6,7 +6,7 @@ import base64
 import difflib
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from rich.text import Text
 from space_cli.chat.conversation import load_turns
 from space_cli.chat.templates import Turn
 from space_cli.cli.answer import counted, greeting, summary, view_of
-from space_cli.cli.console import is_screen, out, plain, print_wrapped, unechoed, visible
+from space_cli.cli.console import loading, out, plain, print_wrapped, unechoed, visible
 from space_cli.cli.live import named_histogram, tally_of
 from space_cli.cli.repl_input import QUOTES, CommandCompleter, input_history, key_bindings, unquoted
 from space_cli.core.stream import Generation
@@ -185,8 +185,8 @@ class Repl:
 
     def _help(self, _: str) -> None:
         table = Table.grid(padding=(0, 2, 0, 0))
-        for name, (_run, told) in self._commands.items():
-            table.add_row(name, told)
+        for name, (_run, help_text) in self._commands.items():
+            table.add_row(name, help_text)
         self._console().print(table)
         self._say(f"{QUOTES} opens and closes a text of several lines; Alt-Enter begins a new line", style="")
 
@@ -244,9 +244,9 @@ class Repl:
         now = dict(self._session.settings)[name]
         self._say(f"{name} {'auto' if now is None else now}")
 
-    def _set(self, told: str) -> None:
-        if told:
-            name, _, value = told.partition(" ")
+    def _set(self, words: str) -> None:
+        if words:
+            name, _, value = words.partition(" ")
             self._set_one(name, value.strip())
             return
         for name, value in self._session.settings:
@@ -255,8 +255,7 @@ class Repl:
     def _model(self, name: str) -> None:
         if not name:
             raise UsageProblem("/model needs a name", hint="`space models list` shows some")
-        console = self._console()
-        with console.status(plain(f"loading {name}")) if is_screen(console) else nullcontext():
+        with loading(name, self._console()):
             loaded = self._load(name)
         self._session.take(loaded, self._session.chat.turns)
         self._say(f"{name}; the conversation goes on")

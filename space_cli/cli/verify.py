@@ -77,8 +77,7 @@ class ComparisonOptions(Group):
             raise UsageProblem(
                 f"--numerics {self.numerics}: a way to run the model as it is", hint="leave --engine out"
             )
-        if self.seeds > 1 and not sampled:
-            raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
+        options.check_seeds(self.seeds, sampled=sampled)
 
     def names(self) -> tuple[str, ...]:
         """Return what to compare with, as asked for; nothing where that is left to the model.
@@ -277,12 +276,13 @@ def _run(
 
 def _hand_out(record: Verification, json: str | None, report: Path | None, view: RunView) -> None:
     """Write the record and the report and show the verdict; with --json - standard output holds the JSON alone."""
+    from space_cli.cli.console import write_json
     from space_cli.cli.page import write_page
-    from space_cli.cli.tables import show_verification, verdict, write_record
+    from space_cli.cli.tables import show_verification, verdict
     from space_cli.cli.verify_page import verification_page
 
     try:
-        write_record(record, json)
+        write_json(record.to_json, json)
         if report is not None:
             write_page(report, verdict(record), verification_page(record))
     finally:

@@ -10,6 +10,7 @@ from space_cli.bench.measure import measure
 from space_cli.bench.methods import METHODS, Method, chains, choose_methods, methods_named
 from space_cli.bench.record import BenchRecord
 from space_cli.bench.results import results
+from space_cli.cli.console import write_json
 from space_cli.core.sampling import Sampling
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
@@ -257,7 +258,7 @@ def test_a_checkout_without_git_has_no_commit(loaded, tmp_path, monkeypatch):
 def test_report_is_written_whole_or_not_at_all(tmp_path):
     report = BenchRecord(environment={}, settings={}, samples=[sample("1", "ar")])
 
-    report.write(tmp_path / "run.json")
+    write_json(report.to_json, str(tmp_path / "run.json"))
 
     assert BenchRecord.model_validate_json((tmp_path / "run.json").read_text()) == report
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
