@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -72,6 +73,12 @@ def first_line(error: BaseException | str) -> str:
     """Return the first line of another library's error; where it has no text, the name of its type."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "no reason given" if isinstance(error, str) else type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, otherwise: str) -> str:
+    """Return a hint that names what looks like an unknown name, or `otherwise` where nothing does."""
+    close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 class InvalidField(NamedTuple):

@@ -29,6 +29,7 @@ from space_cli.errors import UsageProblem
 from space_cli.models.engines import EngineName, measured, prepare
 from space_cli.models.loading import LoadedModel, load_model
 from space_cli.models.registry import default_model
+from space_cli.models.support import check_candidates
 
 if TYPE_CHECKING:
     from space_cli.core.drafting import Drafter
@@ -168,11 +169,7 @@ class Model:
         """
         if mode == "ar":
             return None
-        if candidates is not None and not self.loaded.mask_token_ids:
-            raise UsageProblem(
-                f"candidates {candidates}: {self.name} has no masks, and copies as many tokens as pay",
-                hint="leave it out",
-            )
+        check_candidates(candidates, self.name, self.loaded.masks_per_group, hint="leave it out")
         if candidates is None and self.loaded.costs is ASSUMED_COSTS:
             self.loaded = measured(self.loaded)
         asked = None if candidates is None else min(candidates, self.loaded.masks_per_group)

@@ -170,16 +170,17 @@ def greeting(session: Session, console: Console) -> Text:
         return Text("Each model call yields one token.", style="dim")
     one, other = shades_of(console)
     loaded = session.loaded
-    told = Text.assemble(
+    introduction = Text.assemble(
         ("Each model call checks tokens guessed by the calls before it and adds one of its own: ", "dim"),
         ("what comes out of one call", one),
         (" ", "dim"),
         ("is shaded alike", other),
         (". Fewer calls, the same text.", "dim"),
     )
-    for line in without_masks({"model": loaded.name, "masks_per_group": loaded.masks_per_group}):
-        told.append_text(plain(f"\n{line}", style="dim"))
-    return told
+    facts = {"model": loaded.name, "source": loaded.source, "masks_per_group": loaded.masks_per_group}
+    for line in without_masks(facts):
+        introduction.append_text(plain(f"\n{line}", style="dim"))
+    return introduction
 
 
 def view_of(session: Session, console: Console, prompt_ids: Sequence[int]) -> PlainAnswer:

@@ -241,14 +241,15 @@ def _broken(line: Text, width: int) -> Iterable[Text]:
 
 
 def without_masks(settings: Mapping[str, Any]) -> list[str]:
-    """Return a line about drafting without masks, and how to train them; nothing for a model with masks."""
+    """Return a line about drafting without masks, and how to have some; nothing for a model with masks."""
+    from space_cli.models.registry import name_with_masks
+
     model = settings["model"]
     if settings.get("masks_per_group") != 0 or "space" not in settings.get("methods", ("space",)):
         return []
-    return [
-        f"{model} has no masks: what is guessed is copied from the text so far. `space train --model {model}"
-        " --data FILE --output DIR` trains some, which guess anywhere."
-    ]
+    other = name_with_masks(str(settings.get("source")))
+    way = f"--model {other} has" if other else f"`space train --model {model} --data FILE --output DIR` trains"
+    return [f"{model} has no masks: what is guessed is copied from the text so far. {way} some, which guess anywhere."]
 
 
 def tally_of(generations: Iterable[Generation]) -> Tally:

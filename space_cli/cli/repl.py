@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import difflib
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +23,7 @@ from space_cli.cli.console import loading, out, plain, print_wrapped, unechoed, 
 from space_cli.cli.live import named_histogram, tally_of
 from space_cli.cli.repl_input import QUOTES, CommandCompleter, input_history, key_bindings, unquoted
 from space_cli.core.stream import Generation
-from space_cli.errors import SpaceError, UsageProblem, first_line, opening, system_reason
+from space_cli.errors import SpaceError, UsageProblem, did_you_mean, first_line, opening, system_reason
 from space_cli.models.registry import located
 from space_cli.text import well_formed
 
@@ -120,9 +119,8 @@ class Repl:
         name, _, rest = text.strip().partition(" ")
         name = {"/clear": "/reset", "/?": "/help", "/quit": "/exit", "/bye": "/exit"}.get(name, name)
         if name not in self._commands:
-            near = difflib.get_close_matches(name, self._commands, n=1)
-            hint = f"did you mean {near[0]}?" if near else "/help lists them; a text with a space in front is sent"
-            raise UsageProblem(f"no command {name}", hint=hint)
+            otherwise = "/help lists them; a text with a space in front is sent"
+            raise UsageProblem(f"no command {name}", hint=did_you_mean(name, self._commands, otherwise=otherwise))
         self._commands[name][0](rest.strip())
 
     # Answers

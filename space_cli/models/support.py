@@ -24,6 +24,17 @@ _PROBE_BLOCK = Block.tree([0, 0, 2], 1)
 _PROBE_PATH = [0, 2, 3]
 
 
+def check_candidates(candidates: object, name: str, masks: int, *, option: str = "candidates", hint: str) -> None:
+    """Refuse a fixed number of candidates for a model without masks.
+
+    Raises:
+        UsageProblem: that is the case.
+    """
+    if candidates is not None and not masks:
+        reason = f"{name} has no masks, and copies as many tokens as pay"
+        raise UsageProblem(f"{option} {candidates}: {reason}", hint=hint)
+
+
 def check_config(config: PretrainedConfig, name: str) -> None:
     """Refuse models that keep a running state, have no causal LM class, or weights in a form that is not read.
 

@@ -15,6 +15,7 @@ from space_cli.core.sampling import Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
 from space_cli.errors import UsageProblem
+from space_cli.models import support
 from space_cli.models.loading import LoadedModel
 from space_cli.tasks.prompts import Prompt, Suite
 from space_cli.tasks.task import Task
@@ -210,11 +211,9 @@ def check_candidates(loaded: LoadedModel, candidates: int | None) -> None:
     """
     if candidates is None:
         return
-    if not loaded.masks_per_group:
-        raise UsageProblem(
-            f"--candidates {candidates}: {loaded.name} has no masks, and copies as many tokens as pay",
-            hint="leave it out",
-        )
+    support.check_candidates(
+        candidates, loaded.name, loaded.masks_per_group, option="--candidates", hint="leave it out"
+    )
     if not 1 <= candidates <= loaded.masks_per_group:
         raise UsageProblem(
             f"--candidates {candidates}: {loaded.name} was trained for 1 to {loaded.masks_per_group}",
