@@ -10,9 +10,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from space_cli.cli.console import is_screen, plain, print_wrapped, visible
-from space_cli.cli.live import Frames, Tally, named_histogram, newest_lines, tally_of, without_masks
+from space_cli.cli.console import is_screen, plain, print_wrapped
+from space_cli.cli.live import Frames, Tally, newest_lines, tally_of
 from space_cli.cli.markdown import styled
+from space_cli.report.wording import named_histogram, without_masks
+from space_cli.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -115,7 +115,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _told(error: BaseException) -> tuple[str, int]:
     """Return the line and the exit code of an error, the most specific kinds first."""
-    from space_cli.cli.console import visible
+    from space_cli.text import visible
 
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) else 3

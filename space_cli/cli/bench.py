@@ -371,15 +371,15 @@ def _hand_out(report: BenchRecord, output: ResultOptions, view: RunView) -> None
 
 
 def _draw(file: Path, report: BenchRecord) -> None:
-    from space_cli.cli.drawing import write_plots
-    from space_cli.cli.plots import plots
+    from space_cli.report.drawing import write_plots
+    from space_cli.report.plots import plots
 
     write_plots(file, plots(report))
 
 
 def _write_report(file: Path, report: BenchRecord) -> None:
-    from space_cli.cli.bench_page import bench_page
-    from space_cli.cli.headline import headline
-    from space_cli.cli.page import write_page
+    from space_cli.report.bench_page import bench_page
+    from space_cli.report.headline import headline
+    from space_cli.report.page import write_page
 
     write_page(file, headline(report), bench_page(report))

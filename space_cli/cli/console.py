@@ -1,7 +1,6 @@
 """Output streams, and what may be written to them.
 
-Standard output holds the answer or the data, standard error progress, notes and errors. Text made by a model or read
-from a file is untrusted: `visible` turns what a terminal would obey into what a person can see.
+Standard output holds the answer or the data, standard error progress, notes and errors.
 """
 
 from __future__ import annotations
@@ -21,19 +20,7 @@ from rich.text import Text
 
 from space_cli.errors import writing
 from space_cli.files import atomic_write
-
-_BIDI = [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]
-_VISIBLE = {
-    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
-    0x7F: "\N{SYMBOL FOR DELETE}",
-    **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
-    **{code: f"\\u{code:04x}" for code in (*_BIDI, *range(0xD800, 0xE000), 0x2028, 0x2029)},
-}
-
-
-def visible(text: str) -> str:
-    """Return `text` with control, bidi and surrogate characters replaced by visible forms; newline and tab stay."""
-    return text.translate(_VISIBLE)
+from space_cli.text import visible
 
 
 def plain(text: str, style: str = "") -> Text:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from rich.cells import chop_cells
 from rich.console import Console, Group
@@ -16,10 +16,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from space_cli.cli.console import err, is_screen, plain, table, visible
+from space_cli.cli.console import err, is_screen, plain, table
+from space_cli.report.wording import histogram
+from space_cli.text import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
 
     from rich.console import RenderableType
 
@@ -29,9 +31,7 @@ if TYPE_CHECKING:
 
 COMPILING = "compiling it for this machine, once: half a minute for a small model (--engine eager does without)"
 _SECONDS_PER_FRAME = 0.1
-_LONGEST_SHOWN = 8
 _TEXT_LINES = 9
-_BARS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass
@@ -240,18 +240,6 @@ def _broken(line: Text, width: int) -> Iterable[Text]:
     return line.divide(list(accumulate(map(len, parts)))[:-1])
 
 
-def without_masks(settings: Mapping[str, Any]) -> list[str]:
-    """Return a line about drafting without masks, and how to have some; nothing for a model with masks."""
-    from space_cli.models.registry import name_with_masks
-
-    model = settings["model"]
-    if settings.get("masks_per_group") != 0 or "space" not in settings.get("methods", ("space",)):
-        return []
-    other = name_with_masks(str(settings.get("source")))
-    way = f"--model {other} has" if other else f"`space train --model {model} --data FILE --output DIR` trains"
-    return [f"{model} has no masks: what is guessed is copied from the text so far. {way} some, which guess anywhere."]
-
-
 def tally_of(generations: Iterable[Generation]) -> Tally:
     """Return the totals of several answers' steps."""
     tally = Tally()
@@ -259,31 +247,3 @@ def tally_of(generations: Iterable[Generation]) -> Tally:
         for step in generation.steps:
             tally.add(step)
     return tally
-
-
-def histogram(accepted: Counter[int]) -> str:
-    """Return one bar per number of tokens in a step, with the shares; the last bar includes longer steps."""
-    if not accepted:
-        return ""
-    shares, more = _shares(accepted)
-    return f"{''.join(map(_bar, shares))}  " + " ".join(f"{share:.0%}" for share in shares) + more
-
-
-def named_histogram(accepted: Counter[int]) -> str:
-    """Return the same with each number of tokens in front of its bar, for those that occurred: `1 ▆ 80%  2 ▂ 20%`."""
-    shares, more = _shares(accepted)
-    names = [str(length) for length in range(1, len(shares) + 1)]
-    names[-1] += more
-    return "  ".join(f"{name} {_bar(share)} {share:.0%}" for name, share in zip(names, shares, strict=True) if share)
-
-
-def _shares(accepted: Counter[int]) -> tuple[list[float], str]:
-    """Return the share of steps with 1, 2, ... tokens, and a + if the last share includes longer steps."""
-    longest = min(max(accepted), _LONGEST_SHOWN)
-    counts = [accepted[count] for count in range(1, longest + 1)]
-    counts[-1] += sum(count for length, count in accepted.items() if length > longest)
-    return [count / accepted.total() for count in counts], "+" if max(accepted) > longest else ""
-
-
-def _bar(share: float) -> str:
-    return _BARS[max(1 if share else 0, round(share * (len(_BARS) - 1)))]

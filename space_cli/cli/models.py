@@ -161,7 +161,7 @@ def _show(statuses: list[ModelStatus]) -> None:
 
 def _row(status: ModelStatus) -> tuple[str, ...]:
     """Return the cells of a model, each a single line whatever the files hold."""
-    from space_cli.cli.console import visible
+    from space_cli.text import visible
 
     places = {"bundled": "in this package", "hub": f"Hub: {status.source}"}
     where = places.get(status.kind, status.source) + (f" @ {status.revision}" if status.revision else "")

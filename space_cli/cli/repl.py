@@ -19,13 +19,14 @@ from rich.text import Text
 from space_cli.chat.conversation import load_turns
 from space_cli.chat.templates import Turn
 from space_cli.cli.answer import counted, greeting, summary, view_of
-from space_cli.cli.console import loading, out, plain, print_wrapped, unechoed, visible
-from space_cli.cli.live import named_histogram, tally_of
+from space_cli.cli.console import loading, out, plain, print_wrapped, unechoed
+from space_cli.cli.live import tally_of
 from space_cli.cli.repl_input import QUOTES, CommandCompleter, input_history, key_bindings, unquoted
 from space_cli.core.stream import Generation
 from space_cli.errors import SpaceError, UsageProblem, did_you_mean, first_line, opening, system_reason
 from space_cli.models.registry import located
-from space_cli.text import well_formed
+from space_cli.report.wording import named_histogram
+from space_cli.text import visible, well_formed
 
 if TYPE_CHECKING:
     from rich.console import Console

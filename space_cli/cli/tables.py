@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,17 +11,24 @@ from rich.table import Table
 from rich.text import Text
 
 from space_cli.bench.sweep import fastest_k, sweep_method
-from space_cli.cli.columns import between, cells, terminal_columns, times
 from space_cli.cli.console import err, is_screen, out, plain, table
-from space_cli.cli.live import histogram, without_masks
 from space_cli.core.stream import Parts
-from space_cli.verify.record import MIN_P_VALUE
+from space_cli.report.columns import between, cells, terminal_columns, times
+from space_cli.report.wording import (
+    by_place,
+    evidence,
+    heading,
+    run_settings,
+    sides,
+    verdict,
+    verification_settings,
+    without_masks,
+)
 
 if TYPE_CHECKING:
     from space_cli.bench.compare import Change
     from space_cli.bench.profile import Profile
     from space_cli.bench.record import BenchRecord, Result, Sample
-    from space_cli.records import Record
     from space_cli.verify.record import Divergence, Row, Verification
 
 _PLACES_SHOWN = 8
@@ -154,7 +160,7 @@ def _results(results: list[Result]) -> Table:
 def _closing(report: BenchRecord) -> Text:
     candidates = report.settings["candidates"]
     k = [f"k = {candidates}"] if candidates else []
-    line = " · ".join([*how(report), *k, "identical: token for token the answer of ar"])
+    line = " · ".join([*run_settings(report), *k, "identical: token for token the answer of ar"])
     return plain("\n".join([line, *without_masks(report.settings)]), style="dim")
 
 
@@ -166,8 +172,8 @@ def show_changes(changes: list[Change], differing: list[tuple[str, object, objec
         console.print(plain(f"\n{suite}, {_counted(of_suite[0].prompts, 'answer')} in both", style="bold"))
         judged = any(change.quality is not None for change in of_suite)
         shown = table("method", "tok/s", "tok/step", "speedup", "change", "95 %", *(["quality"] if judged else []))
-        for heading in ("verdict", "other answers"):
-            shown.add_column(heading)
+        for title in ("verdict", "other answers"):
+            shown.add_column(title)
         for change in of_suite:
             shown.add_row(
                 plain(change.method),
@@ -193,22 +199,6 @@ def show_changes(changes: list[Change], differing: list[tuple[str, object, objec
 
 def _quality(change: Change) -> str:
     return "-" if change.quality is None else "{:.1%} > {:.1%}".format(*change.quality)
-
-
-def how(record: Record) -> list[str]:
-    """Return the settings of a run, briefly."""
-    settings, where = record.settings, record.environment
-    sampling = settings["sampling"]
-    mode = f"temperature {sampling['temperature']:g}, seed {sampling['seed']}" if sampling["temperature"] else "greedy"
-    return [
-        str(settings["model"]),
-        where["dtype"],
-        where["device"],
-        where["engine"],
-        f"{where['threads']} threads",
-        mode,
-        f"{settings['max_new_tokens']} new tokens",
-    ]
 
 
 def show_verification(record: Verification, done: str, *, to_stderr: bool) -> None:
@@ -246,85 +236,9 @@ def _comparisons(rows: list[Row]) -> Table:
     return shown
 
 
-def verification_settings(record: Verification) -> list[str]:
-    """Return the settings of a verification, briefly."""
-    settings = record.settings
-    k = [f"k = {settings['candidates']}"] if settings["candidates"] else []
-    # numerics apply to the eager engine only
-    numerics = [f"numerics: {settings['numerics']}"] if record.environment["engine"] == "eager" else []
-    own = [*k, f"drafts: {settings['drafts']}", *numerics]
-    return [*how(record), *own, *([f"{settings['seeds']} seeds"] if settings["seeds"] > 1 else [])]
-
-
-def evidence(record: Verification) -> list[str]:
-    """Return the evidence for the verdict besides the table."""
-    lengths = Counter({length + 1: count for length, count in enumerate(record.accepted) if count})
-    lines = [f"Candidates accepted in a step: 0, 1, ...  {histogram(lengths)}"]
-    if record.never_accepted:
-        never = ", ".join(map(str, record.never_accepted))
-        lines.append(f"No step accepted {never}: nothing is known of that; --drafts mixed gives every length.")
-    if record.kernels is not None:
-        kernels, bits = record.kernels, f"largest difference of a logit {record.kernels.largest_difference:.2g}"
-        same = f"{kernels.bit_equal} of {kernels.positions} positions bit for bit"
-        alone = "at the head" if record.settings["numerics"] == "same-shape" else "alone"
-        lines.append(f"This machine, the same tokens {alone} and inside a block: equal at {same}, {bits}.")
-    lines += without_masks(record.settings)
-    lines += [
-        f"First two tokens of {test.prompt} under {test.draws} seeds, {test.method} against transformers' distribution:"
-        f" chi-squared {test.chi_squared:.1f} over {test.bins} bins, p = {test.p_value:.2g}."
-        for test in record.distributions
-    ]
-    return lines
-
-
-def verdict(record: Verification) -> str:
-    """Return the verdict in one line."""
-    places = [place[0] for place in by_place(record.divergences)]
-    ties = sum(found.verdict == "tie" for found in places)
-    violations = len(places) - ties
-    unlikely = [test for test in record.distributions if test.p_value < MIN_P_VALUE]
-    scope = f"{record.tokens} tokens of {len(record.answers)} answers"
-    if record.lossless is None:
-        return f"NO VERDICT: an error ended the run after {scope}"
-    if violations or unlikely:
-        found = [f"{violations} {'violation' if violations == 1 else 'violations'}"] if violations else []
-        found += [
-            f"the distribution of {test.method} is not transformers' (p = {test.p_value:.1g})" for test in unlikely
-        ]
-        return f"NOT LOSSLESS: {', '.join(found)} in {scope}"
-    if ties:
-        judged = "LOSSLESS UP TO ROUNDING" if record.lossless else "NOT LOSSLESS (--strict)"
-        # nothing is more exact than float32: with a GGUF file's weights the rounding is that of activations
-        advice = "" if record.environment["dtype"] == "float32" else "; --dtype float32 is exact"
-        return f"{judged}: no violation and {ties} {'tie' if ties == 1 else 'ties'} in {scope}{advice}"
-    return f"LOSSLESS: {scope} are identical"
-
-
-def by_place(divergences: list[Divergence]) -> list[list[Divergence]]:
-    """Group divergences at the same place with the same tokens, as those against ar and hf."""
-    places: dict[tuple[object, ...], list[Divergence]] = {}
-    for found in divergences:
-        drafted = found.against == "drafts"
-        key = (found.suite, found.prompt, found.seed, drafted, found.position, found.expected, found.got)
-        places.setdefault(key, []).append(found)
-    return list(places.values())
-
-
-def heading(place: list[Divergence]) -> str:
-    """Return the place of a divergence and the sides compared."""
-    found = place[0]
-    seed = "" if found.seed is None else f", seed {found.seed}"
-    what = "draft" if found.against == "drafts" else "token"
-    return f"{found.suite} {found.prompt}{seed}, {what} {found.position} against {_sides(place)}"
-
-
-def _sides(place: list[Divergence]) -> str:
-    return ", ".join(found.against for found in place)
-
-
 def _place(place: list[Divergence]) -> Text:
     found = place[0]
-    expected = "causal call" if found.against == "drafts" else _sides(place)
+    expected = "causal call" if found.against == "drafts" else sides(place)
     wide = max(len(expected), len("space"))
     return Text.assemble(
         (f"{found.verdict} ", "yellow" if found.verdict == "tie" else "bold red"),

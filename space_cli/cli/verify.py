@@ -277,9 +277,10 @@ def _run(
 def _hand_out(record: Verification, json: str | None, report: Path | None, view: RunView) -> None:
     """Write the record and the report and show the verdict; with --json - standard output holds the JSON alone."""
     from space_cli.cli.console import write_json
-    from space_cli.cli.page import write_page
-    from space_cli.cli.tables import show_verification, verdict
-    from space_cli.cli.verify_page import verification_page
+    from space_cli.cli.tables import show_verification
+    from space_cli.report.page import write_page
+    from space_cli.report.verify_page import verification_page
+    from space_cli.report.wording import verdict
 
     try:
         write_json(record.to_json, json)

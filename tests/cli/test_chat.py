@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from space_cli.cli.console import visible
+from space_cli.text import visible
 
 PROMPT = ("--prompt", "def add(a, b):\n")
 FAST = ("--dtype", "float32", "--max-new-tokens", "24")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from space_cli.cli.app import run
-from space_cli.cli.console import visible
+from space_cli.text import visible
 
 
 def test_help_tells_the_commands_and_exit_codes_without_torch(clean_env):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from space_cli.bench.sweep import fastest_k, sweep_method
-from space_cli.cli.plots import is_sweep
+from space_cli.report.plots import is_sweep
 
 if TYPE_CHECKING:
     from space_cli.bench.record import BenchRecord, Result

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from space_cli.cli.console import visible
 from space_cli.errors import writing
 from space_cli.files import atomic_write
+from space_cli.text import visible
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -86,7 +86,7 @@ def as_html(title: str, parts: Sequence[Part]) -> str:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
-        loader=PackageLoader("space_cli.cli"),
+        loader=PackageLoader("space_cli.report"),
         autoescape=True,
         trim_blocks=True,
         keep_trailing_newline=True,

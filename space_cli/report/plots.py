@@ -7,8 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from space_cli.bench.sweep import fastest_k, sweep_k
-from space_cli.cli.drawing import GRID, INK, LEGEND_COLUMNS, PAPER, Plot, Style, label, legend, styles
 from space_cli.core.costs import ASSUMED_COSTS
+from space_cli.report.drawing import GRID, INK, LEGEND_COLUMNS, PAPER, Plot, Style, label, legend, styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from reports import compared, report, sample
 
-from space_cli.cli.bench_page import bench_page
-from space_cli.cli.console import visible
-from space_cli.cli.headline import headline, remarks
-from space_cli.cli.page import as_html, as_markdown, code, escaped, fenced, table, write_page
 from space_cli.cli.tables import show_bench
+from space_cli.report.bench_page import bench_page
+from space_cli.report.headline import headline, remarks
+from space_cli.report.page import as_html, as_markdown, code, escaped, fenced, table, write_page
+from space_cli.text import visible
 
 PIECES = st.sampled_from(
     [
@@ -95,7 +95,7 @@ def as_page(run):
 @given(HOSTILE)
 def test_what_a_model_wrote_makes_no_element_and_no_attribute(text):
     # drawings take time, and have a test of their own
-    with mock.patch("space_cli.cli.bench_page.find_spec", return_value=None):
+    with mock.patch("space_cli.report.bench_page.find_spec", return_value=None):
         page, tame = as_page(hostile_report(text)), as_page(hostile_report("tame"))
 
     parsed = Parsed(page)
@@ -229,7 +229,7 @@ def test_a_run_cut_short_says_so():
 
 
 def test_without_matplotlib_a_page_has_the_figures_and_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("space_cli.cli.bench_page.find_spec", lambda _: None)
+    monkeypatch.setattr("space_cli.report.bench_page.find_spec", lambda _: None)
 
     page = as_page(report(compared({"space": 2.0})))
 

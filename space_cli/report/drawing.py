@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from space_cli.cli.console import visible
 from space_cli.errors import RunFailed, writing
 from space_cli.files import atomic_write
+from space_cli.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
