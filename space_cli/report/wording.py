@@ -134,9 +134,7 @@ def named_histogram(accepted: Counter[int]) -> str:
     names = [str(length) for length in range(1, len(fractions) + 1)]
     names[-1] += more
     named = zip(names, fractions, strict=True)
-    return "  ".join(
-        f"{name} {_bar(fraction)} {fraction:.0%}" for name, fraction in zip(names, fractions, strict=True) if fraction
-    )
+    return "  ".join(f"{name} {_bar(fraction)} {fraction:.0%}" for name, fraction in named if fraction)
 
 
 def _fractions(accepted: Counter[int]) -> tuple[list[float], str]:
