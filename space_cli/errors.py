@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SpaceError(Exception):
-    """A problem told in one line; `exit_code` is what the process ends with."""
+    """A problem reported in one line; `exit_code` is what the process ends with."""
 
     exit_code = 3
 

@@ -125,7 +125,7 @@ def _json(file: Path) -> Iterator[SourceRow]:
     if content[start:].decode(encoding, "replace").lstrip().startswith("["):
         yield from _json_array(decoded(content, str(file)), file)
     elif encoding == "utf-8":
-        # line by line: what is no text is told behind what is
+        # line by line: bytes that are no text are reported behind the rows that are
         yield from _json_lines(content[start:].split(b"\n"), file)
     else:
         yield from _json_lines(decoded(content, str(file)).encode().split(b"\n"), file)
@@ -246,7 +246,7 @@ def read_hub(dataset: HubDataset) -> Iterator[SourceRow]:
     except ImportError as error:
         missing = "datasets of the Hub need a package that is missing"
         raise UsageProblem(missing, hint="pip install datasets") from error
-    # a Hub out of reach is told once, by the error, and not with every retry
+    # a Hub out of reach is reported once, by the error, and not with every retry
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     name, revision = dataset.id, dataset.revision
     config = [] if dataset.config is None else [dataset.config]

@@ -16,7 +16,7 @@ from space_cli.api.answers import Answer, AnswerText, Message, Piece
 from space_cli.api.caches import MAX_BYTES, CachePool
 from space_cli.api.grammar import Grammar, grammar_for
 from space_cli.api.settings import GenerationSettings, Mode, Options, SamplingSettings
-from space_cli.api.tools import CallReader, Tool, call_form, check_tools
+from space_cli.api.tools import CallReader, Tool, check_tools, response_template
 from space_cli.chat.templates import Role, Turn, ids_of, request
 from space_cli.core.cache import KVCache
 from space_cli.core.costs import ASSUMED_COSTS
@@ -266,7 +266,7 @@ class Stream:
         model: that answers.
         token_ids: of the prompt.
         settings: how.
-        tools: that the model was told of.
+        tools: that are offered to the model.
 
     Raises:
         UsageProblem: the prompt does not fit, or the model cannot answer so.
@@ -282,8 +282,8 @@ class Stream:
         )
         schema = settings.schema_to_follow
         grammar = None if schema is None else grammar_for(loaded, schema, len(token_ids))
-        form = call_form(loaded) if tools else None
-        reader = None if form is None else CallReader(loaded, form, token_ids, tools)
+        template = response_template(loaded) if tools else None
+        reader = None if template is None else CallReader(loaded, template, token_ids, tools)
         self._text = AnswerText(loaded, token_ids, settings.stop, reader)
         self._pieces: list[Piece] = []
         with model._lock:

@@ -69,7 +69,7 @@ class GenerationSettings(SamplingSettings):
 
     Attributes:
         stop: the answer ends in front of the first of these texts.
-        logprobs: so many likeliest tokens are told beside each token's log-probability; None tells nothing.
+        logprobs: number of likeliest tokens reported beside each token's log-probability; None reports nothing.
         json_schema: the answer is JSON that the schema holds for, as far as it comes before `max_new_tokens`.
         json_mode: the answer is a JSON object.
         prediction: what the answer is expected to be much like; a draft, which changes nothing of it.

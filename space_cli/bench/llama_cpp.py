@@ -28,7 +28,7 @@ from space_cli.errors import RunFailed, UsageProblem, writing
 from space_cli.models.gguf_file import read_gguf
 from space_cli.models.loading import LoadedModel
 
-_FILE_FORM = 1
+_FILE_VERSION = 1
 """Of the files written; another number for another content, as they outlive this program."""
 _MIN_CONTEXT = 1024
 # scaled by a factor of each frequency, which a file can hold
@@ -142,7 +142,7 @@ def _without_amx(package: Any) -> Iterator[None]:
 
 def _file(model: PreTrainedModel) -> Path:
     """Return the GGUF file of these weights; convert them if there is none yet."""
-    file = user_cache_path("space") / "gguf" / f"{fingerprint(model)[:8]}-{weights_digest(model)}-{_FILE_FORM}.gguf"
+    file = user_cache_path("space") / "gguf" / f"{fingerprint(model)[:8]}-{weights_digest(model)}-{_FILE_VERSION}.gguf"
     if file.exists():
         return file
     with writing(file):

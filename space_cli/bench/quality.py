@@ -93,7 +93,7 @@ def _passes(prompt: Prompt, text: str) -> tuple[float, str]:
     if prompt.code is None:
         raise ValueError(f"{prompt.task_id} has no tests")
     outcome = contained.run_submission(prompt.code.before + code_of(text) + prompt.code.after)
-    return float(outcome.passed), outcome.told
+    return float(outcome.passed), outcome.reason
 
 
 def code_of(text: str) -> str:

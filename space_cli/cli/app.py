@@ -102,7 +102,7 @@ def run(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:  # noqa: BLE001  # the single place where errors become a line and an exit code
-        line, code = _told(error)
+        line, code = _line_and_code(error)
         if os.environ.get("SPACE_DEBUG") and not isinstance(error, (typer.TyperException, SystemExit)):
             traceback.print_exception(error)
         if line:
@@ -113,7 +113,7 @@ def run(arguments: Sequence[str]) -> int:
     return returned if isinstance(returned, int) else 0
 
 
-def _told(error: BaseException) -> tuple[str, int]:
+def _line_and_code(error: BaseException) -> tuple[str, int]:
     """Return the line and the exit code of an error, the most specific kinds first."""
     from space_cli.text import visible
 
@@ -144,8 +144,8 @@ def _is_full_disk(error: BaseException) -> bool:
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in codes
-    told = str(error)
-    return any(f"(os error {code})" in told for code in codes) or "PytorchStreamWriter failed writing" in told
+    message = str(error)
+    return any(f"(os error {code})" in message for code in codes) or "PytorchStreamWriter failed writing" in message
 
 
 def _is_help(message: str) -> bool:

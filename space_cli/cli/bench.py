@@ -165,7 +165,7 @@ def run(
     from space_cli.cli.console import quiet_libraries
 
     quiet_libraries()
-    wanted = methods.named(candidates, sampled=sampling.temperature > 0)
+    requested = methods.named(candidates, sampled=sampling.temperature > 0)
     suites = prompts.suites()
 
     from space_cli.bench.methods import choose_methods
@@ -180,7 +180,7 @@ def run(
     loaded = load.load(model, revision=revision)
     draft = methods.loaded_draft(load, loaded)
     settings = Settings(max_new_tokens, sampling.sampling(), candidates)
-    chosen, left_out = choose_methods(wanted, loaded, sampling=settings.sampling, draft=draft)
+    chosen, left_out = choose_methods(requested, loaded, sampling=settings.sampling, draft=draft)
     if any(method.takes_candidates for method in chosen):
         check_candidates(loaded, candidates)
     suites = suites_for(loaded, suites)
@@ -270,8 +270,8 @@ def _journal(output: ResultOptions, report: BenchRecord, planned: Plan) -> Journ
     if json is None or json == "-" or (Path(json).exists() and not Path(json).is_file()):
         return None
     # not the date and the measured costs, which differ when resuming; scoring may be added later
-    told = report.environment | report.settings
-    run = {name: value for name, value in told.items() if name not in ("date", "step_costs", "left_out")}
+    facts = report.environment | report.settings
+    run = {name: value for name, value in facts.items() if name not in ("date", "step_costs", "left_out")}
     journal = Journal(Path(json), run | {"prompts": prompts_digest(planned)})
     if output.resume:
         journal.resume()

@@ -56,7 +56,7 @@ def _checked_record(json: str | None) -> str | None:
 
 
 def _writes(option: str, endings: tuple[str, str], *, package: str | None = None) -> Callable[[Path | None], Any]:
-    """Return the check of an option that names a file to be written, of a kind told by its ending."""
+    """Return the check of an option that names a file to be written, of a kind known by its ending."""
 
     def checked(file: Path | None) -> Path | None:
         file = at_home(file)

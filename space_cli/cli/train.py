@@ -247,7 +247,7 @@ def train(
         examples, loaded.tokenizer, template=template, max_length=length, held_out=steps.held_out, seed=seed
     )
     for source in sources:
-        view.note(source.told)
+        view.note(source.summary)
     view.example(rendered(examples[0], loaded.tokenizer, template=template))
     view.begin(loaded, prepared, recipe)
     if place.dry_run:

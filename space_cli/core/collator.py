@@ -102,8 +102,8 @@ class SARCollator:
         if self.mask_layout == "paper" and torch.rand((), generator=self._generator).item() >= self.p_sar:
             return []
         eligible = [n for n in range(len(labels) - 2) if labels[n + 1] != IGNORED and labels[n + 2] != IGNORED]
-        wanted = 1 if self.mask_layout == "paper" else self.groups
-        drawn = torch.randperm(len(eligible), generator=self._generator)[:wanted].tolist()
+        count = 1 if self.mask_layout == "paper" else self.groups
+        drawn = torch.randperm(len(eligible), generator=self._generator)[:count].tolist()
         return sorted(eligible[index] for index in drawn)
 
 

@@ -23,11 +23,11 @@ def load_dense(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> 
     """
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    wanted = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     # a plain dict: what is taken out must not be held twice
-    state = _state(gguf, config, wanted, dtype)
+    state = _state(gguf, config, expected, dtype)
     tied = set(getattr(empty, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         if name not in state and name not in tied:
             raise UsageProblem(f"{gguf.files[0]}: is damaged: it has no weights for {name}")
         if name in state and tuple(state[name].shape) != shape:
@@ -35,13 +35,13 @@ def load_dense(gguf: GgufFile, config: PretrainedConfig, dtype: torch.dtype) -> 
     return cast(PreTrainedModel, type(empty).from_pretrained(None, config=config, state_dict=state, dtype=dtype))
 
 
-def tensor_names(gguf: GgufFile, config: PretrainedConfig, wanted: Iterable[str]) -> dict[str, str]:
+def tensor_names(gguf: GgufFile, config: PretrainedConfig, expected: Iterable[str]) -> dict[str, str]:
     """Return transformers' names of weights by those in the file."""
     kinds = {name: kind for kind, name in ggml.MODEL_ARCH_NAMES.items()}
     table = ggml.get_tensor_name_map(kinds[gguf.architecture], config.num_hidden_layers)
     processor = processor_of(gguf, config)
     names: dict[str, str] = {}
-    for ours in wanted:
+    for ours in expected:
         name = processor.preprocess_name(ours)
         module, dot, kind = name.rpartition(".")
         if kind not in ("weight", "bias"):
@@ -61,10 +61,10 @@ def processor_of(gguf: GgufFile, config: PretrainedConfig) -> Any:
 
 
 def _state(
-    gguf: GgufFile, config: PretrainedConfig, wanted: Iterable[str], dtype: torch.dtype
+    gguf: GgufFile, config: PretrainedConfig, expected: Iterable[str], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return the weights by transformers' names."""
-    names, processor = tensor_names(gguf, config, wanted), processor_of(gguf, config)
+    names, processor = tensor_names(gguf, config, expected), processor_of(gguf, config)
     state: dict[str, torch.Tensor] = {}
     for tensor in gguf.tensors:
         # experts are put together by the processor, into `state` itself

@@ -182,8 +182,8 @@ def _modules(archive: Path) -> Iterator[bytes]:
     else:
         with tarfile.open(archive) as tar:
             for member in tar:
-                wanted = member.name.endswith(".py") and not _SKIPPED_FOLDER.search(member.name)
-                content = tar.extractfile(member) if wanted else None
+                is_python = member.name.endswith(".py") and not _SKIPPED_FOLDER.search(member.name)
+                content = tar.extractfile(member) if is_python else None
                 if content is not None:
                     yield content.read()
 

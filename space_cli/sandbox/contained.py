@@ -66,10 +66,10 @@ _PROBES = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a program ended; `told` is one printable line, as "passed", "timed out" or "NameError: ..."."""
+    """How a program ended; `reason` is one printable line, as "passed", "timed out" or "NameError: ..."."""
 
     passed: bool
-    told: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +145,8 @@ def _follow(process: subprocess.Popen[bytes], token: str, seconds: float, wall_s
         return Outcome(False, "timed out")
     if rest == token:
         return Outcome(True, "passed")
-    told = _line(rest) or _ended(status)
-    return Outcome(False, told if told != "passed" else "failed")  # an exception can have any name
+    reason = _line(rest) or _ended(status)
+    return Outcome(False, reason if reason != "passed" else "failed")  # an exception can have any name
 
 
 def _used_seconds(process: subprocess.Popen[bytes], deadline: float) -> float:

@@ -96,10 +96,10 @@ class Server:
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception as error:  # noqa: BLE001  # the single place where errors become responses
-            told, path = api_error(error), request.url.path
-            self.metrics.requests.labels(request.scope["route"].path, str(told.status)).inc()
-            log.info("%s %d %s", path, told.status, told.code)
-            return told.response()
+            problem, path = api_error(error), request.url.path
+            self.metrics.requests.labels(request.scope["route"].path, str(problem.status)).inc()
+            log.info("%s %d %s", path, problem.status, problem.code)
+            return problem.response()
 
     async def _chat(self, request: Request) -> Response:
         body = ChatRequest.model_validate_json(await read_body(request, self.limits.body_bytes))
@@ -195,8 +195,8 @@ def _raw_ids(model: Model, prompt: str | list[int]) -> list[int]:
         prompt = model.loaded.encode(prompt)
     rows = embedding_rows(model.loaded.model)
     if not prompt or not all(0 <= token < rows for token in prompt):
-        told = f"a prompt has a token outside of 0 to {rows - 1}" if prompt else "a prompt is empty"
-        raise ApiError(400, told, param="prompt", code="invalid_value")
+        message = f"a prompt has a token outside of 0 to {rows - 1}" if prompt else "a prompt is empty"
+        raise ApiError(400, message, param="prompt", code="invalid_value")
     return prompt
 
 
@@ -204,8 +204,8 @@ def _check_length(model: Model, characters: int) -> None:
     """Refuse a prompt that is far too long before tokenizing it, which is slow."""
     limit = model.context_length
     if limit is not None and characters > limit * _CHARACTERS_PER_TOKEN:
-        told = f"the prompt of {characters} characters is longer than the context of {limit} tokens"
-        raise ApiError(400, told, code="context_length_exceeded", param="messages")
+        message = f"the prompt of {characters} characters is longer than the context of {limit} tokens"
+        raise ApiError(400, message, code="context_length_exceeded", param="messages")
 
 
 def _entry(name: str) -> dict[str, object]:
@@ -215,5 +215,5 @@ def _entry(name: str) -> dict[str, object]:
 def _not_here(request: Request, error: Exception) -> Response:
     """Answer a request for an unknown path or method."""
     assert isinstance(error, HTTPException)
-    told = f"{request.method} {request.url.path} is not here; see /docs"
-    return ApiError(error.status_code, told, code="not_found", headers=error.headers).response()
+    message = f"{request.method} {request.url.path} is not here; see /docs"
+    return ApiError(error.status_code, message, code="not_found", headers=error.headers).response()

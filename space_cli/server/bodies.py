@@ -150,7 +150,7 @@ class _Request(BaseModel):
 
     def options(self, default_tokens: int) -> dict[str, Any]:
         """Return the requested settings of an answer."""
-        told = {
+        fields = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
@@ -161,8 +161,8 @@ class _Request(BaseModel):
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
         }
         seed = secrets.randbelow(2**63) if self.seed is None else self.seed % 2**63
-        told |= self.response_format.options() if self.response_format else {}
-        given = {name: value for name, value in told.items() if value is not None}
+        fields |= self.response_format.options() if self.response_format else {}
+        given = {name: value for name, value in fields.items() if value is not None}
         return given | {"seed": seed, "max_new_tokens": self.most_tokens or default_tokens}
 
 

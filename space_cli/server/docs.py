@@ -31,8 +31,8 @@ def openapi() -> dict[str, Any]:
         [(body, "validation") for body in _BODIES.values()], ref_template="#/components/schemas/{model}"
     )
     paths: dict[str, Any] = {}
-    for path, (method, told) in _PATHS.items():
-        operation: dict[str, Any] = {"summary": told, "responses": {"200": {"description": "Done."}}}
+    for path, (method, description) in _PATHS.items():
+        operation: dict[str, Any] = {"summary": description, "responses": {"200": {"description": "Done."}}}
         if path in _BODIES:
             schema = refs[(_BODIES[path], "validation")]
             operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
@@ -53,8 +53,8 @@ def page() -> str:
     parts = ["<!doctype html><html lang=en><meta charset=utf-8><title>space serve</title>"]
     parts.append("<style>body{font:16px/1.5 sans-serif;max-width:50em;margin:2em auto;padding:0 1em}</style>")
     parts.append(f"<h1>space serve {escape(__version__)}</h1>")
-    for path, (method, told) in _PATHS.items():
-        parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(told)}")
+    for path, (method, description) in _PATHS.items():
+        parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(description)}")
         if path in _BODIES:
             fields = _BODIES[path].model_json_schema()["properties"]
             parts.append("<p>Fields: " + ", ".join(f"<code>{escape(name)}</code>" for name in fields) + ".")

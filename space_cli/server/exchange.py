@@ -132,8 +132,8 @@ class Exchange:
         if self.done and self.first is not None:
             self.metrics.first.observe(self.first)
             self.metrics.seconds.observe(seconds)
-        told = (path, self.job.model, status, usage["prompt_tokens"], usage["completion_tokens"], seconds)
-        log.info("%s %s %d %d+%d tokens %.2f s", *told)
+        logged = (path, self.job.model, status, usage["prompt_tokens"], usage["completion_tokens"], seconds)
+        log.info("%s %s %d %d+%d tokens %.2f s", *logged)
 
 
 async def _behind(first: list[Event], events: AsyncIterator[list[Event]]) -> AsyncIterator[list[Event]]:

@@ -22,14 +22,14 @@ class Metrics:
     def __init__(self, worker: Worker, shelf: Shelf) -> None:
         self._registry = CollectorRegistry()
 
-        def counter(name: str, told: str, labels: Sequence[str] = ()) -> Counter:
-            return Counter(f"space_{name}", told, labels, registry=self._registry)
+        def counter(name: str, description: str, labels: Sequence[str] = ()) -> Counter:
+            return Counter(f"space_{name}", description, labels, registry=self._registry)
 
-        def gauge(name: str, told: str) -> Gauge:
-            return Gauge(f"space_{name}", told, registry=self._registry)
+        def gauge(name: str, description: str) -> Gauge:
+            return Gauge(f"space_{name}", description, registry=self._registry)
 
-        def histogram(name: str, told: str) -> Histogram:
-            return Histogram(f"space_{name}", told, buckets=_SECONDS, registry=self._registry)
+        def histogram(name: str, description: str) -> Histogram:
+            return Histogram(f"space_{name}", description, buckets=_SECONDS, registry=self._registry)
 
         self.requests = counter("requests", "Requests by path and status.", ("path", "status"))
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")

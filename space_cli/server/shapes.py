@@ -138,7 +138,7 @@ class CompletionShape(_Shape):
 
     Args:
         model: its public name.
-        logprobs: whether they are told.
+        logprobs: whether they are reported.
         echoes: by index, what each text begins with.
     """
 
@@ -229,5 +229,5 @@ def _call(call: ToolCall) -> Json:
 
 def _with_bytes(token: TokenLogprob) -> Json:
     # the bytes of a partial character are lost once it is text
-    told = None if "\N{REPLACEMENT CHARACTER}" in token.text else list(token.text.encode())
-    return {"token": token.text, "logprob": token.logprob, "bytes": told}
+    encoded = None if "\N{REPLACEMENT CHARACTER}" in token.text else list(token.text.encode())
+    return {"token": token.text, "logprob": token.logprob, "bytes": encoded}

@@ -38,7 +38,7 @@ class Job(Generic[E]):
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._events: deque[E | BaseException | None] = deque()
-        self._is_told = False
+        self._is_woken = False
 
     def begin(self, model: Model) -> None:
         """Start; called by the worker."""
@@ -47,9 +47,9 @@ class Job(Generic[E]):
     def put(self, event: E | BaseException | None) -> None:
         """Hand out an event, an error, or None for the end; called by the worker."""
         self._events.append(event)
-        if self._is_told:
+        if self._is_woken:
             return
-        self._is_told = True
+        self._is_woken = True
         # the loop may be gone where the process ends in the middle of an answer
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._wake.set)
@@ -71,7 +71,7 @@ class Job(Generic[E]):
                 # events of faster steps are sent together, since each send takes time from the model
                 await asyncio.sleep(_GATHERED_SECONDS)
             self._wake.clear()
-            self._is_told = False
+            self._is_woken = False
             come: list[E] = []
             while self._events and not self.is_cancelled:
                 event = self._events.popleft()
@@ -188,7 +188,7 @@ class Worker:
             self._active.append(job)
             try:
                 job.begin(self._shelf.get(job.model, in_use))
-            except Exception as error:  # noqa: BLE001  # whatever it is, the request is told and the others go on
+            except Exception as error:  # noqa: BLE001  # whatever it is, the request gets the error and the others go on
                 self._active.pop()
                 job.put(error)
 
@@ -203,7 +203,7 @@ class Worker:
         except StopIteration:
             job.put(None)
             return False
-        except Exception as error:  # noqa: BLE001  # whatever it is, the request is told and the others go on
+        except Exception as error:  # noqa: BLE001  # whatever it is, the request gets the error and the others go on
             job.put(error)
             return False
         return True

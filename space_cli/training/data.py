@@ -92,7 +92,7 @@ class Loaded:
         source: as the user gave it.
         left_out: rows that are no examples, by reason.
         unused: fields of turns that say something and have no place in training.
-        apart: by what the documents of plain text are told apart; empty for other files.
+        apart: what separates the documents of plain text; empty for other files.
     """
 
     examples: list[Example]
@@ -103,7 +103,7 @@ class Loaded:
     apart: str = ""
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """The source in one line, with what was left out of it."""
         parts = [f"{self.source}: {len(self.examples)} examples, format {self.format}"]
         parts += [f"documents apart at {self.apart}"] if self.apart else []
@@ -142,7 +142,7 @@ def read_examples(
 
 
 def _rows(source: str, hub: HubDataset) -> tuple[Iterator[SourceRow], str]:
-    """Return the rows of a source, and for plain text by what its documents are told apart."""
+    """Return the rows of a source, and for plain text what separates its documents."""
     file = Path(expanded(source))
     if source.lower().endswith(TEXT_SUFFIXES) and file.is_file():
         documents, apart = read_documents(file)

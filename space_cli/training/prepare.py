@@ -111,18 +111,18 @@ def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: 
     Raises:
         UsageProblem: the adapter that the model carries is of another rank or number of masks.
     """
-    wanted = masks if distinct else 1
+    num_masks = masks if distinct else 1
     if method == "adapter" and adapter_of(loaded.model) is not None:
-        ids = _carried(loaded, wanted, rank)
+        ids = _carried(loaded, num_masks, rank)
     elif method == "adapter":
-        ids = attach_adapter(loaded.model, wanted, low_rank(loaded.model, rank or DEFAULT_RANK))
+        ids = attach_adapter(loaded.model, num_masks, low_rank(loaded.model, rank or DEFAULT_RANK))
     else:
         if adapter_of(loaded.model) is not None:
             raise UsageProblem(f"{loaded.name} is an adapter", hint="train its base, or use --method adapter on that")
         loaded.model.float()
         ids = list(loaded.mask_token_ids)
-        if len(ids) != wanted:
-            ids = _add_masks(loaded.model, loaded.tokenizer, wanted)
+        if len(ids) != num_masks:
+            ids = _add_masks(loaded.model, loaded.tokenizer, num_masks)
     unpack(loaded.model)
     for parameter in loaded.model.parameters():
         if parameter.requires_grad:
@@ -131,10 +131,10 @@ def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: 
     return ids
 
 
-def _carried(loaded: LoadedModel, wanted: int, rank: int | None) -> list[int]:
+def _carried(loaded: LoadedModel, num_masks: int, rank: int | None) -> list[int]:
     """Return the mask ids of a model's adapter."""
     own, ids = cast(Any, loaded.model).peft_config["default"].r, list(loaded.mask_token_ids)
-    if len(ids) != wanted or rank not in (None, own):
+    if len(ids) != num_masks or rank not in (None, own):
         raise UsageProblem(
             f"{loaded.name} carries an adapter of {len(ids)} masks and rank {own}",
             hint=f"give --candidates {len(ids)} --rank {own} to train it further, or train its base",

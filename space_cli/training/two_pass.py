@@ -166,7 +166,7 @@ class MaskLoss(torch.autograd.Function):
         """
         gradient, losses, hits = torch.empty_like(logits), torch.empty_like(weights), torch.empty_like(weights)
         tokens = labels.clamp(min=0)[:, None]
-        wanted = None if place is None else functional.softmax(teacher, dim=-1)
+        teacher_probs = None if place is None else functional.softmax(teacher, dim=-1)
         # on a CPU the working set stays in the cache
         at_once = max(1, (_CPU_ELEMENTS if logits.device.type == "cpu" else _DEVICE_ELEMENTS) // logits.shape[1])
         for start in range(0, len(logits), at_once):
@@ -175,16 +175,16 @@ class MaskLoss(torch.autograd.Function):
             largest = scores.amax(dim=-1, keepdim=True)
             of_label = scores.gather(1, tokens[some])
             hits[some] = (of_label >= largest).flatten().float()
-            target = None if wanted is None or place is None else wanted[place.flatten()[some]]
+            target = None if teacher_probs is None or place is None else teacher_probs[place.flatten()[some]]
             mean = of_label if target is None else torch.linalg.vecdot(target.float(), scores)[:, None]
             exponents = scores.sub_(largest).exp_()
             total = exponents.sum(dim=-1, keepdim=True)
             losses[some] = (total.log() + largest - mean).flatten()
-            share = exponents.mul_(weights[some, None] / total)
+            weighted = exponents.mul_(weights[some, None] / total)
             if target is None:
-                gradient[some] = share.scatter_add_(1, tokens[some], -weights[some, None])
+                gradient[some] = weighted.scatter_add_(1, tokens[some], -weights[some, None])
             else:
-                gradient[some] = torch.addcmul(share, target, weights[some, None], value=-1)
+                gradient[some] = torch.addcmul(weighted, target, weights[some, None], value=-1)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(losses, hits)
         return losses @ weights, losses, hits

@@ -115,7 +115,7 @@ def test_a_limit_takes_the_first_of_each_category_in_turn(loaded):
     assert [each.prompt.task_id for each in planned.prompts] == ["qa/0", "math/0", "qa/1"]
 
 
-def test_a_suite_of_which_nothing_fits_is_told_before_anything_runs(loaded):
+def test_a_suite_of_which_nothing_fits_is_reported_before_anything_runs(loaded):
     suite = replace(SUITE, prompts=(Prompt("small/long", ("x " * 300,)),))
 
     with pytest.raises(UsageProblem, match="small: 1 of 1 prompts do not fit, with 20 new tokens, into the context"):
@@ -154,7 +154,7 @@ def test_candidates_keep_to_what_was_trained(loaded):
             check_candidates(loaded, candidates)
 
 
-def test_unknown_methods_and_untrained_models_are_told(loaded):
+def test_unknown_methods_and_untrained_models_are_reported(loaded):
     with pytest.raises(UsageProblem, match="no method named 'beam'"):
         methods_named(["ar", "beam"])
     with pytest.raises(UsageProblem, match="did you mean hf-lookup"):
@@ -235,7 +235,7 @@ def test_without_ar_there_is_no_speedup():
     assert row.speedup is None
 
 
-def test_repetitive_is_told_by_distinct_tokens(loaded):
+def test_repetitive_is_measured_by_distinct_tokens(loaded):
     def looping(*_):
         return Generation([Step((5,), 0, (), (), 1, 0.1)] * 8)
 

@@ -171,8 +171,8 @@ def test_the_headline_gives_one_suite_with_and_without_repetitive_answers():
 def test_the_headline_and_remarks_name_the_worst_suite_as_well_as_the_best():
     run = report([*compared({"space": 2.0, "hf": 0.5}), *compared({"space": 0.5, "hf": 0.9}, suite="xsum")])
 
-    told = "space is 0.50 (xsum) to 2.00 (humaneval) times as fast as ar on 2 suites; every answer identical"
-    assert headline(run) == told
+    sentence = "space is 0.50 (xsum) to 2.00 (humaneval) times as fast as ar on 2 suites; every answer identical"
+    assert headline(run) == sentence
     assert next(remarks(run)) == "Best: 2.00 on humaneval. Worst: 0.50 on xsum, slower than ar."
 
 
@@ -188,7 +188,7 @@ def test_an_interval_that_holds_one_is_too_close_to_call():
     assert any(remark.startswith("Too close to call") for remark in remarks(run))
 
 
-def test_answers_that_differ_are_told_first():
+def test_answers_that_differ_are_reported_first():
     answers = compared({"space": 2.0})
     answers[1] = sample("space", 0.5, task_id="humaneval/0", identical=False)
 

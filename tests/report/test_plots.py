@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 from reports import compared, report, sample
-from running import told
+from running import refusal
 
 from space_cli.bench.profile import Profile
 from space_cli.errors import RunFailed
@@ -74,7 +74,7 @@ def test_any_name_can_be_drawn(name, tmp_path):
     assert ElementTree.parse(tmp_path / "plot.svg").getroot().tag.endswith("svg")
 
 
-def test_nothing_to_draw_is_told(tmp_path):
+def test_nothing_to_draw_is_reported(tmp_path):
     with pytest.raises(RunFailed, match="this run has nothing to draw"):
         write_plots(tmp_path / "plot.png", [])
 
@@ -82,6 +82,6 @@ def test_nothing_to_draw_is_told(tmp_path):
 def test_a_missing_matplotlib_is_refused_before_the_run(monkeypatch, run_space):
     monkeypatch.setattr("space_cli.cli.options.find_spec", lambda _: None)
 
-    line = told(run_space("bench", "--plot", "plot.png"))
+    line = refusal(run_space("bench", "--plot", "plot.png"))
 
     assert line == "space: --plot: needs matplotlib; pip install 'space-decoding[plot]'"

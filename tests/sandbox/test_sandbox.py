@@ -36,12 +36,12 @@ contained = pytest.mark.skipif(PROBLEM is not None, reason=f"programs are refuse
     ],
 )
 def test_a_program_that_comes_to_its_last_line_passes(program):
-    assert run_submission(program, seconds=30).told == "passed"
+    assert run_submission(program, seconds=30).reason == "passed"
 
 
 @contained
 @pytest.mark.parametrize(
-    ("program", "told"),
+    ("program", "message"),
     [
         ("assert 1 == 2", "AssertionError"),
         ("assert False, 'one\\ntwo'", "AssertionError: one two"),
@@ -61,12 +61,12 @@ def test_a_program_that_comes_to_its_last_line_passes(program):
         ("raise ValueError('\\x1b[31m\\u202e\\x07')", "ValueError: \ufffd[31m\ufffd\ufffd"),
     ],
 )
-def test_a_failure_is_told_in_one_line(program, told):
+def test_a_failure_is_reported_in_one_line(program, message):
     outcome = run_submission(program, seconds=30)
 
     assert not outcome.passed
-    assert outcome.told.startswith(told)
-    assert outcome.told.isprintable()
+    assert outcome.reason.startswith(message)
+    assert outcome.reason.isprintable()
 
 
 @contained
@@ -84,7 +84,7 @@ def test_leaving_before_the_tests_is_no_pass(leave):
     outcome = run_submission(f"{leave}\nraise AssertionError", seconds=30)
 
     assert not outcome.passed
-    assert outcome.told.startswith(("SystemExit", "ended before its last line", "AssertionError"))
+    assert outcome.reason.startswith(("SystemExit", "ended before its last line", "AssertionError"))
 
 
 @contained
@@ -103,7 +103,7 @@ os._exit(0)
     outcome = run_submission(program, seconds=30)
 
     assert not outcome.passed
-    assert len(outcome.told) <= 200
+    assert len(outcome.reason) <= 200
 
 
 @contained
@@ -121,7 +121,7 @@ os._exit(0)
     ],
 )
 def test_what_does_not_end_is_ended(program):
-    assert run_submission(program, seconds=0.3, wall_seconds=15).told == "timed out"
+    assert run_submission(program, seconds=0.3, wall_seconds=15).reason == "timed out"
     assert psutil.Process().children() == []
 
 
@@ -138,7 +138,7 @@ def test_what_does_not_end_is_ended(program):
 def test_eating_memory_ends_a_program(program):
     outcome = run_submission(program, seconds=60, memory_bytes=2**28)
 
-    assert outcome.told in ("out of memory", "OSError: [Errno 12] Cannot allocate memory")
+    assert outcome.reason in ("out of memory", "OSError: [Errno 12] Cannot allocate memory")
 
 
 @contained
@@ -179,7 +179,7 @@ def test_eating_memory_ends_a_program(program):
     ],
 )
 def test_what_reaches_beyond_the_process_is_refused(program):
-    assert run_submission(program, seconds=30).told.startswith("PermissionError: ")
+    assert run_submission(program, seconds=30).reason.startswith("PermissionError: ")
 
 
 @contained
@@ -195,7 +195,7 @@ for number in {sorted(numbers)}:
     assert libc.syscall(number, -1, -1, -1, -1, -1, -1) == -1, number
     assert ctypes.get_errno() == 1, number
 """
-    assert run_submission(program, seconds=30).told == "passed"
+    assert run_submission(program, seconds=30).reason == "passed"
 
 
 @contained
@@ -215,7 +215,7 @@ for descriptor in range(64):
 
     os.close(reader)
     os.close(writer)
-    assert outcome.told == "passed"
+    assert outcome.reason == "passed"
 
 
 @contained
@@ -245,7 +245,7 @@ def test_files_of_the_caller_stay_as_they_are(tmp_path, monkeypatch, attempt):
 
     outcome = run_submission("import os, shutil\n" + attempt.format(file=str(file)), seconds=30)
 
-    assert outcome.told.startswith("PermissionError: ")
+    assert outcome.reason.startswith("PermissionError: ")
     assert [each.name for each in tmp_path.iterdir()] == ["mine"]
     assert file.read_text() == "kept"
     after = file.stat()
@@ -254,7 +254,7 @@ def test_files_of_the_caller_stay_as_they_are(tmp_path, monkeypatch, attempt):
 
 @contained
 def test_a_thread_cannot_be_started():
-    assert "can't start new thread" in run_submission("import threading\nthreading.Thread(target=print).start()").told
+    assert "can't start new thread" in run_submission("import threading\nthreading.Thread(target=print).start()").reason
 
 
 @contained
@@ -266,14 +266,14 @@ assert os.listdir() == []
 assert os.path.samefile(os.environ["HOME"], ".") and os.path.samefile(os.environ["TMPDIR"], ".")
 assert "HF_TOKEN" not in os.environ
 """
-    assert run_submission(program, seconds=30).told == "passed"
+    assert run_submission(program, seconds=30).reason == "passed"
 
 
 @contained
 def test_sets_keep_one_order_from_run_to_run():
     program = "raise ValueError(str({'a', 'b', 'c', 'd', 'e', 'f', 'g'}))"
 
-    assert len({run_submission(program, seconds=30).told for _ in range(3)}) == 1
+    assert len({run_submission(program, seconds=30).reason for _ in range(3)}) == 1
 
 
 @contained
@@ -364,10 +364,10 @@ def test_a_busy_machine_changes_no_verdict():
     finally:
         os.sched_setaffinity(0, before)
 
-    assert [outcome.told for outcome in outcomes] == ["passed"] * 4
+    assert [outcome.reason for outcome in outcomes] == ["passed"] * 4
 
 
 @contained
 def test_waiting_costs_no_processor_time():
-    assert run_submission("import time\ntime.sleep(1.5)", seconds=1.0).told == "passed"
-    assert run_submission("import time\ntime.sleep(1000)", seconds=1.0, wall_seconds=0.5).told == "timed out"
+    assert run_submission("import time\ntime.sleep(1.5)", seconds=1.0).reason == "passed"
+    assert run_submission("import time\ntime.sleep(1000)", seconds=1.0, wall_seconds=0.5).reason == "timed out"
