@@ -15,6 +15,10 @@ import typer
 from space_cli.errors import SpaceError, first_line
 
 _EXIT_CODES = "Exit codes: 0 done; 1 a check failed; 2 wrong use or bad input; 3 the run failed; 130 interrupted."
+_PAGES = (
+    "Documentation, in docs/ of the project: chat.md, serve.md, bench.md, lossless.md, train.md, models.md; how-it-works.md,"
+    " drafts.md, engines.md."
+)
 
 _INTERRUPTED = 130
 
@@ -24,7 +28,7 @@ _ALIASES = {"temp": "temperature", "max-tokens": "max-new-tokens"}
 app = typer.Typer(
     name="space",
     help="Several tokens per model call from local language models, without changing a single token.",
-    epilog=_EXIT_CODES,
+    epilog=f"{_EXIT_CODES}\n\n{_PAGES}",
     no_args_is_help=True,
     context_settings={
         "help_option_names": ["-h", "--help"],

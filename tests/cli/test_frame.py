@@ -1,7 +1,9 @@
 import os
+import re
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 
 from space_cli.cli.app import run
 from space_cli.text import visible
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_help_names_the_commands_and_exit_codes_without_torch(clean_env):
@@ -22,6 +26,15 @@ def test_help_names_the_commands_and_exit_codes_without_torch(clean_env):
     assert done.returncode == 0
     assert "bench" in done.stdout
     assert "130 interrupted" in " ".join(done.stdout.split())
+
+
+def test_help_names_pages_that_there_are(run_space):
+    text = run_space("--help").stdout
+
+    pages = re.findall(r"[\w-]+\.md", text)
+
+    assert {"chat.md", "serve.md", "bench.md", "lossless.md", "train.md", "models.md"} <= set(pages)
+    assert all((DOCS / page).is_file() for page in pages)
 
 
 @pytest.mark.parametrize(
