@@ -16,8 +16,8 @@ from space_cli.errors import SpaceError, first_line
 
 _EXIT_CODES = "Exit codes: 0 done; 1 a check failed; 2 wrong use or bad input; 3 the run failed; 130 interrupted."
 _PAGES = (
-    "Documentation, in docs/ of the project: chat.md, serve.md, bench.md, lossless.md, train.md, models.md; how-it-works.md,"
-    " drafts.md, engines.md."
+    "Documentation, in docs/ of the project: chat.md, serve.md, bench.md, lossless.md, train.md, models.md;"
+    " how-it-works.md, drafts.md, engines.md."
 )
 
 _INTERRUPTED = 130
