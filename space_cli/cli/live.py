@@ -157,7 +157,6 @@ class LiveRunView(RunView):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, quiet=False)
-        self._frames: Frames = Frames(console, self._render, transient=True)
         self._text = Text()
         self._task = self._method = ""
         self._stream: TextStream | None = None
@@ -170,6 +169,7 @@ class LiveRunView(RunView):
             expand=True,
         )
         self._bar_task = self._bar.add_task("", start=False, total=1, model="")
+        self._frames: Frames = Frames(console, self._render, transient=True)
 
     def begin(self, loaded: LoadedModel, methods: list[str], total: int, *, unit: str = "prompts") -> None:
         """Take what the run is about, for the bar too."""
