@@ -1,7 +1,7 @@
 """Tool calls: offered to a model by its chat template, and parsed from its answers where the format is known.
 
-The form is the tokenizer's own `response_template`, or the one that transformers has for the model's architecture. For
-other models calls stay what they are: text.
+The format is the tokenizer's own `response_template`, or the one that transformers has for the model's architecture.
+For other models calls stay what they are: text.
 """
 
 from __future__ import annotations

@@ -200,13 +200,13 @@ def _accuracies(logs: dict[str, float], prefix: str) -> list[float]:
     return [logs[f"{start}{depth}"] for depth in depths]
 
 
-def _level(share: float) -> str:
-    """Return a block as high as a share.
+def _level(fraction: float) -> str:
+    """Return a block as high as a fraction of 1.
 
     >>> "".join(map(_level, (0, 0.5, 1)))
     '▁▅█'
     """
-    return _LEVELS[min(len(_LEVELS) - 1, int(share * len(_LEVELS)))]
+    return _LEVELS[min(len(_LEVELS) - 1, int(fraction * len(_LEVELS)))]
 
 
 def _clock(seconds: float) -> str:

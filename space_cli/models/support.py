@@ -36,7 +36,7 @@ def check_candidates(candidates: object, name: str, masks: int, *, option: str =
 
 
 def check_config(config: PretrainedConfig, name: str) -> None:
-    """Refuse models that keep a running state, have no causal LM class, or weights in a form that is not read.
+    """Refuse models that keep a running state, have no causal LM class, or weights in a format that is not read.
 
     Raises:
         UsageProblem: with the reason in one line.

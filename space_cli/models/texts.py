@@ -83,7 +83,7 @@ def read_corpus(
     Args:
         tokenizer: of the model.
         paths: files or folders.
-        on_progress: gets what is being done, and the share of it that is done.
+        on_progress: gets what is being done, and the fraction of it that is done.
 
     Raises:
         UsageProblem: a path is not there or cannot be read, or there is no text.
@@ -98,7 +98,7 @@ def read_corpus(
     tokens = _encoded(tokenizer, files, sum(each.st_size for each in stats), on_progress)
     if not len(tokens):
         raise UsageProblem(f"--corpus {', '.join(map(str, paths))}: no text in it")
-    found = SortedText.of(tokens, lambda share: on_progress("sorting", share))
+    found = SortedText.of(tokens, lambda fraction: on_progress("sorting", fraction))
     _keep(found, folder)
     return found
 

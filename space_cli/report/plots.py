@@ -186,7 +186,7 @@ def _step_tokens(results: Sequence[Result], looks: dict[str, Style]) -> Plot | N
     if not counts:
         return None
     longest = max(map(len, counts.values()))
-    shares = {place: [count / sum(own) for count in own] for place, own in counts.items()}
+    fractions = {place: [count / sum(own) for count in own] for place, own in counts.items()}
     single = [name for name in dict.fromkeys(each.method for each in results) if name not in {m for _, m in counts}]
     always = f" Always one: {', '.join(single)}." if single else ""
     return Plot(
@@ -194,33 +194,33 @@ def _step_tokens(results: Sequence[Result], looks: dict[str, Style]) -> Plot | N
         "Tokens per step",
         f"Share of the model calls that yielded this many tokens.{always}",
         ("suite, method", *map(str, range(1, longest + 1))),
-        _share_rows(shares, longest),
-        _panel_height(shares),
-        partial(_draw_shares, shares, looks, "tokens that came out of a step", "share of steps"),
+        _percent_rows(fractions, longest),
+        _panel_height(fractions),
+        partial(_draw_fractions, fractions, looks, "tokens that came out of a step", "share of steps"),
     )
 
 
 def _acceptance(results: Sequence[Result], looks: dict[str, Style]) -> Plot | None:
     """Acceptance by position."""
-    shares = {
+    fractions = {
         (result.suite, result.method): result.acceptance_by_position
         for result in _whole(results)
         if result.method in looks and any(result.acceptance_by_position)
     }
-    if not shares:
+    if not fractions:
         return None
     # copies of the context reach far; cut the plot after the first position without acceptance
-    longest = 2 + max(place for own in shares.values() for place, share in enumerate(own) if share)
-    shares = {place: own[:longest] for place, own in shares.items()}
-    longest = max(map(len, shares.values()))
+    longest = 2 + max(place for own in fractions.values() for place, fraction in enumerate(own) if fraction)
+    fractions = {place: own[:longest] for place, own in fractions.items()}
+    longest = max(map(len, fractions.values()))
     return Plot(
         "acceptance",
         "Acceptance by position",
         "Of the steps that guessed so far ahead, the share in which all guesses up to there were right.",
         ("suite, method", *map(str, range(1, longest + 1))),
-        _share_rows(shares, longest),
-        _panel_height(shares),
-        partial(_draw_shares, shares, looks, "tokens guessed ahead", "share accepted"),
+        _percent_rows(fractions, longest),
+        _panel_height(fractions),
+        partial(_draw_fractions, fractions, looks, "tokens guessed ahead", "share accepted"),
     )
 
 
@@ -229,20 +229,20 @@ def _whole(results: Sequence[Result]) -> list[Result]:
     return [result for result in results if result.is_whole_suite]
 
 
-def _share_rows(shares: dict[tuple[str, str], list[float]], longest: int) -> list[tuple[str, ...]]:
+def _percent_rows(fractions: dict[tuple[str, str], list[float]], longest: int) -> list[tuple[str, ...]]:
     return [
-        (f"{suite}, {method}", *(f"{share:.1%}" for share in own), *[""] * (longest - len(own)))
-        for (suite, method), own in shares.items()
+        (f"{suite}, {method}", *(f"{fraction:.1%}" for fraction in own), *[""] * (longest - len(own)))
+        for (suite, method), own in fractions.items()
     ]
 
 
-def _panel_height(shares: dict[tuple[str, str], list[float]]) -> float:
-    methods, suites = {method for _, method in shares}, {suite for suite, _ in shares}
+def _panel_height(fractions: dict[tuple[str, str], list[float]]) -> float:
+    methods, suites = {method for _, method in fractions}, {suite for suite, _ in fractions}
     return 0.8 + 1.7 * len(suites) + 0.2 * ((len(methods) + LEGEND_COLUMNS - 1) // LEGEND_COLUMNS)
 
 
-def _draw_shares(
-    shares: dict[tuple[str, str], list[float]],
+def _draw_fractions(
+    fractions: dict[tuple[str, str], list[float]],
     looks: dict[str, Style],
     across: str,
     up: str,
@@ -251,10 +251,10 @@ def _draw_shares(
     """Draw a panel for each suite, a line for each method; points lie on whole numbers."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    suites = list(dict.fromkeys(suite for suite, _ in shares))
+    suites = list(dict.fromkeys(suite for suite, _ in fractions))
     panels = figure.subplots(len(suites), 1, squeeze=False, sharex=True)[:, 0]
     for suite, axes in zip(suites, panels, strict=True):
-        for (own, method), values in shares.items():
+        for (own, method), values in fractions.items():
             if own == suite:
                 style = looks[method]
                 axes.plot(

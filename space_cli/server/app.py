@@ -90,7 +90,7 @@ class Server:
         return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), access)
 
     async def _told(self, endpoint: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
-        """Answer a request; errors take OpenAI's form."""
+        """Answer a request; errors take OpenAI's format."""
         try:
             return await endpoint(request)
         except ClientDisconnect:

@@ -225,7 +225,7 @@ def _alpaca(row: Row, where: str, *, answer: str) -> Example:
 
 
 def _pair(row: Row, where: str, *, answer: str, chat: bool) -> Example:
-    """Parse a prompt and its answer: strings, strings with a history, or lists of messages (TRL's form)."""
+    """Parse a prompt and its answer: strings, strings with a history, or lists of messages (TRL's format)."""
     if isinstance(row.get("prompt"), list):
         asked, answered = (
             _turns(row.get(field), field, where, keys=("role", "content"), roles=_MESSAGES)

@@ -125,10 +125,10 @@ def training_attention(
     groups = heads // key.shape[1]
     grouped = (query * (width**-0.5 if scaling is None else scaling)).reshape(batch, -1, groups * queries, width)
     scores = (grouped @ key.transpose(2, 3)).view(batch, -1, groups, queries, key.shape[2])
-    shares = functional.softmax(scores + attention_mask[:, :, None], dim=-1).view(
+    probs = functional.softmax(scores + attention_mask[:, :, None], dim=-1).view(
         batch, -1, groups * queries, key.shape[2]
     )
-    return (shares @ value).view(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
+    return (probs @ value).view(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
 def training_attention_of(model: PreTrainedModel) -> AbstractContextManager[None]:

@@ -146,7 +146,7 @@ class SARTrainer(Trainer):
         return output
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Measure whole examples: the paper's form, which cuts them at their group, would measure others each time."""
+        """Measure whole examples: the paper's layout cuts them at their group, each time at another place."""
         if self._collator.mask_layout == "groups":
             return super().get_eval_dataloader(eval_dataset)
         training, self.data_collator = self.data_collator, replace(self._collator, mask_layout="groups")
