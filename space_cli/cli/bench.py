@@ -333,23 +333,11 @@ def _list() -> None:
 
 def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) -> BenchRecord:
     """Return the record of a run that has not begun."""
-    from dataclasses import asdict
-
-    import torch
-
     from space_cli.bench.record import BenchRecord
     from space_cli.tasks.environment import environment
 
-    return BenchRecord(
-        environment=environment(loaded, threads=torch.get_num_threads()),
-        settings={
-            "model": loaded.name,
-            "source": loaded.source,
-            "masks_per_group": loaded.masks_per_group,
-            "draft_model": draft.name if draft is not None else None,
-            **asdict(settings),
-        },
-    )
+    facts = settings.recorded(loaded) | {"draft_model": draft.name if draft is not None else None}
+    return BenchRecord(environment=environment(loaded), settings=facts)
 
 
 def _hand_out(report: BenchRecord, output: ResultOptions, view: RunView) -> None:

@@ -234,27 +234,17 @@ def _shaped(loaded: LoadedModel, numerics: str) -> Numerics | None:
 
 def _record(loaded: LoadedModel, comparison: Comparison, settings: Settings, *, strict: bool) -> Verification:
     """Return the record of a run that has not begun."""
-    from dataclasses import asdict
-
-    import torch
-
     from space_cli.tasks.environment import environment
     from space_cli.verify.record import Verification
 
-    return Verification(
-        environment=environment(loaded, threads=torch.get_num_threads()),
-        settings={
-            "model": loaded.name,
-            "source": loaded.source,
-            "masks_per_group": loaded.masks_per_group,
-            **asdict(settings),
-            "numerics": "same-shape" if comparison.same_shape else settings.numerics,
-            "drafts": comparison.drafts,
-            "against": list(comparison.against),
-            "seeds": comparison.seeds,
-            "strict": strict,
-        },
-    )
+    own = {
+        "numerics": "same-shape" if comparison.same_shape else settings.numerics,
+        "drafts": comparison.drafts,
+        "against": list(comparison.against),
+        "seeds": comparison.seeds,
+        "strict": strict,
+    }
+    return Verification(environment=environment(loaded), settings=settings.recorded(loaded) | own)
 
 
 def _run(

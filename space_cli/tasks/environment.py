@@ -19,7 +19,7 @@ from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.models.loading import LoadedModel
 
 
-def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
+def environment(loaded: LoadedModel) -> dict[str, Any]:
     """Return versions, machine, weights, dtype, engine, step costs and date."""
     return {
         "space": space_cli.__version__,
@@ -29,7 +29,7 @@ def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
         "transformers": version("transformers"),
         "platform": platform.platform(),
         "processor": processor_field("model name"),
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(loaded.model.device) if loaded.model.device.type == "cuda" else None,
         "device": loaded.device,
         "dtype": loaded.dtype,

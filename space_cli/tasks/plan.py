@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
-from typing import Protocol
+from typing import Any, Protocol
 
 from space_cli.chat.conversation import Chat
 from space_cli.chat.templates import Turn
@@ -34,6 +34,11 @@ class Settings:
     sampling: Sampling
     candidates: int | None = None
     numerics: Numerics | None = None
+
+    def recorded(self, loaded: LoadedModel) -> dict[str, Any]:
+        """Return model and settings, as the records of bench and verify begin."""
+        model = {"model": loaded.name, "source": loaded.source, "masks_per_group": loaded.masks_per_group}
+        return model | asdict(self)
 
 
 class View(Protocol):

@@ -252,7 +252,7 @@ def test_a_checkout_without_git_has_no_commit(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(space_cli, "__file__", str(tmp_path / "space_cli" / "__init__.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    assert environment(loaded, threads=1)["commit"] is None
+    assert environment(loaded)["commit"] is None
 
 
 def test_report_is_written_whole_or_not_at_all(tmp_path):
