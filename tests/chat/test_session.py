@@ -22,7 +22,7 @@ def speedup(monkeypatch):
 
     def tell(own, ar, *, tokens=2):
         loaded = SimpleNamespace(
-            model=None, mask_token_ids=(1,), compiled=None, context_length=None, prompt_template=None
+            name="m", model=None, masks_per_group=1, compiled=None, context_length=None, prompt_template=None
         )
         monkeypatch.setattr(module, "Chat", lambda *_, **__: None)
         chat = Session(loaded, ChatSettings(), template=None)
