@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class SpaceError(Exception):
-    """A problem told in one line; `exit_code` is what the process ends with."""
+    """A problem reported in one line; `exit_code` is what the process ends with."""
 
     exit_code = 3
 
@@ -37,9 +40,27 @@ class RunFailed(SpaceError):
     exit_code = 3
 
 
-def unwritten(file: Path, error: OSError) -> RunFailed:
-    """Return the error of a result that found no place on disk."""
-    return RunFailed(f"{file}: could not be written: {error.strerror or error}")
+def system_reason(error: OSError) -> str:
+    """Return what the system says of a file or an address, without the name."""
+    return error.strerror or str(error)
+
+
+@contextmanager
+def opening(what: object) -> Iterator[None]:
+    """Turn an OSError within into a `UsageProblem`; its line begins with `what`, as the user named it."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageProblem(f"{what}: {system_reason(error)}") from error
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Turn an OSError within into a `RunFailed`: a result could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{file}: could not be written: {system_reason(error)}") from error
 
 
 class Interrupted(SpaceError):
@@ -52,6 +73,12 @@ def first_line(error: BaseException | str) -> str:
     """Return the first line of another library's error; where it has no text, the name of its type."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "no reason given" if isinstance(error, str) else type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, otherwise: str) -> str:
+    """Return a hint that names what looks like an unknown name, or `otherwise` where nothing does."""
+    close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 class InvalidField(NamedTuple):

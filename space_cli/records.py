@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from json import dumps
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
-
-from space_cli.errors import unwritten
-from space_cli.files import atomic_write
 
 SCHEMA_VERSION = 2
 
@@ -28,17 +24,6 @@ class JsonRecord(BaseModel):
         except PydanticSerializationError:  # the name of a file can hold bytes that are no text
             text = dumps(self.model_dump(), indent=1, ensure_ascii=False)
             return text.encode("utf-8", "replace").decode() + "\n"
-
-    def write(self, file: Path) -> None:
-        """Write the JSON, whole or not at all.
-
-        Raises:
-            RunFailed: the file cannot be written.
-        """
-        try:
-            atomic_write(file, self.to_json())
-        except OSError as error:
-            raise unwritten(file, error) from error
 
 
 class Record(JsonRecord):

@@ -14,12 +14,13 @@ import re
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, opening
 from space_cli.files import expanded
 from space_cli.text import decoded, marked_encoding, read_text
 
@@ -77,10 +78,8 @@ def read_rows(source: str, hub: HubDataset) -> Iterator[SourceRow]:
         UsageProblem: nothing there, or no kind of file that is read; malformed content, while the rows are read.
     """
     file = Path(expanded(source))
-    try:
+    with opening(source):  # a name can be too long for the file system
         known, there = source.lower().endswith(SUFFIXES), file.exists()
-    except OSError as error:  # a name too long for the file system
-        raise UsageProblem(f"{source}: {error.strerror or error}") from error
     if not known and not there:
         return _named_on_hub(source, hub)
     if not there:
@@ -98,12 +97,18 @@ def read_file(file: Path) -> Iterator[SourceRow]:
         UsageProblem: not there, not readable, or malformed.
     """
     read = {".parquet": _parquet, ".csv": _csv}.get(file.suffix.lower(), _json)
-    try:
+    with reading(file):
         yield from read(file)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UsageProblem(f"{file}: damaged gzip file: {error}") from error
-    except OSError as error:
-        raise UsageProblem(f"{file}: {error.strerror or error}") from error
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn an OSError within, or damage to a gzip file, into a `UsageProblem` that names the file."""
+    with opening(file):
+        try:
+            yield
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UsageProblem(f"{file}: damaged gzip file: {error}") from error
 
 
 def _json(file: Path) -> Iterator[SourceRow]:

@@ -1,6 +1,7 @@
 """Text from outside: bytes of files and pipes, words of a command line.
 
-Whatever is not text is told here, with the place, before a tokenizer or a file meets it.
+What is no text is refused here, with its place, before a tokenizer or a file meets it. Text made by a model or read
+from a file is untrusted: `visible` turns what a terminal would obey into what a person can see.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _HINT = "save it as UTF-8"
+_BIDI = [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]
+_VISIBLE = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: "\N{SYMBOL FOR DELETE}",
+    **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
+    **{code: f"\\u{code:04x}" for code in (*_BIDI, *range(0xD800, 0xE000), 0x2028, 0x2029)},
+}
 
 
 def marked_encoding(content: bytes) -> tuple[str, int]:
@@ -80,3 +88,8 @@ def well_formed(text: str, where: str) -> str:
         what = f"the byte {code - 0xDC00:#04x}" if 0xDC80 <= code <= 0xDCFF else "half of a surrogate pair"
         raise UsageProblem(f"{where}: not UTF-8 text: character {error.start + 1} is {what}") from error
     return text
+
+
+def visible(text: str) -> str:
+    """Return `text` with control, bidi and surrogate characters replaced by visible forms; newline and tab stay."""
+    return text.translate(_VISIBLE)

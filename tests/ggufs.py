@@ -10,19 +10,21 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 
 def byte_level(writer, tokenizer, *, pre="gpt-2", control=(), user_defined=()):
     """Give a file the vocabulary of a `tokenizers.Tokenizer`."""
-    told = json.loads(tokenizer.to_str())
-    vocabulary = told["model"]["vocab"] | {token["content"]: token["id"] for token in told["added_tokens"]}
+    definition = json.loads(tokenizer.to_str())
+    vocabulary = definition["model"]["vocab"] | {token["content"]: token["id"] for token in definition["added_tokens"]}
     for token in (*control, *user_defined):
         vocabulary.setdefault(token, len(vocabulary))
     tokens = sorted(vocabulary, key=vocabulary.get)
-    marked = {token["content"] for token in told["added_tokens"]} | set(control)
+    marked = {token["content"] for token in definition["added_tokens"]} | set(control)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(
         [CONTROL if token in marked else USER_DEFINED if token in user_defined else NORMAL for token in tokens]
     )
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in told["model"]["merges"]])
+    writer.add_token_merges(
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in definition["model"]["merges"]]
+    )
     return tokens
 
 

@@ -38,7 +38,7 @@ def here(arguments, *, env, cwd, stdin=b""):
         return subprocess.CompletedProcess(words, code, _written(out), _written(err))
 
 
-def told(done):
+def refusal(done):
     """Return the one line of a command that refused what it was given."""
     lines = done.stderr.splitlines()
     assert (done.returncode, done.stdout, len(lines)) == (2, "", 1), done

@@ -68,7 +68,7 @@ class Answer:
         finish_reason: eos, stop_string or length; None where it was left before its end.
         steps: one for each model call.
         logprobs: of the tokens, where asked for.
-        tool_calls: what the model wants to have called, where it was told of tools and the form of its calls is known.
+        tool_calls: where tools were offered and the format of the model's calls is known.
     """
 
     text: str

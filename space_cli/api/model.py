@@ -16,7 +16,7 @@ from space_cli.api.answers import Answer, AnswerText, Message, Piece
 from space_cli.api.caches import MAX_BYTES, CachePool
 from space_cli.api.grammar import Grammar, grammar_for
 from space_cli.api.settings import GenerationSettings, Mode, Options, SamplingSettings
-from space_cli.api.tools import CallReader, Tool, call_form, check_tools
+from space_cli.api.tools import CallReader, Tool, check_tools, response_template
 from space_cli.chat.templates import Role, Turn, ids_of, request
 from space_cli.core.cache import KVCache
 from space_cli.core.costs import ASSUMED_COSTS
@@ -29,7 +29,7 @@ from space_cli.errors import UsageProblem
 from space_cli.models.engines import EngineName, measured, prepare
 from space_cli.models.loading import LoadedModel, load_model
 from space_cli.models.registry import default_model
-from space_cli.models.support import no_masks
+from space_cli.models.support import check_candidates
 
 if TYPE_CHECKING:
     from space_cli.core.drafting import Drafter
@@ -173,8 +173,7 @@ class Model:
         """
         if mode == "ar":
             return None
-        if candidates is not None and not self.loaded.mask_token_ids:
-            raise no_masks(f"candidates {candidates}", self.name)
+        check_candidates(candidates, self.name, self.loaded.masks_per_group, hint="leave it out")
         if candidates is None and self.loaded.costs is ASSUMED_COSTS:
             self.loaded = measured(self.loaded)
         asked = None if candidates is None else min(candidates, self.loaded.masks_per_group)
@@ -271,7 +270,7 @@ class Stream:
         model: that answers.
         token_ids: of the prompt.
         settings: how.
-        tools: that the model was told of.
+        tools: that are offered to the model.
 
     Raises:
         UsageProblem: the prompt does not fit, or the model cannot answer so.
@@ -290,8 +289,8 @@ class Stream:
         )
         schema = settings.schema_to_follow
         grammar = None if schema is None else grammar_for(loaded, schema, len(token_ids))
-        form = call_form(loaded) if tools else None
-        reader = None if form is None else CallReader(loaded, form, token_ids, tools)
+        template = response_template(loaded) if tools else None
+        reader = None if template is None else CallReader(loaded, template, token_ids, tools)
         self._text = AnswerText(loaded, token_ids, settings.stop, reader)
         self._pieces: list[Piece] = []
         with model._lock:

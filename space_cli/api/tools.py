@@ -1,7 +1,7 @@
 """Tool calls: offered to a model by its chat template, and parsed from its answers where the format is known.
 
-The form is the tokenizer's own `response_template`, or the one that transformers has for the model's architecture. For
-other models calls stay what they are: text.
+The format is the tokenizer's own `response_template`, or the one that transformers has for the model's architecture.
+For other models calls stay what they are: text.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ class CallReader:
 
     Args:
         loaded: whose answer it is.
-        form: a `response_template`.
+        template: a `response_template` of transformers.
         prompt_ids: in front of the answer; a template may have begun it there.
-        tools: that the model was told of.
+        tools: that are offered to the model.
     """
 
     def __init__(
-        self, loaded: LoadedModel, form: Mapping[str, Any], prompt_ids: Sequence[int], tools: Sequence[Tool]
+        self, loaded: LoadedModel, template: Mapping[str, Any], prompt_ids: Sequence[int], tools: Sequence[Tool]
     ) -> None:
         self._ends = loaded.eos_token_ids
         # the marks of a call may be special tokens
         self._stream = TextStream(loaded.decode, prompt_ids)
         self._parser: Any = loaded.tokenizer.get_response_parser(
-            dict(form), prefix=loaded.decode(list(prompt_ids)), tools=[dict(tool) for tool in tools]
+            dict(template), prefix=loaded.decode(list(prompt_ids)), tools=[dict(tool) for tool in tools]
         )
         self._begun = ""
         self.calls: list[ToolCall] = []
@@ -96,7 +96,7 @@ class CallReader:
             self.calls.append(ToolCall(function["name"], function.get("arguments", {})))
 
 
-def call_form(loaded: LoadedModel) -> Mapping[str, Any] | None:
+def response_template(loaded: LoadedModel) -> Mapping[str, Any] | None:
     """Return the format in which a model writes calls, or None if it is unknown."""
     own = getattr(loaded.tokenizer, "response_template", None)
     if own is not None or not hasattr(loaded.tokenizer, "get_response_parser"):
@@ -106,8 +106,8 @@ def call_form(loaded: LoadedModel) -> Mapping[str, Any] | None:
         known = import_module("transformers.cli.serving.utils").get_response_template
     except (ImportError, AttributeError):
         return None
-    form: Mapping[str, Any] | None = known(loaded.tokenizer, loaded.model)
-    return form
+    template: Mapping[str, Any] | None = known(loaded.tokenizer, loaded.model)
+    return template
 
 
 def check_tools(tools: Sequence[Any]) -> None:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from space_cli.bench.record import BenchRecord, Sample
 from space_cli.bench.results import interval, place, rate
-from space_cli.errors import UsageProblem, first_invalid
+from space_cli.errors import UsageProblem, first_invalid, opening
 
 _WHERE = (
     *("space", "commit", "torch", "transformers", "processor", "threads", "gpu"),
@@ -63,10 +63,10 @@ def read_report(file: Path) -> BenchRecord:
     Raises:
         UsageProblem: it cannot be read, or is none.
     """
+    with opening(file):
+        content = file.read_bytes()
     try:
-        return BenchRecord.model_validate(json.loads(file.read_bytes()))
-    except OSError as error:
-        raise UsageProblem(f"{file}: {error.strerror or error}") from error
+        return BenchRecord.model_validate(json.loads(content))
     except ValidationError as error:
         reason = f"not a record of this version's `space bench --json`: {first_invalid(error)}"
         raise UsageProblem(f"{file}: {reason}") from error

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from space_cli.bench.record import Sample
-from space_cli.errors import UsageProblem, unwritten
+from space_cli.errors import UsageProblem, opening, writing
 
 
 class Journal:
@@ -36,12 +36,8 @@ class Journal:
         Raises:
             UsageProblem: what is there is another run's, or no journal.
         """
-        try:
-            content = self.file.read_bytes()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise UsageProblem(f"{self.file}: cannot be read: {error.strerror}") from error
+        with opening(f"{self.file}: cannot be read"):
+            content = self.file.read_bytes() if self.file.exists() else b""
         # a crash may have left half a line at the end: what is complete ends with a line break
         self._kept = content.rfind(b"\n") + 1
         try:
@@ -58,13 +54,11 @@ class Journal:
 
     def __enter__(self) -> Journal:
         """Open the file for appending after its last complete line."""
-        try:
+        with writing(self.file):
             self._stream = self.file.open("ab")
             self._stream.truncate(self._kept)
             if not self._kept:
                 self._write(self._run)
-        except OSError as error:
-            raise unwritten(self.file, error) from error
         return self
 
     def add(self, samples: Sequence[Sample]) -> None:
@@ -73,10 +67,8 @@ class Journal:
         Raises:
             RunFailed: they could not be written.
         """
-        try:
+        with writing(self.file):
             self._write([sample.model_dump() for sample in samples])
-        except OSError as error:
-            raise unwritten(self.file, error) from error
 
     def _write(self, value: object) -> None:
         self._stream.write(json.dumps(value).encode() + b"\n")

@@ -25,7 +25,7 @@ from space_cli.compile.export import unsupported_reason
 from space_cli.compile.fingerprint import fingerprint, weights_digest
 from space_cli.core.quantized import QuantizedEmbedding, QuantizedLinear, WeightType, has_quantized_layers
 from space_cli.core.sampling import Sampling
-from space_cli.errors import RunFailed, UsageProblem, unwritten
+from space_cli.errors import RunFailed, UsageProblem, writing
 from space_cli.models.gguf_file import read_gguf
 from space_cli.models.loading import LoadedModel
 
@@ -155,7 +155,7 @@ def _file(model: PreTrainedModel) -> Path:
     file = user_cache_path("space") / "gguf" / f"{fingerprint(model)[:8]}-{weights_digest(model)}-{_FILE_VERSION}.gguf"
     if file.exists():
         return file
-    try:
+    with writing(file):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=file.parent, suffix=".unfinished", delete=False) as stream:
             unfinished = Path(stream.name)
@@ -164,8 +164,6 @@ def _file(model: PreTrainedModel) -> Path:
             unfinished.replace(file)
         finally:
             unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise unwritten(file, error) from error
     return file
 
 

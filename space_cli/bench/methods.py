@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from space_cli.core.drafting import Strategy
 from space_cli.core.engine import embedding_rows
 from space_cli.core.sampling import Sampling
 from space_cli.core.stream import Generation, Step
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, did_you_mean
 from space_cli.models.loading import LoadedModel
 from space_cli.tasks.task import OnStep, Task, run_decode, run_generate
 
@@ -271,7 +270,6 @@ def methods_named(names: Sequence[str]) -> list[Method]:
         names = list(METHODS)
     for name in names:
         if name not in METHODS:
-            close = difflib.get_close_matches(name, METHODS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"methods: {', '.join(METHODS)}; or all"
+            hint = did_you_mean(name, METHODS, otherwise=f"methods: {', '.join(METHODS)}; or all")
             raise UsageProblem(f"no method named {name!r}", hint=hint)
     return [METHODS[name] for name in dict.fromkeys(names)]

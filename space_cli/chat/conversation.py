@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from space_cli.chat.templates import Prefix, Role, Turn, request
 from space_cli.core.stopping import text_behind
-from space_cli.errors import UsageProblem, first_invalid
+from space_cli.errors import UsageProblem, first_invalid, opening
 from space_cli.files import atomic_write
 from space_cli.models.registry import located
 
@@ -109,10 +109,10 @@ def load_turns(file: Path) -> tuple[list[Turn], str]:
     Raises:
         UsageProblem: it cannot be read, or is none.
     """
+    with opening(file):
+        content = file.read_bytes()
     try:
-        saved = _SavedChat.model_validate(json.loads(file.read_bytes()))
-    except OSError as error:
-        raise UsageProblem(f"{file}: {error.strerror or error}") from error
+        saved = _SavedChat.model_validate(json.loads(content))
     except ValidationError as error:
         raise UsageProblem(f"{file}: no saved conversation: {first_invalid(error)}") from error
     except (ValueError, RecursionError) as error:

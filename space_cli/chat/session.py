@@ -20,7 +20,7 @@ from space_cli.core.stopping import StopRule, text_behind
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem, first_invalid
 from space_cli.models.loading import LoadedModel
-from space_cli.models.support import no_masks
+from space_cli.models.support import check_candidates
 from space_cli.records import JsonRecord
 
 # AR steps timed behind an answer, to compare with: more of them where they are quick
@@ -80,7 +80,7 @@ class Session:
 
     def take(self, loaded: LoadedModel, turns: Sequence[Turn]) -> None:
         """Continue from these turns with a model."""
-        self._check_candidates(loaded, self.settings.candidates)
+        check_candidates(self.settings.candidates, loaded.name, loaded.masks_per_group, hint="leave it at auto")
         self.model = Model(loaded, template=self.template)
         self.cache = KVCache()
         self.chat = Chat(loaded, template=self.template or loaded.prompt_template, turns=turns)
@@ -98,12 +98,8 @@ class Session:
             UsageProblem: no such setting or value, or not with this model.
         """
         if name == "candidates" and value != "auto":
-            self._check_candidates(self.loaded, value)
+            check_candidates(value, self.loaded.name, self.loaded.masks_per_group, hint="leave it at auto")
         self.settings.change(name, value)
-
-    def _check_candidates(self, loaded: LoadedModel, candidates: object) -> None:
-        if candidates is not None and not loaded.mask_token_ids:
-            raise no_masks(f"candidates {candidates}", loaded.name, hint="leave it at auto")
 
     @property
     def tokens(self) -> int:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-import time
 from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from space_cli.cli.console import is_screen, plain, print_wrapped, visible
-from space_cli.cli.live import Tally, named_histogram, newest_lines, tally_of, without_masks
+from space_cli.cli.console import is_screen, plain, print_wrapped
+from space_cli.cli.live import Frames, Tally, newest_lines, tally_of
 from space_cli.cli.markdown import styled
+from space_cli.report.wording import named_histogram, without_masks
+from space_cli.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from space_cli.chat.session import Session
     from space_cli.core.stream import Generation, Step
 
-_SECONDS_PER_FRAME = 0.08
 # a blue and a purple of medium lightness, readable on white and on black
 _SHADES = ("color(32)", "color(133)")
 # of 16 colours the nearest to that purple is white
@@ -93,33 +92,30 @@ class LiveAnswer(PlainAnswer):
         self._console = console
         self._shaded = ShadedText(session, console, prompt_ids)
         self._tally = Tally()
-        self._drawn = 0.0
-        self._live = Live(console=console, auto_refresh=False, transient=True, get_renderable=self._render)
+        self._frames = Frames(console, self._render, transient=True)
 
     def __enter__(self) -> LiveAnswer:
         """Start drawing."""
-        self._live.start(refresh=True)
+        self._frames.start(refresh=True)
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Leave the answer, as it came."""
         self._shaded.finish()
-        self._live.stop()
+        self._frames.stop()
         self._console.print(styled(self._shaded.text), soft_wrap=True)
 
     def step(self, step: Step) -> None:
         """Add a step's text."""
         self._tally.add(step)
         self._shaded.add(step)
-        if time.monotonic() - self._drawn >= _SECONDS_PER_FRAME:
-            self._live.refresh()
-            self._drawn = time.monotonic()
+        self._frames.refresh_if_due()
 
     def _render(self) -> Group:
         size, so_far = self._console.size, self._tally
         newest = newest_lines(self._shaded.text, max(1, size.width - 1), max(1, size.height - 3))
-        told = f"{counted(so_far)} · {so_far.rate:.0f} tokens/s" if so_far.steps else "reading the prompt"
-        return Group(newest, Text(told, style="dim", no_wrap=True, overflow="ellipsis"))
+        status = f"{counted(so_far)} · {so_far.rate:.0f} tokens/s" if so_far.steps else "reading the prompt"
+        return Group(newest, Text(status, style="dim", no_wrap=True, overflow="ellipsis"))
 
 
 class StepsAnswer(PlainAnswer):
@@ -176,16 +172,17 @@ def greeting(session: Session, console: Console) -> Text:
         return Text("Each model call yields one token.", style="dim")
     one, other = shades_of(console)
     loaded = session.loaded
-    told = Text.assemble(
+    introduction = Text.assemble(
         ("Each model call checks tokens guessed by the calls before it and adds one of its own: ", "dim"),
         ("what comes out of one call", one),
         (" ", "dim"),
         ("is shaded alike", other),
         (". Fewer calls, the same text.", "dim"),
     )
-    for line in without_masks({"model": loaded.name, "masks_per_group": loaded.masks_per_group}):
-        told.append_text(plain(f"\n{line}", style="dim"))
-    return told
+    facts = {"model": loaded.name, "source": loaded.source, "masks_per_group": loaded.masks_per_group}
+    for line in without_masks(facts):
+        introduction.append_text(plain(f"\n{line}", style="dim"))
+    return introduction
 
 
 def view_of(session: Session, console: Console, prompt_ids: Sequence[int]) -> PlainAnswer:

@@ -15,6 +15,10 @@ import typer
 from space_cli.errors import SpaceError, first_line
 
 _EXIT_CODES = "Exit codes: 0 done; 1 a check failed; 2 wrong use or bad input; 3 the run failed; 130 interrupted."
+_PAGES = (
+    "Documentation, in docs/ of the project: chat.md, serve.md, bench.md, lossless.md, train.md, models.md;"
+    " how-it-works.md, drafts.md, engines.md."
+)
 
 _INTERRUPTED = 130
 
@@ -24,7 +28,7 @@ _ALIASES = {"temp": "temperature", "max-tokens": "max-new-tokens"}
 app = typer.Typer(
     name="space",
     help="Several tokens per model call from local language models, without changing a single token.",
-    epilog=_EXIT_CODES,
+    epilog=f"{_EXIT_CODES}\n\n{_PAGES}",
     no_args_is_help=True,
     context_settings={
         "help_option_names": ["-h", "--help"],
@@ -104,7 +108,7 @@ def run(arguments: Sequence[str]) -> int:
             # the reader has closed the pipe (as `| head` does); flushing at exit must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        line, code = _told(error)
+        line, code = _line_and_code(error)
         if os.environ.get("SPACE_DEBUG") and not isinstance(error, (typer.TyperException, SystemExit)):
             traceback.print_exception(error)
         if line:
@@ -115,9 +119,9 @@ def run(arguments: Sequence[str]) -> int:
     return returned if isinstance(returned, int) else 0
 
 
-def _told(error: BaseException) -> tuple[str, int]:
+def _line_and_code(error: BaseException) -> tuple[str, int]:
     """Return the line and the exit code of an error, the most specific kinds first."""
-    from space_cli.cli.console import visible
+    from space_cli.text import visible
 
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) else 3
@@ -146,8 +150,8 @@ def _is_full_disk(error: BaseException) -> bool:
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in codes
-    told = str(error)
-    return any(f"(os error {code})" in told for code in codes) or "PytorchStreamWriter failed writing" in told
+    message = str(error)
+    return any(f"(os error {code})" in message for code in codes) or "PytorchStreamWriter failed writing" in message
 
 
 def _is_help(message: str) -> bool:

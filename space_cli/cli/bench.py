@@ -79,8 +79,7 @@ class MethodOptions(Group):
         from space_cli.bench.methods import chains, methods_named
         from space_cli.bench.sweep import parse_sweep
 
-        if self.seeds > 1 and not sampled:
-            raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
+        options.check_seeds(self.seeds, sampled=sampled)
         if self.sweep is not None:
             if self.methods is not None or candidates is not None:
                 raise UsageProblem(
@@ -166,7 +165,7 @@ def run(
     from space_cli.cli.console import quiet_libraries
 
     quiet_libraries()
-    wanted = methods.named(candidates, sampled=sampling.temperature > 0)
+    requested = methods.named(candidates, sampled=sampling.temperature > 0)
     suites = prompts.suites()
 
     from space_cli.bench.methods import choose_methods
@@ -181,7 +180,7 @@ def run(
     loaded = load.load(model, revision=revision)
     draft = methods.loaded_draft(load, loaded)
     settings = Settings(max_new_tokens, sampling.sampling(), candidates)
-    chosen, left_out = choose_methods(wanted, loaded, sampling=settings.sampling, draft=draft)
+    chosen, left_out = choose_methods(requested, loaded, sampling=settings.sampling, draft=draft)
     if any(method.takes_candidates for method in chosen):
         check_candidates(loaded, candidates)
     suites = suites_for(loaded, suites)
@@ -271,8 +270,8 @@ def _journal(output: ResultOptions, report: BenchRecord, planned: Plan) -> Journ
     if json is None or json == "-" or (Path(json).exists() and not Path(json).is_file()):
         return None
     # not the date and the measured costs, which differ when resuming; scoring may be added later
-    told = report.environment | report.settings
-    run = {name: value for name, value in told.items() if name not in ("date", "step_costs", "left_out")}
+    facts = report.environment | report.settings
+    run = {name: value for name, value in facts.items() if name not in ("date", "step_costs", "left_out")}
     journal = Journal(Path(json), run | {"prompts": prompts_digest(planned)})
     if output.resume:
         journal.resume()
@@ -334,29 +333,18 @@ def _list() -> None:
 
 def _report(loaded: LoadedModel, draft: LoadedModel | None, settings: Settings) -> BenchRecord:
     """Return the record of a run that has not begun."""
-    from dataclasses import asdict
-
-    import torch
-
     from space_cli.bench.record import BenchRecord
     from space_cli.tasks.environment import environment
 
-    return BenchRecord(
-        environment=environment(loaded, threads=torch.get_num_threads()),
-        settings={
-            "model": loaded.name,
-            "source": loaded.source,
-            "masks_per_group": loaded.masks_per_group,
-            "draft_model": draft.name if draft is not None else None,
-            **asdict(settings),
-        },
-    )
+    facts = settings.recorded(loaded) | {"draft_model": draft.name if draft is not None else None}
+    return BenchRecord(environment=environment(loaded), settings=facts)
 
 
 def _hand_out(report: BenchRecord, output: ResultOptions, view: RunView) -> None:
     """Write the files and show the table; with --json - standard output holds the JSON alone."""
     from space_cli.bench.results import results
-    from space_cli.cli.tables import show_bench, write_record
+    from space_cli.cli.console import write_json
+    from space_cli.cli.tables import show_bench
 
     report.results = results(report.samples, report.settings["methods"], report.settings["metrics"])
 
@@ -367,19 +355,19 @@ def _hand_out(report: BenchRecord, output: ResultOptions, view: RunView) -> None
             stack.callback(_draw, output.plot_file, report)
         if output.report_file is not None:
             stack.callback(_write_report, output.report_file, report)
-        stack.callback(write_record, report, output.json_file)
+        stack.callback(write_json, report.to_json, output.json_file)
 
 
 def _draw(file: Path, report: BenchRecord) -> None:
-    from space_cli.cli.drawing import write_plots
-    from space_cli.cli.plots import plots
+    from space_cli.report.drawing import write_plots
+    from space_cli.report.plots import plots
 
     write_plots(file, plots(report))
 
 
 def _write_report(file: Path, report: BenchRecord) -> None:
-    from space_cli.cli.bench_page import bench_page
-    from space_cli.cli.headline import headline
-    from space_cli.cli.page import write_page
+    from space_cli.report.bench_page import bench_page
+    from space_cli.report.headline import headline
+    from space_cli.report.page import write_page
 
     write_page(file, headline(report), bench_page(report))

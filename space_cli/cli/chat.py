@@ -15,11 +15,11 @@ from pydantic import Field
 from space_cli.cli import options
 from space_cli.cli.groups import grouped
 from space_cli.cli.texts import with_corpora, with_past_answers
-from space_cli.errors import Interrupted, UsageProblem
+from space_cli.errors import Interrupted, UsageProblem, opening
 from space_cli.text import prose, well_formed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from space_cli.chat.session import Session
     from space_cli.chat.templates import Turn
@@ -35,16 +35,11 @@ _Prompt = Annotated[
 ]
 _Raw = Annotated[bool, typer.Option("--raw", help="No chat template: the model continues the prompt.")]
 _System = Annotated[str | None, typer.Option("--system", help="System prompt.")]
-_SystemFile = Annotated[
-    Path | None, typer.Option("--system-file", callback=options.at_home, help="The same, from a file.")
-]
+_SystemFile = Annotated[Path | None, options.path_option("--system-file", "The same, from a file.")]
 _Continue = Annotated[bool, typer.Option("--continue", "-c", help="Go on with the newest conversation.")]
-_Load = Annotated[
-    Path | None, typer.Option("--load", callback=options.at_home, help="Go on with a saved conversation.")
-]
+_Load = Annotated[Path | None, options.path_option("--load", "Go on with a saved conversation.")]
 _Schema = Annotated[
-    Path | None,
-    typer.Option("--schema", callback=options.at_home, help="Answers are JSON that matches the schema in this file."),
+    Path | None, options.path_option("--schema", "Answers are JSON that matches the schema in this file.")
 ]
 _JsonMode = Annotated[bool, typer.Option("--json-mode", help="Answers are JSON objects.")]
 _Stats = Annotated[bool, typer.Option("--stats", help="Say on standard error what one answer cost.")]
@@ -69,15 +64,12 @@ class ChatModelOptions(options.LoadOptions):
 
     def prepared(self, name: str, *, revision: str | None, quiet: bool) -> LoadedModel:
         """Load a model with its engine and texts; the first answer measures step costs, so the prompt comes sooner."""
-        from space_cli.cli.console import err, plain
+        from space_cli.cli.console import note
         from space_cli.cli.live import COMPILING
         from space_cli.models.engines import prepare
 
-        def compiling() -> None:
-            if not quiet:
-                err().print(plain(COMPILING), soft_wrap=True)
-
-        loaded = prepare(self.load(name, revision=revision), engine=self.engine, on_compile=compiling)
+        loaded = self.load(name, revision=revision)
+        loaded = prepare(loaded, engine=self.engine, on_compile=lambda: note(COMPILING, quiet=quiet))
         return with_corpora(with_past_answers(loaded, kept=True) if self.memory else loaded, self.corpus, quiet=quiet)
 
 
@@ -102,24 +94,24 @@ def chat(
     quiet: options.Quiet = False,
 ) -> int:
     """Talk with a model; with --prompt or piped input, answer once and leave."""
+    from platformdirs import user_state_path
+
+    from space_cli.cli.console import err, loading, note, quiet_libraries
+
     text = _one_prompt(prompt)
     if text is None and json_file is not None:
         raise UsageProblem("--json needs a prompt", hint="give --prompt TEXT, or pipe it in")
-    if raw and template is not None:
-        raise UsageProblem("--raw and --template exclude each other")
+    options.exclusive(raw=raw, template=template)
     system = _system(system, system_file)
-    form = _schema(schema, json_mode=json_mode)
-    state = _state_folder()
+    answer_schema = _schema(schema, json_mode=json_mode)
+    state = user_state_path("space")
     turns, partner = _saved(state / "newest.json" if go_on else load)
-    if partner and model is not None and not quiet and _differ(partner, model):
-        _say(f"the conversation was with {partner}; {model} goes on with it")
+    if partner and model is not None and _differ(partner, model):
+        note(f"the conversation was with {partner}; {model} goes on with it", quiet=quiet, style="dim")
     # a conversation goes on with the model it was had with
     chosen = options.named_model(model or partner, quiet=quiet)
 
-    from space_cli.cli.console import err, is_screen, plain, quiet_libraries
-
-    loading = err().status(plain(f"loading {chosen}")) if is_screen(err()) and not quiet else nullcontext()
-    with loading, _without_collecting():
+    with loading(chosen, err(), quiet=quiet), _without_collecting():
         quiet_libraries()
 
         from space_cli.chat.session import ChatSettings, Session
@@ -129,12 +121,16 @@ def chat(
 
         settings = ChatSettings(**answers.model_dump())
         template = "{}" if raw else template
-        session = Session(loaded_by(chosen), settings, template=template, turns=turns, schema=form)
+        session = Session(loaded_by(chosen), settings, template=template, turns=turns, schema=answer_schema)
         if system:
             session.chat.system = system
     if text is not None:
         return _answer_once(session, text, json=json_file, stats=stats, quiet=quiet)
-    return _converse(session, loaded_by, state)
+
+    from space_cli.cli.repl import Repl
+
+    Repl(session, loaded_by, state).run()
+    return 0
 
 
 @contextmanager
@@ -163,14 +159,11 @@ def _one_prompt(prompt: str | None) -> str | None:
 
 
 def _system(system: str | None, file: Path | None) -> str:
-    if system is not None and file is not None:
-        raise UsageProblem("--system and --system-file exclude each other")
+    options.exclusive(system=system, system_file=file)
     if file is None:
         return well_formed(system or "", "--system")
-    try:
+    with opening(f"--system-file {file}"):
         return prose(file.read_bytes(), str(file)).strip()
-    except OSError as error:
-        raise UsageProblem(f"--system-file {file}: {error.strerror or error}") from error
 
 
 def _saved(file: Path | None) -> tuple[list[Turn], str | None]:
@@ -189,22 +182,15 @@ def _differ(one: str, other: str) -> bool:
     return located(one) != located(other)
 
 
-def _say(text: str) -> None:
-    from space_cli.cli.console import err, plain
-
-    err().print(plain(text, style="dim"), soft_wrap=True)
-
-
 def _schema(file: Path | None, *, json_mode: bool) -> dict[str, Any] | None:
     """Return the schema that answers follow, or None."""
-    if file is not None and json_mode:
-        raise UsageProblem("--schema and --json-mode exclude each other")
+    options.exclusive(schema=file, json_mode=json_mode)
     if file is None:
         return {"type": "object"} if json_mode else None
+    with opening(f"--schema {file}"):
+        content = file.read_bytes()
     try:
-        schema = loads(file.read_bytes())
-    except OSError as error:
-        raise UsageProblem(f"--schema {file}: {error.strerror or error}") from error
+        schema = loads(content)
     except (ValueError, RecursionError) as error:
         raise UsageProblem(f"--schema {file}: no JSON: {error}") from error
     if not isinstance(schema, dict):
@@ -212,19 +198,12 @@ def _schema(file: Path | None, *, json_mode: bool) -> dict[str, Any] | None:
     return schema
 
 
-def _state_folder() -> Path:
-    from platformdirs import user_state_path
-
-    return user_state_path("space")
-
-
 def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, quiet: bool) -> int:
     """Answer one prompt on standard output, or as JSON."""
     from space_cli.chat.session import record_of
     from space_cli.chat.templates import Turn
     from space_cli.cli.answer import summary, view_of
-    from space_cli.cli.console import err, is_screen, out, plain, print_wrapped
-    from space_cli.cli.tables import write_record
+    from space_cli.cli.console import err, is_screen, out, plain, print_wrapped, write_json
     from space_cli.core.stream import Generation
 
     session.chat.turns.append(Turn("user", text))
@@ -240,16 +219,9 @@ def _answer_once(session: Session, text: str, *, json: str | None, stats: bool, 
     finally:
         # tokens generated so far are kept, whatever ended the answer
         if generation.steps:
-            write_record(record_of(session, asked, generation), json)
+            write_json(record_of(session, asked, generation).to_json, json)
     session.conclude(asked, generation)
     if (stats or is_screen(out())) and not quiet:
-        told = summary(session, generation, speedup=session.speedup(), context="")
-        print_wrapped(err(), plain(told, style="dim"))
-    return 0
-
-
-def _converse(session: Session, load: Callable[[str], LoadedModel], state: Path) -> int:
-    from space_cli.cli.repl import Repl
-
-    Repl(session, load, state).run()
+        cost = summary(session, generation, speedup=session.speedup(), context="")
+        print_wrapped(err(), plain(cost, style="dim"))
     return 0

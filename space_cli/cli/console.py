@@ -1,7 +1,6 @@
 """Output streams, and what may be written to them.
 
-Standard output holds the answer or the data, standard error progress, notes and errors. Text made by a model or read
-from a file is untrusted: `visible` turns what a terminal would obey into what a person can see.
+Standard output holds the answer or the data, standard error progress, notes and errors.
 """
 
 from __future__ import annotations
@@ -10,25 +9,18 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-_BIDI = [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]
-_VISIBLE = {
-    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
-    0x7F: "\N{SYMBOL FOR DELETE}",
-    **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
-    **{code: f"\\u{code:04x}" for code in (*_BIDI, *range(0xD800, 0xE000), 0x2028, 0x2029)},
-}
-
-
-def visible(text: str) -> str:
-    """Return `text` with control, bidi and surrogate characters replaced by visible forms; newline and tab stay."""
-    return text.translate(_VISIBLE)
+from space_cli.errors import writing
+from space_cli.files import atomic_write
+from space_cli.text import visible
 
 
 def plain(text: str, style: str = "") -> Text:
@@ -39,6 +31,26 @@ def plain(text: str, style: str = "") -> Text:
 def print_wrapped(console: Console, text: Text) -> None:
     """Print a text of ours; a terminal wraps it between words."""
     console.print(text, soft_wrap=not is_screen(console))
+
+
+def note(text: str, *, quiet: bool = False, style: str = "") -> None:
+    """Print a line on standard error about what is going on."""
+    if not quiet:
+        err().print(plain(text, style=style), soft_wrap=True)
+
+
+def loading(name: str, console: Console, *, quiet: bool = False) -> AbstractContextManager[object]:
+    """Show meanwhile that a model is being loaded, if the console is a terminal."""
+    return console.status(plain(f"loading {name}")) if is_screen(console) and not quiet else nullcontext()
+
+
+def table(first: str, *others: str) -> Table:
+    """Return a table without lines: the first column to the left, the others to the right if they have a heading."""
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    made.add_column(first)
+    for heading in others:
+        made.add_column(heading, justify="right" if heading else "left")
+    return made
 
 
 @contextmanager
@@ -58,9 +70,19 @@ def unechoed() -> Iterator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
-def echo_json(text: str) -> None:
-    """Write JSON to standard output; characters its encoding lacks are escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
+def write_json(to_json: Callable[[], str], json: str | None) -> None:
+    """Write a record as --json asks: - is standard output; characters its encoding lacks are escaped.
+
+    Raises:
+        RunFailed: the file cannot be written.
+    """
+    if json is None:
+        return
+    if json != "-":
+        with writing(Path(json)):
+            atomic_write(Path(json), to_json())
+        return
+    text, encoding = to_json(), sys.stdout.encoding or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:

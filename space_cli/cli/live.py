@@ -6,8 +6,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
 
 from rich.cells import chop_cells
 from rich.console import Console, Group
@@ -17,20 +16,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from space_cli.cli.console import err, is_screen, plain, visible
+from space_cli.cli.console import err, is_screen, plain, table
+from space_cli.report.wording import histogram
+from space_cli.text import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable
+
+    from rich.console import RenderableType
 
     from space_cli.core.stopping import TextStream
     from space_cli.core.stream import Generation, Step
     from space_cli.models.loading import LoadedModel
 
 COMPILING = "compiling it for this machine, once: about 90 s for smollm2 on two cores (--engine eager does without)"
-_SECONDS_PER_FRAME = 0.125
-_LONGEST_SHOWN = 8
+_SECONDS_PER_FRAME = 0.1
 _TEXT_LINES = 9
-_BARS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass
@@ -55,11 +56,54 @@ class Tally:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-class RunView:
-    """Plain lines on standard error, one per prompt group; `LiveRunView` draws instead."""
+class Frames(Live):
+    """A drawing that is redrawn between steps, at most ten times a second."""
+
+    def __init__(self, console: Console, draw: Callable[[], RenderableType], *, transient: bool) -> None:
+        super().__init__(console=console, auto_refresh=False, transient=transient, get_renderable=draw)
+        self._drawn = 0.0
+
+    def refresh_if_due(self) -> None:
+        """Redraw, unless that was done a moment ago."""
+        if time.monotonic() - self._drawn >= _SECONDS_PER_FRAME:
+            self.refresh()
+            self._drawn = time.monotonic()
+
+
+class View:
+    """Plain lines on standard error about a run; a live view draws while it is entered, too."""
+
+    _frames: Frames | None = None
 
     def __init__(self, console: Console, *, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
+
+    def note(self, text: str) -> None:
+        """Say what is going on."""
+        if not self._quiet:
+            self._console.print(plain(text), soft_wrap=True)
+
+    def loading(self, name: str) -> None:
+        """Say that a model is being loaded."""
+        self.note(f"loading {name}")
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        if self._frames is not None:
+            self._frames.start(refresh=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop drawing."""
+        if self._frames is not None:
+            self._frames.stop()
+
+
+class RunView(View):
+    """Plain lines, one per prompt group; `LiveRunView` draws instead."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        super().__init__(console, quiet=quiet)
         self._tallies: dict[str, Tally] = {}
         self._prompts = self._total = 0
         self._last_line = time.monotonic()
@@ -68,10 +112,6 @@ class RunView:
     def done(self) -> str:
         """How far the run got."""
         return f"{self._prompts} of {self._total} {self._unit}"
-
-    def loading(self, name: str) -> None:
-        """Say that a model is being loaded."""
-        self.note(f"loading {name}")
 
     def compiling(self) -> None:
         """Say that a model is being compiled, which takes its time."""
@@ -82,11 +122,6 @@ class RunView:
         for what, why in reasons.items():
             self.note(f"left out: {what}: {why}")
 
-    def note(self, text: str) -> None:
-        """Say what is going on besides the answers."""
-        if not self._quiet:
-            self._console.print(plain(text), soft_wrap=True)
-
     def begin(self, loaded: LoadedModel, methods: list[str], total: int, *, unit: str = "prompts") -> None:
         """Take what the run is about: how many prompts or answers are to be done by all methods, the last one last."""
         self._loaded = loaded
@@ -94,15 +129,6 @@ class RunView:
         self._tallies = {name: Tally() for name in methods}
         self._total = total
         self._last_line = time.monotonic()  # loading before this point needs no line
-
-    def __enter__(self) -> RunView:
-        """Start showing."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop showing."""
 
     def started(self, suite: str, task_id: str, method: str) -> None:
         """An answer begins."""
@@ -131,7 +157,6 @@ class LiveRunView(RunView):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, quiet=False)
-        self._drawn = 0.0
         self._text = Text()
         self._task = self._method = ""
         self._stream: TextStream | None = None
@@ -144,25 +169,14 @@ class LiveRunView(RunView):
             expand=True,
         )
         self._bar_task = self._bar.add_task("", start=False, total=1, model="")
+        self._frames: Frames = Frames(console, self._render, transient=True)
 
     def begin(self, loaded: LoadedModel, methods: list[str], total: int, *, unit: str = "prompts") -> None:
         """Take what the run is about, for the bar too."""
         super().begin(loaded, methods, total, unit=unit)
         model = f"{visible(loaded.name)} {loaded.dtype} {loaded.device}"
         self._bar.update(self._bar_task, description=unit, total=total, model=model)
-
-    def __enter__(self) -> LiveRunView:
-        """Start drawing."""
         self._bar.start_task(self._bar_task)
-        self._live = Live(console=self._console, auto_refresh=False, transient=True, get_renderable=self._render)
-        self._live.start(refresh=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the screen as it was."""
-        self._live.stop()
 
     def started(self, suite: str, task_id: str, method: str) -> None:
         """Clear the text for a new answer."""
@@ -178,9 +192,7 @@ class LiveRunView(RunView):
         piece = "".join(self._stream.push(token) for token in step.tokens)
         shade = "bold" if len(step.tokens) > 1 and self._tallies[method].steps % 2 else ""
         self._text.append_text(plain(piece, style="green " + shade if len(step.tokens) > 1 else ""))
-        if time.monotonic() - self._drawn >= _SECONDS_PER_FRAME:
-            self._live.refresh()
-            self._drawn = time.monotonic()
+        self._frames.refresh_if_due()
 
     def _prompt_done(self) -> None:
         """Move the bar instead of printing a line."""
@@ -195,16 +207,13 @@ class LiveRunView(RunView):
         return Group(self._bar, panel, self._methods())
 
     def _methods(self) -> Table:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        table.add_column("method")
-        for heading in ("tok/s", "tok/step"):
-            table.add_column(heading, justify="right")
-        table.add_column("tokens by step: 1, 2, 3, ...", no_wrap=True)
+        shown = table("method", "tok/s", "tok/step")
+        shown.add_column("tokens by step: 1, 2, 3, ...", no_wrap=True)
         for name, tally in self._tallies.items():
             per_step = tally.tokens / tally.steps if tally.steps else 0.0
             style = "bold" if name == self._method else ""
-            table.add_row(name, f"{tally.rate:.0f}", f"{per_step:.2f}", histogram(tally.accepted), style=style)
-        return table
+            shown.add_row(name, f"{tally.rate:.0f}", f"{per_step:.2f}", histogram(tally.accepted), style=style)
+        return shown
 
 
 def run_view(*, quiet: bool) -> RunView:
@@ -231,17 +240,6 @@ def _broken(line: Text, width: int) -> Iterable[Text]:
     return line.divide(list(accumulate(map(len, parts)))[:-1])
 
 
-def without_masks(settings: Mapping[str, Any]) -> list[str]:
-    """Return a line about drafting without masks, and how to train them; nothing for a model with masks."""
-    model = settings["model"]
-    if settings.get("masks_per_group") != 0 or "space" not in settings.get("methods", ("space",)):
-        return []
-    return [
-        f"{model} has no masks: what is guessed is copied from the text so far. `space train --model {model}"
-        " --data FILE --output DIR` trains some, which guess anywhere."
-    ]
-
-
 def tally_of(generations: Iterable[Generation]) -> Tally:
     """Return the totals of several answers' steps."""
     tally = Tally()
@@ -249,31 +247,3 @@ def tally_of(generations: Iterable[Generation]) -> Tally:
         for step in generation.steps:
             tally.add(step)
     return tally
-
-
-def histogram(accepted: Counter[int]) -> str:
-    """Return one bar per number of tokens in a step, with the shares; the last bar includes longer steps."""
-    if not accepted:
-        return ""
-    shares, more = _shares(accepted)
-    return f"{''.join(map(_bar, shares))}  " + " ".join(f"{share:.0%}" for share in shares) + more
-
-
-def named_histogram(accepted: Counter[int]) -> str:
-    """Return the same with each number of tokens in front of its bar, for those that occurred: `1 ▆ 80%  2 ▂ 20%`."""
-    shares, more = _shares(accepted)
-    names = [str(length) for length in range(1, len(shares) + 1)]
-    names[-1] += more
-    return "  ".join(f"{name} {_bar(share)} {share:.0%}" for name, share in zip(names, shares, strict=True) if share)
-
-
-def _shares(accepted: Counter[int]) -> tuple[list[float], str]:
-    """Return the share of steps with 1, 2, ... tokens, and a + if the last share includes longer steps."""
-    longest = min(max(accepted), _LONGEST_SHOWN)
-    counts = [accepted[count] for count in range(1, longest + 1)]
-    counts[-1] += sum(count for length, count in accepted.items() if length > longest)
-    return [count / accepted.total() for count in counts], "+" if max(accepted) > longest else ""
-
-
-def _bar(share: float) -> str:
-    return _BARS[max(1 if share else 0, round(share * (len(_BARS) - 1)))]

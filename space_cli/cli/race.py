@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from rich.columns import Columns
 from rich.console import Console
-from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
 from space_cli.cli.answer import ShadedText
 from space_cli.cli.console import print_wrapped
-from space_cli.cli.live import Tally, newest_lines
+from space_cli.cli.live import Frames, Tally, newest_lines
 from space_cli.core.cache import KVCache
 
 if TYPE_CHECKING:
     from space_cli.chat.session import Session
     from space_cli.chat.templates import Prefix
     from space_cli.core.stream import Step
-
-_SECONDS_PER_FRAME = 0.1
 
 
 @dataclass
@@ -46,7 +42,7 @@ class _Runner:
             self.shaded.finish()
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         so_far = self.tally
         return f"{so_far.tokens} tokens  {so_far.steps} calls  {so_far.seconds:.1f} s"
 
@@ -60,15 +56,12 @@ def race(session: Session, asked: Prefix, console: Console) -> None:
         steps = session.steps(asked, mode=mode, cache=KVCache())
         runners.append(_Runner(name, steps, ShadedText(session, console, asked.token_ids)))
     ar, space = runners
-    drawn = 0.0
-    with Live(console=console, auto_refresh=False, get_renderable=lambda: _panes(runners, console)) as live:
+    with Frames(console, lambda: _panes(runners, console), transient=False) as frames:
         while not all(runner.is_done for runner in runners):
             behind = (runner for runner in runners if not runner.is_done)
             min(behind, key=lambda runner: runner.tally.seconds).advance()
-            if time.monotonic() - drawn >= _SECONDS_PER_FRAME:
-                live.refresh()
-                drawn = time.monotonic()
-        live.refresh()
+            frames.refresh_if_due()
+        frames.refresh()
     is_same = ar.token_ids == space.token_ids
     same = "the same tokens" if is_same else "other tokens: they part at a near tie"
     calls = f"{space.tally.steps} model calls in place of {ar.tally.steps}"
@@ -90,7 +83,7 @@ def _panes(runners: list[_Runner], console: Console) -> Columns:
                 text,
                 title=f"{runner.name}, done" if runner.is_done else runner.name,
                 title_align="left",
-                subtitle=runner.told,
+                subtitle=runner.summary,
                 subtitle_align="left",
                 width=width,
                 height=height,

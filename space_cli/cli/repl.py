@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import difflib
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,13 +19,14 @@ from rich.text import Text
 from space_cli.chat.conversation import load_turns
 from space_cli.chat.templates import Turn
 from space_cli.cli.answer import counted, greeting, summary, view_of
-from space_cli.cli.console import is_screen, out, plain, print_wrapped, unechoed, visible
-from space_cli.cli.live import named_histogram, tally_of
+from space_cli.cli.console import loading, out, plain, print_wrapped, unechoed
+from space_cli.cli.live import tally_of
 from space_cli.cli.repl_input import QUOTES, CommandCompleter, input_history, key_bindings, unquoted
 from space_cli.core.stream import Generation
-from space_cli.errors import SpaceError, UsageProblem, first_line
+from space_cli.errors import SpaceError, UsageProblem, did_you_mean, first_line, opening, system_reason
 from space_cli.models.registry import located
-from space_cli.text import well_formed
+from space_cli.report.wording import named_histogram
+from space_cli.text import visible, well_formed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -120,9 +120,8 @@ class Repl:
         name, _, rest = text.strip().partition(" ")
         name = {"/clear": "/reset", "/?": "/help", "/quit": "/exit", "/bye": "/exit"}.get(name, name)
         if name not in self._commands:
-            near = difflib.get_close_matches(name, self._commands, n=1)
-            hint = f"did you mean {near[0]}?" if near else "/help lists them; a text with a space in front is sent"
-            raise UsageProblem(f"no command {name}", hint=hint)
+            otherwise = "/help lists them; a text with a space in front is sent"
+            raise UsageProblem(f"no command {name}", hint=did_you_mean(name, self._commands, otherwise=otherwise))
         self._commands[name][0](rest.strip())
 
     # Answers
@@ -178,15 +177,15 @@ class Repl:
             try:
                 session.chat.save(self._newest)
             except OSError as error:
-                self._say(f"the conversation could not be kept: {error.strerror or error}")
+                self._say(f"the conversation could not be kept: {system_reason(error)}")
                 self._newest = None
 
     # Commands
 
     def _help(self, _: str) -> None:
         table = Table.grid(padding=(0, 2, 0, 0))
-        for name, (_run, told) in self._commands.items():
-            table.add_row(name, told)
+        for name, (_run, help_text) in self._commands.items():
+            table.add_row(name, help_text)
         self._console().print(table)
         self._say(f"{QUOTES} opens and closes a text of several lines; Alt-Enter begins a new line", style="")
 
@@ -244,9 +243,9 @@ class Repl:
         now = dict(self._session.settings)[name]
         self._say(f"{name} {'auto' if now is None else now}")
 
-    def _set(self, told: str) -> None:
-        if told:
-            name, _, value = told.partition(" ")
+    def _set(self, words: str) -> None:
+        if words:
+            name, _, value = words.partition(" ")
             self._set_one(name, value.strip())
             return
         for name, value in self._session.settings:
@@ -255,8 +254,7 @@ class Repl:
     def _model(self, name: str) -> None:
         if not name:
             raise UsageProblem("/model needs a name", hint="`space models list` shows some")
-        console = self._console()
-        with console.status(plain(f"loading {name}")) if is_screen(console) else nullcontext():
+        with loading(name, self._console()):
             loaded = self._load(name)
         self._session.take(loaded, self._session.chat.turns)
         self._say(f"{name}; the conversation goes on")
@@ -267,10 +265,8 @@ class Repl:
         file = Path(name).expanduser()
         if file.exists() and file.resolve() not in self._own_files:
             raise UsageProblem(f"{name}: is there already", hint="give another name")
-        try:
+        with opening(name):
             self._session.chat.save(file)
-        except OSError as error:
-            raise UsageProblem(f"{name}: {error.strerror or error}") from error
         self._own_files.add(file.resolve())
         self._say(f"saved {name}")
 

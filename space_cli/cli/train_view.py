@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from space_cli.cli.console import err, is_screen, out, plain
+from space_cli.cli.console import err, is_screen, out, plain, table
+from space_cli.cli.live import Frames, View
 
 if TYPE_CHECKING:
     from space_cli.models.checkpoint import SpaceConfig
@@ -27,22 +26,17 @@ _EXAMPLE_LINES = 6
 _PLOT_WIDTH, _LEVELS = 60, "▁▂▃▄▅▆▇█"
 
 
-class TrainView:
-    """Plain lines on standard error; `LiveTrainView` draws instead."""
+class TrainView(View):
+    """Plain lines; `LiveTrainView` draws instead."""
 
     def __init__(self, console: Console, *, quiet: bool) -> None:
-        self._console, self._quiet = console, quiet
+        super().__init__(console, quiet=quiet)
         self._last_line = 0.0
         self._phase = ("", 0, 0.0)
         self._begun = time.monotonic()
         self._first_step: int | None = None
         self._rows: list[tuple[str, ...]] = []
         self._held_out: list[list[float]] = []
-
-    def note(self, text: str) -> None:
-        """Say what is going on."""
-        if not self._quiet:
-            self._console.print(plain(text), soft_wrap=True)
 
     def example(self, text: str) -> None:
         """Show how an example is trained; a long one is cut in the middle."""
@@ -62,15 +56,6 @@ class TrainView:
         left_out = f", {prepared.empty} without anything to learn left out" if prepared.empty else ""
         cut = f", {prepared.cut} cut by {prepared.cut_tokens} tokens" if prepared.cut else ""
         self.note(f"{len(prepared.examples)} examples{cut}{left_out}; {len(prepared.held_out)} prompts held out")
-
-    def __enter__(self) -> TrainView:
-        """Start showing."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop showing."""
 
     def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
         """Show the progress of a phase besides the steps, with its tokens per second."""
@@ -171,45 +156,30 @@ class LiveTrainView(TrainView):
         super().__init__(console, quiet=False)
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console)
         self._task = self._bar.add_task("", visible=False)
-        self._live = Live(console=console, auto_refresh=False, transient=False, get_renderable=self._render)
-
-    def __enter__(self) -> TrainView:
-        """Start drawing."""
-        self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the last state on the screen."""
-        self._live.stop()
+        self._frames: Frames = Frames(console, self._render, transient=False)
 
     def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
         """Show the progress of a phase besides the steps, with its tokens per second."""
-        told = name + self._pace(name, done, total, rate)
-        self._bar.update(self._task, description=told, completed=done, total=total, visible=done < total)
-        self._live.refresh()
+        description = name + self._pace(name, done, total, rate)
+        self._bar.update(self._task, description=description, completed=done, total=total, visible=done < total)
+        self._frames.refresh()
 
     def _show_row(self, cells: tuple[str, ...]) -> None:
-        self._live.refresh()
+        self._frames.refresh()
 
     def _render(self) -> RenderableType:
         plot = self._plot()
         if not self._rows:
             return Group(plot, self._bar) if self._held_out else self._bar
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for heading in _HEADINGS:
-            table.add_column(heading, justify="right")
+        rows = table(*_HEADINGS)
+        rows.columns[0].justify = "right"
         for row in self._rows:
-            table.add_row(*row)
-        return Group(table, plot, self._bar)
+            rows.add_row(*row)
+        return Group(rows, plot, self._bar)
 
     def _plot(self) -> Table:
         """Draw the share of held-out tokens that masks guess right, a line for each depth, from start to now."""
-        plot = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        plot.add_column("held out")
-        plot.add_column("")
-        plot.add_column("right", justify="right")
+        plot = table("held out", "", "right")
         for depth, line in enumerate(zip(*self._held_out[-_PLOT_WIDTH:], strict=True), start=1):
             plot.add_row(f"mask {depth}", "".join(map(_level, line)), f"{line[-1]:.0%}")
         return plot
@@ -230,13 +200,13 @@ def _accuracies(logs: dict[str, float], prefix: str) -> list[float]:
     return [logs[f"{start}{depth}"] for depth in depths]
 
 
-def _level(share: float) -> str:
-    """Return a block as high as a share.
+def _level(fraction: float) -> str:
+    """Return a block as high as a fraction of 1.
 
     >>> "".join(map(_level, (0, 0.5, 1)))
     '▁▅█'
     """
-    return _LEVELS[min(len(_LEVELS) - 1, int(share * len(_LEVELS)))]
+    return _LEVELS[min(len(_LEVELS) - 1, int(fraction * len(_LEVELS)))]
 
 
 def _clock(seconds: float) -> str:

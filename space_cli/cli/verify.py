@@ -77,8 +77,7 @@ class ComparisonOptions(Group):
             raise UsageProblem(
                 f"--numerics {self.numerics}: a way to run the model as it is", hint="leave --engine out"
             )
-        if self.seeds > 1 and not sampled:
-            raise UsageProblem("--seeds: greedy answers depend on no seed", hint="give --temperature too")
+        options.check_seeds(self.seeds, sampled=sampled)
 
     def names(self) -> tuple[str, ...]:
         """Return what to compare with, as asked for; nothing where that is left to the model.
@@ -235,27 +234,17 @@ def _shaped(loaded: LoadedModel, numerics: str) -> Numerics | None:
 
 def _record(loaded: LoadedModel, comparison: Comparison, settings: Settings, *, strict: bool) -> Verification:
     """Return the record of a run that has not begun."""
-    from dataclasses import asdict
-
-    import torch
-
     from space_cli.tasks.environment import environment
     from space_cli.verify.record import Verification
 
-    return Verification(
-        environment=environment(loaded, threads=torch.get_num_threads()),
-        settings={
-            "model": loaded.name,
-            "source": loaded.source,
-            "masks_per_group": loaded.masks_per_group,
-            **asdict(settings),
-            "numerics": "same-shape" if comparison.same_shape else settings.numerics,
-            "drafts": comparison.drafts,
-            "against": list(comparison.against),
-            "seeds": comparison.seeds,
-            "strict": strict,
-        },
-    )
+    own = {
+        "numerics": "same-shape" if comparison.same_shape else settings.numerics,
+        "drafts": comparison.drafts,
+        "against": list(comparison.against),
+        "seeds": comparison.seeds,
+        "strict": strict,
+    }
+    return Verification(environment=environment(loaded), settings=settings.recorded(loaded) | own)
 
 
 def _run(
@@ -277,12 +266,14 @@ def _run(
 
 def _hand_out(record: Verification, json: str | None, report: Path | None, view: RunView) -> None:
     """Write the record and the report and show the verdict; with --json - standard output holds the JSON alone."""
-    from space_cli.cli.page import write_page
-    from space_cli.cli.tables import show_verification, verdict, write_record
-    from space_cli.cli.verify_page import verification_page
+    from space_cli.cli.console import write_json
+    from space_cli.cli.tables import show_verification
+    from space_cli.report.page import write_page
+    from space_cli.report.verify_page import verification_page
+    from space_cli.report.wording import verdict
 
     try:
-        write_record(record, json)
+        write_json(record.to_json, json)
         if report is not None:
             write_page(report, verdict(record), verification_page(record))
     finally:

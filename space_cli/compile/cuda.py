@@ -47,8 +47,8 @@ _MAX_COMPILATIONS = 64
 
 
 @runtime_checkable
-class TellsMasks(Protocol):
-    """Input embeddings, as an adapter's, that must be told whether a call has mask slots."""
+class MaskEmbedding(Protocol):
+    """Input embeddings, as an adapter's, that are set beforehand to whether a call has mask slots."""
 
     num_text_embeddings: int
     masks_known: bool | None
@@ -93,7 +93,7 @@ class CudaGraphModel:
         self._pool: Any = None
         self._owner: tuple[weakref.ref[KVCache], int] | None = None
         embedding = model.get_input_embeddings()
-        self._tells = embedding if isinstance(embedding, TellsMasks) else None
+        self._mask_embedding = embedding if isinstance(embedding, MaskEmbedding) else None
         self._moves = _Staged(MAX_MOVED, torch.int64, self.device)
 
     @torch.inference_mode()
@@ -139,7 +139,7 @@ class CudaGraphModel:
         """
         length = cache.length
         self.lend(cache, length + rows)
-        has_masks = self._tells is not None and max(slot_ids) >= self._tells.num_text_embeddings
+        has_masks = self._mask_embedding is not None and max(slot_ids) >= self._mask_embedding.num_text_embeddings
         step = self._steps.get((rows, has_masks))
         if step is None:
             step = self._steps[rows, has_masks] = _Step(rows, self.device)
@@ -221,7 +221,7 @@ class CudaGraphModel:
     @contextmanager
     def _bound(self, step: _Step, has_masks: bool) -> Iterator[None]:
         """Use our attention, buffers and compiled layers in the model within the context."""
-        config, tells = self.model.config, self._tells
+        config, mask_embedding = self.model.config, self._mask_embedding
         with ExitStack() as stack:
             own, config._attn_implementation = config._attn_implementation, NAME
             stack.callback(setattr, config, "_attn_implementation", own)
@@ -231,9 +231,9 @@ class CudaGraphModel:
             for layer, compiled in self._compiled.items():
                 torch_private.use_call(layer, compiled)
                 stack.callback(torch_private.use_call, layer, None)
-            if tells is not None:
-                tells.masks_known = has_masks
-                stack.callback(setattr, tells, "masks_known", None)
+            if mask_embedding is not None:
+                mask_embedding.masks_known = has_masks
+                stack.callback(setattr, mask_embedding, "masks_known", None)
             if self._compiled:
                 stack.enter_context(torch_private.recompile_limit(_MAX_COMPILATIONS))
             yield

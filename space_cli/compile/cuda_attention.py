@@ -5,7 +5,7 @@ for every slot of the block its ancestors by depth. The operator appends the blo
 attends over its used part.
 
 A row gets the same bits alone, in a chain and in a tree. Keys are taken in tiles of fixed size that begin at fixed
-positions of the text, each tile's partial result is computed apart and these are put together in the order of the text
+positions of the text, attention within each tile is computed apart, and tiles are combined in the order of the text
 (`cuda_kernels`); keys of the block stand in a row's tiles where they would stand in the committed text, whichever slot
 of the cache they are in. The model's other layers see rows padded to a fixed number (`cuda`).
 

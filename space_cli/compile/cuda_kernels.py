@@ -1,10 +1,9 @@
-"""The Triton kernels of `cuda_attention`: partial results of tiles of keys, alike for any row, then their sum.
+"""The Triton kernels of `cuda_attention`: attention within tiles of keys, computed alike in any call, then combined.
 
-One kernel computes all partial results. Tiles that the committed text fills are computed for many rows at once; a tile
-that reaches into the block is computed for one row (and its heads) at a time, since rows of a tree have different keys
-at the same position. Both go through the same instructions with the same shapes, only addresses differ: a row's partial
-result of a tile has the same bits either way, and so it does not matter how much of its text was committed when the row
-ran.
+One kernel computes all tiles. Tiles that the committed text fills are computed for many rows at once; a tile that
+reaches into the block is computed for one row (and its heads) at a time, since rows of a tree have different keys at
+the same position. Both go through the same instructions with the same shapes, only addresses differ: a row's result
+within a tile has the same bits either way, and so it does not matter how much of its text was committed when it ran.
 
 Source: split attention as in Flash-Decoding, with splits of fixed size as Thinking Machines' "Defeating Nondeterminism
 in LLM Inference" has them.
@@ -20,7 +19,7 @@ import triton.language as tl
 from space_cli.compile.cuda_attention import BlockTensors
 
 TILE = 64
-"""Keys of a partial result: few enough for a float32 model's tile to fit the shared memory of any GPU."""
+"""Keys of a tile: few enough for a float32 model's tile to fit the shared memory of any GPU."""
 # rows of a matrix instruction
 _LANES = 16
 _LOG2_E = 1.4426950408889634
@@ -48,26 +47,26 @@ def attend(
     )
     sums = query.new_empty(tiles, heads, rows, width, dtype=torch.float32)
     tops, weights = query.new_empty(2, tiles, heads, rows, dtype=torch.float32)
-    together, apart = -(-rows * per_group // _LANES), -(-per_group // _LANES)
+    stacks, row_stacks = -(-rows * per_group // _LANES), -(-per_group // _LANES)
     # a block is no deeper than it has rows, so it reaches into so many tiles
-    reached = 1 + -(-rows // TILE)
-    _partial_results[(together * tiles + rows * apart * reached, key_heads)](
+    block_tiles = 1 + -(-rows // TILE)
+    _attend_tiles[(stacks * tiles + rows * row_stacks * block_tiles, key_heads)](
         *(query, states, block.length, block.depths, block.ancestors, sums, tops, weights),
         *(scaling * _LOG2_E, query.stride(1), query.stride(2), states.stride(0), states.stride(1), tiles),
         rows=rows,
         per_group=per_group,
         width=width,
         padded=padded,
-        together=together,
-        apart=apart,
-        reached=reached,
+        stacks=stacks,
+        row_stacks=row_stacks,
+        block_tiles=block_tiles,
         tile_size=TILE,
         lanes=_LANES,
         num_warps=4,
         num_stages=1,
     )
     output = query.new_empty(1, rows, heads, width)
-    _sum[(rows, heads)](
+    _combine_tiles[(rows, heads)](
         *(sums, tops, weights, block.length, block.depths, output),
         rows=rows,
         width=width,
@@ -108,7 +107,46 @@ def _append(
 
 
 @triton.jit
-def _partial_results(
+def _lanes_of(
+    program: tl.tensor,
+    committed: tl.tensor,
+    tiles: tl.tensor,
+    per_group: tl.constexpr,
+    stacks: tl.constexpr,
+    row_stacks: tl.constexpr,
+    block_tiles: tl.constexpr,
+    tile_size: tl.constexpr,
+    lanes: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """Return what a program computes: whether for one row alone, which, and by lane the row, its head and the tile.
+
+    The first programs take the tiles that are committed throughout, the others those that are not, row by row.
+    """
+    lane = tl.arange(0, lanes)
+    is_alone = program >= stacks * tiles
+    own = tl.maximum(program - stacks * tiles, 0)
+    stacked = (program % stacks) * lanes + lane
+    own_row = own // (block_tiles * row_stacks)
+    row = tl.where(is_alone, own_row, stacked // per_group)
+    member = tl.where(is_alone, (own % row_stacks) * lanes + lane, stacked % per_group)
+    tile = tl.where(is_alone, committed // tile_size + (own // row_stacks) % block_tiles, program // stacks)
+    first_row = tl.where(is_alone, own_row, (program % stacks) * lanes // per_group)
+    return is_alone, own_row, first_row, row, member, tile
+
+
+@triton.jit
+def _visible_slots(
+    ancestors: tl.tensor, row: tl.tensor, position: tl.tensor, committed: tl.tensor, rows: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return the cache slots in which a row finds the keys of positions, and which of them it sees."""
+    depth = position - committed
+    in_block = depth >= 0
+    ancestor = tl.load(ancestors + row * rows + depth, mask=in_block & (depth < rows), other=-1)
+    return tl.where(in_block, committed + ancestor, position).to(tl.int64), (depth < 0) | (ancestor >= 0)
+
+
+@triton.jit
+def _attend_tiles(
     query: tl.tensor,
     states: tl.tensor,
     length: tl.tensor,
@@ -127,62 +165,44 @@ def _partial_results(
     per_group: tl.constexpr,
     width: tl.constexpr,
     padded: tl.constexpr,
-    together: tl.constexpr,
-    apart: tl.constexpr,
-    reached: tl.constexpr,
+    stacks: tl.constexpr,
+    row_stacks: tl.constexpr,
+    block_tiles: tl.constexpr,
     tile_size: tl.constexpr,
     lanes: tl.constexpr,
 ) -> None:
-    """Compute the partial result of one tile of keys for 16 rows of one key head.
-
-    The first programs take the tiles that are committed throughout, the others those that are not, row by row.
-    """
-    program, key_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    committed = tl.load(length)
-    lane = tl.arange(0, lanes)
-    is_apart = program >= together * tiles
-    own = tl.maximum(program - together * tiles, 0)
-    own_row = own // (reached * apart)
-    stacked = (program % together) * lanes + lane
-    row = tl.where(is_apart, own_row, stacked // per_group)
-    member = tl.where(is_apart, (own % apart) * lanes + lane, stacked % per_group)
-    tile = tl.where(is_apart, committed // tile_size + (own // apart) % reached, program // together)
-    valid = (row < rows) & (member < per_group)
-    first_row = tl.where(is_apart, own_row, (program % together) * lanes // per_group)
+    """Attend within one tile of keys for 16 rows of one key head: weighted sum, highest score and sum of weights."""
+    key_head, committed = tl.program_id(1).to(tl.int64), tl.load(length)
+    is_alone, own_row, first_row, row, member, tile = _lanes_of(
+        tl.program_id(0), committed, tiles, per_group, stacks, row_stacks, block_tiles, tile_size, lanes
+    )
     own_depth = tl.load(depths + tl.minimum(first_row, rows - 1))
-    last = tl.where(is_apart, committed + own_depth, committed - tile_size)
+    last = tl.where(is_alone, committed + own_depth, committed - tile_size)
     if (tile * tile_size <= last) & (own_depth >= 0):
         position = tile * tile_size + tl.arange(0, tile_size)
-        depth = position - committed
-        in_block = depth >= 0
-        ancestor = tl.load(ancestors + own_row * rows + depth, mask=in_block & (depth < rows), other=-1)
-        visible = (depth < 0) | (ancestor >= 0)
-        slot = tl.where(in_block, committed + ancestor, position).to(tl.int64)
+        slot, visible = _visible_slots(ancestors, own_row, position, committed, rows)
         at = tl.arange(0, padded)
-        inside = at < width
         head = key_head * per_group + member
-        asked = tl.load(
-            query + head[:, None] * query_head + row[:, None] * query_row + at[None, :],
-            mask=valid[:, None] & inside[None, :],
-            other=0.0,
-        )
+        is_query = ((row < rows) & (member < per_group))[:, None] & (at < width)[None, :]
+        is_key = visible[:, None] & (at < width)[None, :]
+        place = query + head[:, None] * query_head + row[:, None] * query_row + at[None, :]
+        queries = tl.load(place, mask=is_query, other=0.0)
         place = states + key_head * states_head + slot[:, None] * width + at[None, :]
-        held = visible[:, None] & inside[None, :]
-        keys = tl.load(place, mask=held, other=0.0)
-        scores = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scaling
+        keys = tl.load(place, mask=is_key, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling
         scores = tl.where(visible[None, :], scores, float("-inf"))
         top = tl.max(scores, axis=1)
-        unnormalised = tl.math.exp2(scores - top[:, None])
-        values = tl.load(place + states_kind.to(tl.int64), mask=held, other=0.0)
-        found = tl.dot(unnormalised.to(values.dtype), values, input_precision="ieee")
+        probs = tl.math.exp2(scores - top[:, None])
+        values = tl.load(place + states_kind.to(tl.int64), mask=is_key, other=0.0)
+        total = tl.dot(probs.to(values.dtype), values, input_precision="ieee")
         line = (tile.to(tl.int64) * tl.num_programs(1) * per_group + head) * rows + row
-        tl.store(sums + line[:, None] * width + at[None, :], found, mask=valid[:, None] & inside[None, :])
-        tl.store(tops + line, top, mask=valid)
-        tl.store(weights + line, tl.sum(unnormalised, axis=1), mask=valid)
+        tl.store(sums + line[:, None] * width + at[None, :], total, mask=is_query)
+        tl.store(tops + line, top, mask=(row < rows) & (member < per_group))
+        tl.store(weights + line, tl.sum(probs, axis=1), mask=(row < rows) & (member < per_group))
 
 
 @triton.jit
-def _sum(
+def _combine_tiles(
     sums: tl.tensor,
     tops: tl.tensor,
     weights: tl.tensor,
@@ -194,7 +214,7 @@ def _sum(
     padded: tl.constexpr,
     tile_size: tl.constexpr,
 ) -> None:
-    """Add up the partial results of one row of one head, in the order of the text."""
+    """Combine the tiles of one row of one head, in the order of the text."""
     row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     at = tl.arange(0, padded)
     inside = at < width

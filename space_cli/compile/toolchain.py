@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from space_cli.core.quantized import use_kernels
-from space_cli.errors import RunFailed
+from space_cli.errors import RunFailed, writing
 
 KERNELS = Path(__file__).parent / "kernels"
 LEVELS = {"x86-64-v3": ("avx2", "fma", "bmi2"), "x86-64-v4": ("avx512f", "avx512bw", "avx512dq", "avx512vl")}
@@ -25,7 +25,7 @@ def machine() -> tuple[str, ...]:
     """Return versions and processor, on which compiled code depends."""
     capability = torch.backends.cpu.get_cpu_capability()
     versions = torch.__version__, transformers.__version__
-    return *versions, platform.machine(), capability, instructions(), _processor_flags()
+    return *versions, platform.machine(), capability, instructions(), processor_field("flags")
 
 
 def instructions() -> str:
@@ -35,7 +35,7 @@ def instructions() -> str:
 
 def _check_processor() -> None:
     """Refuse an instruction set that this processor lacks; running it would kill the process."""
-    missing = set(LEVELS.get(instructions(), ())).difference(_processor_flags().split())
+    missing = set(LEVELS.get(instructions(), ())).difference(processor_field("flags").split())
     if missing:
         raise RunFailed(
             f"SPACE_CPU={instructions()}: this processor does not have {', '.join(sorted(missing))}",
@@ -75,11 +75,9 @@ def build_kernels(folder: Path) -> Path:
         first = next((line for line in said if "error" in line), said[0])
         unfinished.unlink(missing_ok=True)
         raise RunFailed(f"no C++ compiler that works: {first}") from error
-    try:
+    with writing(library):
         seal.write_bytes(_digest(unfinished) or b"")
         unfinished.replace(library)
-    except OSError as error:
-        raise RunFailed(f"{library}: {error.strerror}") from error
     return library
 
 
@@ -129,10 +127,8 @@ def toolchain_digest(*callers: str) -> str:
     return digest.hexdigest()
 
 
-def _processor_flags() -> str:
-    """Return the processor's instruction sets if the system lists them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith("flags")), platform.processor())
+def processor_field(name: str) -> str:
+    """Return a field of /proc/cpuinfo, as `model name` or `flags`; where there is none, what Python knows."""
+    lines = (_content(Path("/proc/cpuinfo")) or b"").decode().splitlines()
+    found = (line.split(":", 1)[1].strip() for line in lines if line.startswith(name))
+    return next(found, "") or platform.processor() or platform.machine()

@@ -48,8 +48,8 @@ class SpaceConfig(BaseModel):
     def accepted_by_depth(self) -> list[float]:
         """Acceptance rate by depth when last measured; empty if never measured."""
         found = [each.get("accepted_by_depth") for each in self.acceptance.values() if isinstance(each, dict)]
-        known = [shares for shares in found if isinstance(shares, list)]
-        return list(takewhile(_is_share, known[-1])) if known else []
+        known = [rates for rates in found if isinstance(rates, list)]
+        return list(takewhile(_is_rate, known[-1])) if known else []
 
     @model_validator(mode="after")
     def _ids_match_masks(self) -> SpaceConfig:
@@ -75,5 +75,5 @@ class SpaceConfig(BaseModel):
         atomic_write(folder / SPACE_CONFIG_NAME, self.model_dump_json(indent=2) + "\n")
 
 
-def _is_share(value: object) -> bool:
+def _is_rate(value: object) -> bool:
     return isinstance(value, int | float) and 0 <= value <= 1

@@ -26,7 +26,7 @@ from space_cli.core.quantized import has_quantized_layers
 from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
-from space_cli.errors import RunFailed, UsageProblem, first_line
+from space_cli.errors import RunFailed, UsageProblem, first_line, writing
 from space_cli.files import atomic_write
 from space_cli.models.adapter import adapter_updates
 from space_cli.models.agreement import agrees
@@ -181,10 +181,8 @@ def _ready(
     if on_compile is None:
         raise RunFailed(f"{package}: there is none")
     _check_room(loaded)
-    try:
+    with writing(package.parent):
         package.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFailed(f"{package.parent}: {error.strerror}") from error
     on_compile()
     try:
         load_kernels(build_kernels(package.parent))

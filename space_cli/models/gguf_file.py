@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, opening
 
 TENSOR_TYPES = {
     0: ("F32", 1, 4),
@@ -128,14 +128,11 @@ def shards_of(file: Path) -> list[Path]:
 
 
 def _read_one(file: Path) -> tuple[dict[str, Any], list[Tensor]]:
-    try:
-        with file.open("rb") as stream:
-            if file.stat().st_size < 24:
-                raise _damaged(file, "it ends within its header")
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return _Reader(file, content).read()
-    except OSError as error:
-        raise UsageProblem(f"{file}: {error.strerror or error}") from error
+    with opening(file), file.open("rb") as stream:
+        if file.stat().st_size < 24:
+            raise _damaged(file, "it ends within its header")
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _Reader(file, content).read()
 
 
 class _Reader:

@@ -100,9 +100,9 @@ def _hub_file(source: str, revision: str | None) -> Path:
         return here
     match = _HUB_FILE.fullmatch(source)
     assert match is not None
-    repository, wanted = match[1], match[2]
+    repository, requested = match[1], match[2]
     names = _files_of(repository, source, revision)
-    chosen = _chosen(names, repository, wanted)
+    chosen = _chosen(names, repository, requested)
     try:
         files = [Path(hf_hub_download(repository, name, revision=revision)) for name in chosen]
     except EntryNotFoundError as error:
@@ -167,19 +167,19 @@ def _gguf_names(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf"))
 
 
-def _chosen(names: Sequence[str], repository: str, wanted: str) -> list[str]:
+def _chosen(names: Sequence[str], repository: str, requested: str) -> list[str]:
     """Return the chosen file, or all its shards."""
-    if wanted.lower().endswith(".gguf"):
-        stem = _SHARD.sub("", wanted[: -len(".gguf")])
+    if requested.lower().endswith(".gguf"):
+        stem = _SHARD.sub("", requested[: -len(".gguf")])
         found = [name for name in names if _stem(name) == stem]
         if not found:
-            raise UsageProblem(f"{repository} has no file {wanted}", hint=f"it has: {', '.join(names) or 'no GGUF'}")
+            raise UsageProblem(f"{repository} has no file {requested}", hint=f"it has: {', '.join(names) or 'no GGUF'}")
         return found
-    stems = [stem for stem in dict.fromkeys(map(_stem, names)) if quantization_of(stem) == wanted.upper()]
+    stems = [stem for stem in dict.fromkeys(map(_stem, names)) if quantization_of(stem) == requested.upper()]
     if not stems:
         known = sorted({quantization_of(_stem(name)) or name for name in names})
         raise UsageProblem(
-            f"{repository} has no quantisation {wanted}", hint=f"it has: {', '.join(known) or 'no GGUF file at all'}"
+            f"{repository} has no quantisation {requested}", hint=f"it has: {', '.join(known) or 'no GGUF file at all'}"
         )
     # of several that end alike, the plainest
     stem = min(stems, key=len)

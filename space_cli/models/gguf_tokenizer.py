@@ -67,7 +67,7 @@ _WHOLE_WORDS_FIRST = {*(name for name, split in _SPLITS.items() if split is _LLA
     "glm4",
     "chatglm-bpe",
 }
-"""Those that look a word up as it is before they merge its letters, and put BOS in front unless told otherwise."""
+"""Those that look a word up as it is before they merge its letters, and put BOS in front by default."""
 
 _ENDS = {
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),

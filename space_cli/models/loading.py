@@ -180,10 +180,8 @@ def load_model(
             model, tokenizer = _from_folder(name, base, base_revision, **asked, weights=weights)
         else:
             model, tokenizer = _from_gguf(name, file, **asked, weights=weights)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _not_loaded(name, entry, error) from error
-    except ValueError as error:
-        raise _unreadable(name, error) from error
     if quantization == "none" and chosen_device != SPREAD:
         model.to(torch.device(chosen_device))  # type: ignore[arg-type]  # wrapped in a way that hides its signature
     if space is not None and space.method == "adapter":
@@ -353,7 +351,9 @@ def _mask_fields(name: str, model: PreTrainedModel, space: SpaceConfig | None, e
     }
 
 
-def _not_loaded(name: str, entry: ModelEntry, error: OSError) -> UsageProblem:
+def _not_loaded(name: str, entry: ModelEntry, error: OSError | ValueError) -> UsageProblem:
+    if not isinstance(error, OSError):
+        return _unreadable(name, error)
     if Path(entry.source).is_dir():
         return UsageProblem(f"{name}: not a complete model folder: {first_line(error)}")
     return UsageProblem(

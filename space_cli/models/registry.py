@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from pathlib import Path
@@ -12,7 +11,7 @@ from platformdirs import user_config_path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from tomlkit.exceptions import TOMLKitError
 
-from space_cli.errors import UsageProblem, first_invalid
+from space_cli.errors import UsageProblem, did_you_mean, first_invalid, opening
 from space_cli.files import atomic_write, expanded
 from space_cli.models.checkpoint import SPACE_CONFIG_NAME
 from space_cli.models.gguf_names import PACKAGE, has_package_file, is_gguf, is_on_hub
@@ -108,19 +107,20 @@ def add_model(name: str, entry: ModelEntry, file: Path) -> None:
     before = _read(file) if file.is_file() else {}
     if name in before:
         raise UsageProblem(f"{file} has the name {name!r} already", hint="choose another, or edit the file")
+    with opening(file):
+        content = read_text(file) if file.is_file() else ""
     try:
-        document = tomlkit.parse(read_text(file) if file.is_file() else "")
+        document = tomlkit.parse(content)
         document.setdefault("models", tomlkit.table(is_super_table=True))[name] = fields
         text = tomlkit.dumps(document)
-        # what would be written is read as it will be, before it takes the place of the old file
-        if _parsed(text, file) != before | {name: _located(entry, file)}:
-            raise UsageProblem(f"{file}: {name!r} would not be read as it was given; nothing was written")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, text)
-    except OSError as error:
-        raise UsageProblem(f"{file}: {error.strerror or error}") from error
     except TOMLKitError as error:
         raise UsageProblem(f"{file}: cannot be added to: {error}", hint="edit it by hand") from error
+    # what would be written is read as it will be, before it takes the place of the old file
+    if _parsed(text, file) != before | {name: _located(entry, file)}:
+        raise UsageProblem(f"{file}: {name!r} would not be read as it was given; nothing was written")
+    with opening(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, text)
 
 
 def resolve(name: str, models_file: Path | None = None) -> ModelEntry:
@@ -139,16 +139,14 @@ def resolve(name: str, models_file: Path | None = None) -> ModelEntry:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if _HUB_ID.fullmatch(name) and not looks_local:
         return ModelEntry(source=name)
-    close = difflib.get_close_matches(name, entries, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known names: {', '.join(entries)}"
+    hint = did_you_mean(name, entries, most=2, otherwise=f"known names: {', '.join(entries)}")
     raise UsageProblem(f"no model named {name!r}, and no such folder", hint=hint)
 
 
 def _read(file: Path) -> dict[str, ModelEntry]:
-    try:
-        return _parsed(read_text(file), file)
-    except OSError as error:
-        raise UsageProblem(f"{file}: {error.strerror or error}") from error
+    with opening(file):
+        text = read_text(file)
+    return _parsed(text, file)
 
 
 def _parsed(text: str, file: Path) -> dict[str, ModelEntry]:
@@ -167,6 +165,12 @@ def located(name: str) -> str:
         return str(Path(expanded(name)).resolve())
     is_file = is_gguf(name) and not is_on_hub(name) and not name.startswith(PACKAGE)
     return str(Path(expanded(name)).absolute()) if is_file else name
+
+
+def name_with_masks(source: str) -> str | None:
+    """Return a name that puts an adapter on this model, if there is one."""
+    entries = read_models().items()
+    return next((name for name, entry in entries if entry.source == source != entry.checkpoint), None)
 
 
 def default_model() -> str:

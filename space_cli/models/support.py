@@ -24,8 +24,19 @@ _PROBE_BLOCK = Block.tree([0, 0, 2], 1)
 _PROBE_PATH = [0, 2, 3]
 
 
+def check_candidates(candidates: object, name: str, masks: int, *, option: str = "candidates", hint: str) -> None:
+    """Refuse a fixed number of candidates for a model without masks.
+
+    Raises:
+        UsageProblem: that is the case.
+    """
+    if candidates is not None and not masks:
+        reason = f"{name} has no masks, and copies as many tokens as pay"
+        raise UsageProblem(f"{option} {candidates}: {reason}", hint=hint)
+
+
 def check_config(config: PretrainedConfig, name: str) -> None:
-    """Refuse models that keep a running state, have no causal LM class, or weights in a form that is not read.
+    """Refuse models that keep a running state, have no causal LM class, or weights in a format that is not read.
 
     Raises:
         UsageProblem: with the reason in one line.
@@ -104,11 +115,6 @@ def is_bitsandbytes(fields: dict[str, Any]) -> bool:
 def _has_alibi(config: PretrainedConfig) -> bool:
     """Return whether the model uses ALiBi, which ignores position ids (Bloom, MPT, some Falcons)."""
     return config.model_type in ("bloom", "mpt") or bool(getattr(config, "alibi", False))
-
-
-def no_masks(option: str, name: str, *, hint: str = "leave it out") -> UsageProblem:
-    """Return the refusal of a fixed number of candidates by a model without masks; `option` as it was given."""
-    return UsageProblem(f"{option}: {name} has no masks, and copies as many tokens as pay", hint=hint)
 
 
 def _refusal(name: str, reason: str) -> UsageProblem:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from space_cli.core.drafting.corpus import SortedText
 from space_cli.core.drafting.ngrams import SEPARATOR, Continuation, NgramIndex
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, opening
 
 MAX_TOKENS = 1 << 18
 """Tokens of past answers that are kept: about a megabyte of text, sorted in a tenth of a second."""
@@ -84,7 +84,7 @@ def read_corpus(
     Args:
         tokenizer: of the model.
         paths: files or folders.
-        on_progress: gets what is being done, and the share of it that is done.
+        on_progress: gets what is being done, and the fraction of it that is done.
 
     Raises:
         UsageProblem: a path is not there or cannot be read, or there is no text.
@@ -99,7 +99,7 @@ def read_corpus(
     tokens = _encoded(tokenizer, files, sum(each.st_size for each in stats), on_progress)
     if not len(tokens):
         raise UsageProblem(f"--corpus {', '.join(map(str, paths))}: no text in it")
-    found = SortedText.of(tokens, lambda share: on_progress("sorting", share))
+    found = SortedText.of(tokens, lambda fraction: on_progress("sorting", fraction))
     _keep(found, folder)
     return found
 
@@ -137,10 +137,10 @@ def _encoded(
 
 
 def _text(file: Path) -> str:
+    with opening(f"--corpus {file}"):
+        content = file.read_bytes()
     try:
-        text = file.read_bytes().decode()
-    except OSError as error:
-        raise UsageProblem(f"--corpus {file}: {error.strerror}") from error
+        text = content.decode()
     except UnicodeDecodeError:
         return ""
     return "" if "\0" in text else text

@@ -11,7 +11,6 @@ paragraph and up to six lines of doctest.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import random
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from space_cli.files import atomic_write
+from space_cli.nano import recipe_parser
 
 SOURCES = Path(__file__).with_name("sources.toml")
 HELD_OUT = 1500
@@ -182,8 +182,8 @@ def _modules(archive: Path) -> Iterator[bytes]:
     else:
         with tarfile.open(archive) as tar:
             for member in tar:
-                wanted = member.name.endswith(".py") and not _SKIPPED_FOLDER.search(member.name)
-                content = tar.extractfile(member) if wanted else None
+                is_python = member.name.endswith(".py") and not _SKIPPED_FOLDER.search(member.name)
+                content = tar.extractfile(member) if is_python else None
                 if content is not None:
                     yield content.read()
 
@@ -219,9 +219,7 @@ def _write(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Make the corpus."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path("build/nano"), help="folder of all the recipe makes")
-    root = parser.parse_args().root
+    root = recipe_parser(__doc__).parse_args().root
     downloads = root / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
     packages = tomllib.loads(SOURCES.read_text("utf-8"))["packages"]

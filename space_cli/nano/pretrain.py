@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from space_cli.nano import recipe_parser
 from space_cli.training.chat_format import encode
 from space_cli.training.data import read_examples
 
@@ -96,8 +96,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def main() -> None:
     """Train."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path("build/nano"), help="folder of all the recipe makes")
+    parser = recipe_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1400, help="of 32 windows")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     args = parser.parse_args()

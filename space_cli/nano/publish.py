@@ -5,21 +5,20 @@ python -m space_cli.nano.publish --candidates 2
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from space_cli.models.checkpoint import SpaceConfig
+from space_cli.nano import recipe_parser
 
 WEIGHTS = Path(__file__).with_name("weights")
 
 
 def main() -> None:
     """Copy the checkpoint."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path("build/nano"), help="folder of all the recipe makes")
+    parser = recipe_parser(__doc__)
     parser.add_argument("--candidates", type=int, required=True, help="k to decode with by default")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     args = parser.parse_args()

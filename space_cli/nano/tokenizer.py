@@ -5,13 +5,13 @@ python -m space_cli.nano.tokenizer
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from space_cli.nano import recipe_parser
 
 END = "<|endoftext|>"
 SPECIAL = [END, "<|user|>", "<|assistant|>", "<|system|>"]
@@ -56,9 +56,7 @@ def train(texts: Iterable[str], vocabulary: int = 4096) -> PreTrainedTokenizerFa
 
 def main() -> None:
     """Train on functions.jsonl."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path("build/nano"), help="folder of all the recipe makes")
-    root = parser.parse_args().root
+    root = recipe_parser(__doc__).parse_args().root
     rows = map(json.loads, (root / "functions.jsonl").read_text("utf-8").splitlines())
     train(row["prompt"] + row["completion"] for row in rows).save_pretrained(root / "tokenizer")
 

@@ -7,7 +7,6 @@ Each is a run of `space train`; all share the base's own answers. Prints a table
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from space_cli.models.checkpoint import SpaceConfig
+from space_cli.nano import recipe_parser
 from space_cli.training.run import ANSWERS_FILE, LOG_FILE
 
 VARIANTS = {
@@ -36,8 +36,7 @@ _COMMON = shlex.split(
 
 def main() -> None:
     """Train every variant that has not been trained yet, and print the table."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path("build/nano"), help="folder of all the recipe makes")
+    parser = recipe_parser(__doc__)
     parser.add_argument("--steps", type=int, default=120)
     args = parser.parse_args()
     base, data, folder = args.root / "pretrain", args.root / "functions.jsonl", args.root / "variants"

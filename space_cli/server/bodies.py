@@ -47,7 +47,7 @@ class ChatMessage(BaseModel):
     tool_call_id: str | None = None
 
     def message(self) -> Message:
-        """Return it in the form that chat templates take."""
+        """Return it as chat templates take it."""
         message = Message(role="system" if self.role == "developer" else self.role, content=text_of(self.content))
         if self.name:
             message["name"] = self.name
@@ -90,7 +90,7 @@ class JsonSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """The requested form of an answer."""
+    """The requested format of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -102,7 +102,7 @@ class ResponseFormat(BaseModel):
         return self
 
     def options(self) -> dict[str, Any]:
-        """Return the settings of an answer in this form."""
+        """Return the settings of an answer in this format."""
         schema = self.json_schema.json_schema if self.type == "json_schema" and self.json_schema else None
         return {"json_schema": schema, "json_mode": self.type == "json_object"}
 

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form; they reveal nothing about the machine."""
+"""Errors in OpenAI's format; they reveal nothing about the machine."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, system_reason
 from space_cli.server.errors import ApiError
 
 _OPEN_PATHS = ("/health",)
@@ -150,5 +150,5 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if listening is not None:
             listening.close()
-        raise UsageProblem(f"--host {host} --port {port}: {error.strerror or error}") from error
+        raise UsageProblem(f"--host {host} --port {port}: {system_reason(error)}") from error
     return listening

@@ -1,4 +1,4 @@
-"""Responses in OpenAI's forms, whole and in chunks."""
+"""Responses in OpenAI's formats, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Shape(Protocol):
 
 
 class _Shape:
-    """The part that both forms share.
+    """The part that both formats share.
 
     Args:
         model: its public name.

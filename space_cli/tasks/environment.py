@@ -14,11 +14,12 @@ import torch
 
 import space_cli
 from space_cli.compile.fingerprint import weights_digest
+from space_cli.compile.toolchain import processor_field
 from space_cli.core.costs import ASSUMED_COSTS
 from space_cli.models.loading import LoadedModel
 
 
-def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
+def environment(loaded: LoadedModel) -> dict[str, Any]:
     """Return versions, machine, weights, dtype, quantization, engine, step costs and date."""
     return {
         "space": space_cli.__version__,
@@ -27,8 +28,8 @@ def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
         "torch": version("torch"),
         "transformers": version("transformers"),
         "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": threads,
+        "processor": processor_field("model name"),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(loaded.model.device) if loaded.model.device.type == "cuda" else None,
         "device": loaded.device,
         "dtype": loaded.dtype,
@@ -38,14 +39,6 @@ def environment(loaded: LoadedModel, *, threads: int) -> dict[str, Any]:
         "step_costs": None if loaded.costs is ASSUMED_COSTS else asdict(loaded.costs),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _commit() -> str | None:

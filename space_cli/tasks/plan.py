@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
-from typing import Protocol
+from typing import Any, Protocol
 
 from space_cli.chat.conversation import Chat
 from space_cli.chat.templates import Turn
@@ -15,8 +15,8 @@ from space_cli.core.sampling import Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Step
 from space_cli.errors import UsageProblem
+from space_cli.models import support
 from space_cli.models.loading import LoadedModel
-from space_cli.models.support import no_masks
 from space_cli.tasks.prompts import Prompt, Suite
 from space_cli.tasks.task import Task
 
@@ -34,6 +34,11 @@ class Settings:
     sampling: Sampling
     candidates: int | None = None
     numerics: Numerics | None = None
+
+    def recorded(self, loaded: LoadedModel) -> dict[str, Any]:
+        """Return model and settings, as the records of bench and verify begin."""
+        model = {"model": loaded.name, "source": loaded.source, "masks_per_group": loaded.masks_per_group}
+        return model | asdict(self)
 
 
 class View(Protocol):
@@ -211,8 +216,9 @@ def check_candidates(loaded: LoadedModel, candidates: int | None) -> None:
     """
     if candidates is None:
         return
-    if not loaded.masks_per_group:
-        raise no_masks(f"--candidates {candidates}", loaded.name)
+    support.check_candidates(
+        candidates, loaded.name, loaded.masks_per_group, option="--candidates", hint="leave it out"
+    )
     if not 1 <= candidates <= loaded.masks_per_group:
         raise UsageProblem(
             f"--candidates {candidates}: {loaded.name} was trained for 1 to {loaded.masks_per_group}",

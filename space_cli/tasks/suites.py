@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from space_cli.errors import UsageProblem
+from space_cli.errors import UsageProblem, did_you_mean, opening
 from space_cli.files import expanded
 from space_cli.rows import HubDataset, SourceRow, read_file, read_hub, read_rows
 from space_cli.tasks.formats import SUITES, DatasetFormat, each_row, plain_prompt
@@ -64,15 +63,13 @@ def _own_rows(name: str, dataset_format: DatasetFormat) -> Iterator[SourceRow]:
 
 def _file_rows(name: str) -> Iterator[SourceRow]:
     file = Path(expanded(name))
-    try:
+    with opening(name):  # a name can be too long for the file system
         there = file.exists()
-    except OSError as error:  # a name too long for the file system
-        raise UsageProblem(f"{name}: {error.strerror or error}") from error
     if there:
         return read_file(file)
-    close = difflib.get_close_matches(name.partition("=")[0], SUITES, n=1, cutoff=0.5)
-    choices = f"known suites: {', '.join(SUITES)}; or a file of prompts"
-    raise UsageProblem(f"no suite and no file named {name!r}", hint=f"did you mean {close[0]}?" if close else choices)
+    otherwise = f"known suites: {', '.join(SUITES)}; or a file of prompts"
+    hint = did_you_mean(name.partition("=")[0], SUITES, otherwise=otherwise)
+    raise UsageProblem(f"no suite and no file named {name!r}", hint=hint)
 
 
 def _recognise(rows: Sequence[SourceRow], field: str | None, *, stem: str) -> DatasetFormat:

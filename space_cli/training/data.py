@@ -92,7 +92,7 @@ class Loaded:
         source: as the user gave it.
         left_out: rows that are no examples, by reason.
         unused: fields of turns that say something and have no place in training.
-        apart: by what the documents of plain text are told apart; empty for other files.
+        apart: what separates the documents of plain text; empty for other files.
     """
 
     examples: list[Example]
@@ -142,7 +142,7 @@ def read_examples(
 
 
 def _rows(source: str, hub: HubDataset) -> tuple[Iterator[SourceRow], str]:
-    """Return the rows of a source, and for plain text by what its documents are told apart."""
+    """Return the rows of a source, and for plain text what separates its documents."""
     file = Path(expanded(source))
     if source.lower().endswith(TEXT_SUFFIXES) and file.is_file():
         documents, apart = read_documents(file)
@@ -225,7 +225,7 @@ def _alpaca(row: Row, where: str, *, answer: str) -> Example:
 
 
 def _pair(row: Row, where: str, *, answer: str, chat: bool) -> Example:
-    """Parse a prompt and its answer: strings, strings with a history, or lists of messages (TRL's form)."""
+    """Parse a prompt and its answer: strings, strings with a history, or lists of messages (TRL's format)."""
     if isinstance(row.get("prompt"), list):
         asked, answered = (
             _turns(row.get(field), field, where, keys=("role", "content"), roles=_MESSAGES)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import re
-import zlib
 from pathlib import Path
 
-from space_cli.errors import UsageProblem
-from space_cli.rows import SourceRow
+from space_cli.rows import SourceRow, reading
 from space_cli.text import prose
 
 SUFFIXES = (".txt", ".txt.gz")
@@ -22,12 +20,8 @@ def read_documents(file: Path) -> tuple[list[SourceRow], str]:
     Raises:
         UsageProblem: the file cannot be read, or is no text.
     """
-    try:
+    with reading(file):
         content = gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UsageProblem(f"{file}: damaged gzip file: {error}") from error
-    except OSError as error:
-        raise UsageProblem(f"{file}: {error.strerror or error}") from error
     text = prose(content, str(file)).replace("\r\n", "\n")
     mark, how = (re.compile(re.escape(_MARK)), _MARK) if _MARK in text else (_BLANK_LINES, "blank lines")
     rows, start, line = [], 0, 1

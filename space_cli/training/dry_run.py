@@ -72,11 +72,11 @@ def dry_run(loaded: LoadedModel, prepared: Prepared, recipe: Recipe, *, base_mod
         memory = max(memory, clock.memory)
     a_step = recipe.arguments["per_device_train_batch_size"] * recipe.arguments["gradient_accumulation_steps"]
     examples = (len(prepared.examples) + min(recipe.distill, len(prepared.prompts))) * recipe.epochs
-    wanted = recipe.arguments.get("max_steps", -1)
+    max_steps = recipe.arguments.get("max_steps", -1)
     return DryRun(
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         parameters=sum(parameter.numel() for parameter in parameters),
-        steps=wanted if wanted > 0 else math.ceil(examples / a_step),
+        steps=max_steps if max_steps > 0 else math.ceil(examples / a_step),
         seconds_per_step=seconds[True],
         tokens_per_second=rates[True],
         ar_tokens_per_second=rates.get(False),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from space_cli.errors import unwritten
+from space_cli.errors import writing
 
 
 def kept_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -27,10 +27,8 @@ def keep(file: Path, row: Mapping[str, Any]) -> None:
     Raises:
         RunFailed: it cannot be written.
     """
-    try:
+    with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as stream:
             # an incomplete last line of an earlier run must not swallow this row
             stream.write("\n" + json.dumps(row) + "\n")
-    except OSError as error:
-        raise unwritten(file, error) from error

@@ -43,7 +43,7 @@ class Recipe:
 
     Attributes:
         candidates: k, and masks of a group.
-        form: of the collator, with `groups` and `p_sar`.
+        form: the mask layout of the collator, with `groups` and `p_sar`.
         distill: prompts answered by the base itself; 0 trains on the given answers alone.
         temperatures: of those answers, in turn.
         answer_tokens: most tokens of an answer, in distillation and in measuring.

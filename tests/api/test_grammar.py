@@ -133,10 +133,10 @@ def test_the_command_answers_by_a_schema(run_space, tmp_path):
     file = tmp_path / "schema.json"
     file.write_text(json.dumps(SHAPE))
 
-    told = run_space("chat", "--model", "nano", "--prompt", "A shape.", "--schema", file, "--engine", "eager")
+    done = run_space("chat", "--model", "nano", "--prompt", "A shape.", "--schema", file, "--engine", "eager")
     anything = run_space("chat", "--model", "nano", "--prompt", "{}", "--json-mode", "--engine", "eager")
 
-    jsonschema.validate(json.loads(told.stdout), SHAPE)
+    jsonschema.validate(json.loads(done.stdout), SHAPE)
     assert anything.stdout.startswith("{")
 
 
@@ -145,13 +145,13 @@ def test_the_command_answers_by_a_schema(run_space, tmp_path):
     [("[1]", ()), ("{", ()), (None, ()), ("{}", ("--json-mode",))],
     ids=["list", "cut", "none", "two"],
 )
-def test_wrong_schema_files_are_told_in_one_line(run_space, tmp_path, text, options):
+def test_wrong_schema_files_are_reported_in_one_line(run_space, tmp_path, text, options):
     file = tmp_path / "schema.json"
     if text is not None:
         file.write_text(text)
 
-    told = run_space("chat", "--model", "nano", "--prompt", "x", "--schema", file, *options)
+    done = run_space("chat", "--model", "nano", "--prompt", "x", "--schema", file, *options)
 
-    assert told.returncode == 2
-    assert told.stderr.count("\n") == 1
-    assert "--schema" in told.stderr
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--schema" in done.stderr

@@ -39,11 +39,11 @@ def test_keyword_arguments_are_the_settings():
 
 def test_answers_equal_those_of_the_command(model, run_space):
     for options in ((), ("--temperature", "0.8", "--top-p", "0.9", "--seed", "7")):
-        told = run_space(
+        done = run_space(
             "chat", "--model", "nano", "--prompt", PROMPT, "--raw", "--max-new-tokens", 60, "--engine", "eager",
             "--dtype", "float32", "--json", "-", *options,
         )  # fmt: skip
-        chat = json.loads(told.stdout)
+        chat = json.loads(done.stdout)
         sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 7} if options else {}
 
         answer = model.generate(PROMPT, raw=True, max_new_tokens=60, **sampling)
@@ -128,11 +128,11 @@ def test_logprobs_are_the_models_own(model):
         logits = model.loaded.model(torch.tensor([[*ids, *answer.token_ids]])).logits[0].float()
     expected = logits.log_softmax(-1)
     assert len(answer.logprobs) == len(answer.token_ids)
-    for place, (token, told) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
+    for place, (token, entry) in enumerate(zip(answer.token_ids, answer.logprobs, strict=True)):
         row = expected[len(ids) - 1 + place]
-        assert told.token_id == token
-        assert told.logprob == pytest.approx(row[token].item(), abs=1e-3)
-        assert [each.token_id for each in told.top] == row.topk(3).indices.tolist()
+        assert entry.token_id == token
+        assert entry.logprob == pytest.approx(row[token].item(), abs=1e-3)
+        assert [each.token_id for each in entry.top] == row.topk(3).indices.tolist()
 
 
 def test_a_frequency_penalty_counts_what_the_answer_has(model):
@@ -148,11 +148,11 @@ def test_a_frequency_penalty_counts_what_the_answer_has(model):
 def test_a_prediction_saves_calls_and_changes_nothing(model):
     plain = model.generate(PROMPT, raw=True, max_new_tokens=60, temperature=1.2, seed=9)
 
-    told = model.generate(PROMPT, raw=True, max_new_tokens=60, temperature=1.2, seed=9, prediction=plain.text)
+    predicted = model.generate(PROMPT, raw=True, max_new_tokens=60, temperature=1.2, seed=9, prediction=plain.text)
     wrong = model.generate(PROMPT, raw=True, max_new_tokens=60, temperature=1.2, seed=9, prediction="no " * 50)
 
-    assert told.token_ids == wrong.token_ids == plain.token_ids
-    assert len(told.steps) < 0.6 * len(plain.steps)
+    assert predicted.token_ids == wrong.token_ids == plain.token_ids
+    assert len(predicted.steps) < 0.6 * len(plain.steps)
 
 
 def test_coroutines_answer_as_the_others_do(model):
@@ -180,7 +180,7 @@ def test_a_cancelled_coroutine_stops_within_a_step(model):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"temperature": -1}, "temperature -1"),
         ({"heat": 1}, "heat"),
@@ -188,8 +188,8 @@ def test_a_cancelled_coroutine_stops_within_a_step(model):
         ({"logprobs": 21}, "logprobs 21"),
     ],
 )
-def test_wrong_options_are_told_in_one_line(model, options, told):
-    with pytest.raises(space_cli.UsageProblem, match=told):
+def test_wrong_options_are_reported_in_one_line(model, options, message):
+    with pytest.raises(space_cli.UsageProblem, match=message):
         model.generate("x", **options)
 
 

@@ -49,7 +49,7 @@ def test_prompts_that_became_others_have_nothing_in_common():
     assert changes(report({"ar": 100}), report({"ar": 100}, prompt_tokens=9)) == []
 
 
-def test_other_answers_and_other_quality_are_told():
+def test_other_answers_and_other_quality_are_reported():
     before, after = report({"ar": 1}, token_ids=[1, 2], score=0.25), report({"ar": 1}, token_ids=[1, 3], score=0.5)
 
     (change,) = changes(before, after)
@@ -58,24 +58,24 @@ def test_other_answers_and_other_quality_are_told():
     assert change.quality == (0.25, 0.5)
 
 
-def test_what_the_runs_do_not_share_is_told():
+def test_what_the_runs_do_not_share_is_reported():
     assert differing(report({"ar": 1}), report({"ar": 1}, environment={"dtype": "float32"})) == [
         ("dtype", "bfloat16", "float32")
     ]
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [("{", "not a record"), ("[1]", "not a record"), (json.dumps({"samples": 3}), "environment: Field required")],
 )
-def test_a_file_that_is_no_record_is_told(tmp_path, content, told):
+def test_a_file_that_is_no_record_is_reported(tmp_path, content, message):
     file = tmp_path / "run.json"
     file.write_text(content)
 
-    with pytest.raises(UsageProblem, match=told):
+    with pytest.raises(UsageProblem, match=message):
         read_report(file)
 
 
-def test_a_record_that_is_not_there_is_told(tmp_path):
+def test_a_record_that_is_not_there_is_reported(tmp_path):
     with pytest.raises(UsageProblem, match=r"none\.json: No such file"):
         read_report(tmp_path / "none.json")

@@ -69,14 +69,14 @@ def test_another_run_is_not_taken_for_this_one(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]\n", "7\n", "oops\n", json.dumps(RUN) + '\n[{"suite": 1}]\n', "\xff\n"])
-def test_a_file_that_is_no_journal_is_told(tmp_path, content):
+def test_a_file_that_is_no_journal_is_reported(tmp_path, content):
     journal_of(tmp_path / "run.json").write_text(content, "latin-1")
 
     with pytest.raises(UsageProblem, match="not what an interrupted run left; delete it"):
         Journal(tmp_path / "run.json", RUN).resume()
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     journal = Journal(tmp_path / "run.json", RUN)
 
     def full(_):

@@ -10,6 +10,7 @@ from space_cli.bench.measure import measure
 from space_cli.bench.methods import METHODS, Method, chains, choose_methods, methods_named
 from space_cli.bench.record import BenchRecord
 from space_cli.bench.results import results
+from space_cli.cli.console import write_json
 from space_cli.core.sampling import Sampling
 from space_cli.core.stream import Generation, Step
 from space_cli.errors import UsageProblem
@@ -114,7 +115,7 @@ def test_a_limit_takes_the_first_of_each_category_in_turn(loaded):
     assert [each.prompt.task_id for each in planned.prompts] == ["qa/0", "math/0", "qa/1"]
 
 
-def test_a_suite_of_which_nothing_fits_is_told_before_anything_runs(loaded):
+def test_a_suite_of_which_nothing_fits_is_reported_before_anything_runs(loaded):
     suite = replace(SUITE, prompts=(Prompt("small/long", ("x " * 300,)),))
 
     with pytest.raises(UsageProblem, match="small: 1 of 1 prompts do not fit, with 20 new tokens, into the context"):
@@ -153,7 +154,7 @@ def test_candidates_keep_to_what_was_trained(loaded):
             check_candidates(loaded, candidates)
 
 
-def test_unknown_methods_and_untrained_models_are_told(loaded):
+def test_unknown_methods_and_untrained_models_are_reported(loaded):
     with pytest.raises(UsageProblem, match="no method named 'beam'"):
         methods_named(["ar", "beam"])
     with pytest.raises(UsageProblem, match="did you mean hf-lookup"):
@@ -234,7 +235,7 @@ def test_without_ar_there_is_no_speedup():
     assert row.speedup is None
 
 
-def test_repetitive_is_told_by_distinct_tokens(loaded):
+def test_repetitive_is_measured_by_distinct_tokens(loaded):
     def looping(*_):
         return Generation([Step((5,), 0, (), (), 1, 0.1)] * 8)
 
@@ -251,13 +252,13 @@ def test_a_checkout_without_git_has_no_commit(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(space_cli, "__file__", str(tmp_path / "space_cli" / "__init__.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    assert environment(loaded, threads=1)["commit"] is None
+    assert environment(loaded)["commit"] is None
 
 
 def test_report_is_written_whole_or_not_at_all(tmp_path):
     report = BenchRecord(environment={}, settings={}, samples=[sample("1", "ar")])
 
-    report.write(tmp_path / "run.json")
+    write_json(report.to_json, str(tmp_path / "run.json"))
 
     assert BenchRecord.model_validate_json((tmp_path / "run.json").read_text()) == report
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]

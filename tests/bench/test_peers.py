@@ -139,7 +139,7 @@ def test_a_draft_model_is_named_on_the_command_line_and_in_the_record(run_space,
     ]
 
 
-def test_the_list_tells_all_methods(run_space):
+def test_the_list_names_all_methods(run_space):
     lines = run_space("bench", "--list").stdout.splitlines()
 
     assert "  hf-assisted  generate with the draft model of --draft-model" in lines
@@ -251,7 +251,7 @@ def test_peers_penalise_what_the_answer_has_as_ar_does(loaded, name, penalty):
 
 
 @pytest.mark.usefixtures("_llama_cpp")
-def test_what_llama_cpp_cannot_run_is_told(loaded, tiny_models):
+def test_what_llama_cpp_cannot_run_is_reported(loaded, tiny_models):
     yarn = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}
     refused = {
         "it is a Qwen2ForCausalLM, and LlamaForCausalLM alone can be converted": tiny_models["qwen2"],
@@ -260,8 +260,8 @@ def test_what_llama_cpp_cannot_run_is_told(loaded, tiny_models):
         "its dtype is float16": llama(loaded).model.half(),
     }
 
-    for told, model in refused.items():
-        with pytest.raises(UsageProblem, match=f"method 'llama-cpp' cannot run .*: {told}; leave it out"):
+    for reason, model in refused.items():
+        with pytest.raises(UsageProblem, match=f"method 'llama-cpp' cannot run .*: {reason}; leave it out"):
             choose_methods([METHODS["llama-cpp"]], replace(loaded, model=model), sampling=Sampling())
     for sampling in (Sampling(0.5), Sampling(repetition_penalty=1.2)):
         with pytest.raises(UsageProblem, match="method 'llama-cpp' is greedy, without repetition penalty"):

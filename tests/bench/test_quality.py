@@ -54,7 +54,7 @@ def test_code_is_taken_out_of_its_fence(text, code):
 
 
 @pytest.mark.parametrize(
-    ("reference", "text", "score", "told"),
+    ("reference", "text", "score", "message"),
     [
         ("18", "She makes 9 * 2 = $18 every day. #### 18", 1.0, "answered 18"),
         ("18", "The answer is $18.", 1.0, "answered 18"),
@@ -69,8 +69,8 @@ def test_code_is_taken_out_of_its_fence(text, code):
         ("7", "9" * 100_000, 0.0, "answered " + "9" * 40),
     ],
 )
-def test_the_last_number_of_an_answer_is_compared(reference, text, score, told):
-    assert score_answer(Prompt("g", ("?",), reference=reference), "exact match", text) == (score, told)
+def test_the_last_number_of_an_answer_is_compared(reference, text, score, message):
+    assert score_answer(Prompt("g", ("?",), reference=reference), "exact match", text) == (score, message)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_missing_package_leaves_its_metric_out_with_a_word(monkeypatch):
     assert check(["ROUGE-L"], execute=False) == {"ROUGE-L": "needs rouge-score: pip install 'space-decoding[eval]'"}
 
 
-def test_executing_nothing_is_told():
+def test_executing_nothing_is_reported():
     with pytest.raises(UsageProblem, match="--execute: no suite here has tests"):
         check(["ROUGE-L", None], execute=True)
 
@@ -141,7 +141,7 @@ def test_the_same_answer_is_judged_once_and_all_samples_have_its_score(monkeypat
     assert samples[0].outcome == "passed"
 
 
-def test_a_machine_that_cannot_contain_programs_is_told_before_the_run(monkeypatch):
+def test_a_machine_that_cannot_contain_programs_is_reported_before_the_run(monkeypatch):
     monkeypatch.setattr(sandbox, "unsupported_reason", lambda: "generated code can be contained on Linux alone")
 
     with pytest.raises(UsageProblem, match="on Linux alone; leave --execute out"):

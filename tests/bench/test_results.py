@@ -20,7 +20,7 @@ def test_acceptance_by_position_counts_only_steps_that_reached_so_far():
     assert row.step_tokens == [2, 1, 1, 1]
 
 
-def test_decoding_is_told_apart_from_the_first_token():
+def test_decoding_is_kept_apart_from_the_first_token():
     (row,) = results([sample(seconds=2.0, first_step_seconds=0.5), sample("2", first_step_seconds=0.3)], ["ar"])
 
     assert row.first_token_seconds == pytest.approx(0.4)
@@ -80,7 +80,7 @@ def test_greedy_answers_have_a_mean_score_and_no_pass_at_k():
     assert results([sample()], ["ar"], {"s": "ROUGE-L"})[0].metric is None
 
 
-def test_energy_is_told_per_token_where_it_was_read():
+def test_energy_is_reported_per_token_where_it_was_read():
     (row,) = results([sample(joules=6.0), sample("2", joules=2.0)], ["ar"])
 
     assert row.joules_per_token == pytest.approx(1.0)

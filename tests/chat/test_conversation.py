@@ -111,7 +111,7 @@ def test_what_was_saved_is_loaded(tmp_path_factory, chatml, texts):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("", "no saved conversation"),
         ("[]", "no saved conversation"),
@@ -121,13 +121,13 @@ def test_what_was_saved_is_loaded(tmp_path_factory, chatml, texts):
         ("\udcff", "no saved conversation"),
     ],
 )
-def test_what_is_no_saved_conversation_is_told(tmp_path, content, told):
+def test_what_is_no_saved_conversation_is_reported(tmp_path, content, expected):
     (tmp_path / "chat.json").write_bytes(content.encode("utf-8", "surrogateescape"))
 
-    with pytest.raises(UsageProblem, match=told):
+    with pytest.raises(UsageProblem, match=expected):
         load_turns(tmp_path / "chat.json")
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path):
+def test_a_file_that_is_not_there_is_reported(tmp_path):
     with pytest.raises(UsageProblem, match=r"absent\.json: No such file"):
         load_turns(tmp_path / "absent.json")

@@ -17,12 +17,12 @@ def step(tokens, seconds):
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """Return the speedup told of an answer with so many tokens a step, beside AR steps that took so long."""
+def speedup(monkeypatch):
+    """Return the speedup reported for an answer with so many tokens a step, beside AR steps that took so long."""
 
     def tell(own, ar, *, tokens=2):
         loaded = SimpleNamespace(
-            model=None, mask_token_ids=(1,), compiled=None, context_length=None, prompt_template=None
+            name="m", model=None, masks_per_group=1, compiled=None, context_length=None, prompt_template=None
         )
         monkeypatch.setattr(module, "Chat", lambda *_, **__: None)
         chat = Session(loaded, ChatSettings(), template=None)
@@ -33,9 +33,9 @@ def told(monkeypatch):
     return tell
 
 
-def test_the_speedup_is_against_ar_steps_timed_right_behind_the_answer(told):
-    assert told(STEADY, STEADY) == pytest.approx(2)
-    assert told([0.2] * 4, STEADY) == pytest.approx(1)
+def test_the_speedup_is_against_ar_steps_timed_right_behind_the_answer(speedup):
+    assert speedup(STEADY, STEADY) == pytest.approx(2)
+    assert speedup([0.2] * 4, STEADY) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -48,5 +48,5 @@ def test_the_speedup_is_against_ar_steps_timed_right_behind_the_answer(told):
     ],
     ids=["AR scatters", "the answer scatters", "the answer met other work", "AR met other work"],
 )
-def test_nothing_is_told_where_other_work_makes_speeds_incomparable(told, own, ar):
-    assert told(own, ar) is None
+def test_nothing_is_said_where_other_work_makes_speeds_incomparable(speedup, own, ar):
+    assert speedup(own, ar) is None

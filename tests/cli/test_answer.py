@@ -107,7 +107,7 @@ def test_no_shade_is_black_or_white(terminal):
 
 
 @pytest.mark.parametrize("width", [40, 100])
-def test_a_listed_step_tells_guesses_right_ones_wrong_ones_and_the_models_own(screen, width):
+def test_a_listed_step_names_guesses_right_ones_wrong_ones_and_the_models_own(screen, width):
     _, shown = screen([RIGHT_THEN_OWN, OWN_ALONE], live="steps", width=width)
 
     first, second = (line.rstrip() for line in shown.splitlines()[-2:])
@@ -124,7 +124,7 @@ def test_a_long_listed_step_goes_on_below_its_own_column(screen):
 
 
 @pytest.mark.parametrize(
-    ("steps", "mode", "told"),
+    ("steps", "mode", "message"),
     [
         ([RIGHT_THEN_OWN, OWN_ALONE], "space", "tokens per call: 1 ▄ 50%  3 ▄ 50%"),
         ([Step((1,), 0, (2,), (2,), 2, 0.1)], "space", "no guess was right"),
@@ -132,7 +132,7 @@ def test_a_long_listed_step_goes_on_below_its_own_column(screen):
         ([OWN_ALONE], "ar", "1 tokens in 1 model calls, 1.00 per call · 10 tokens/s"),
     ],
 )
-def test_the_lines_below_an_answer_say_what_calls_brought(steps, mode, told):
+def test_the_lines_below_an_answer_say_what_calls_brought(steps, mode, message):
     lines = answer.summary(session(mode=mode), Generation(steps), speedup=None, context="").splitlines()
 
-    assert lines[-1] == told
+    assert lines[-1] == message

@@ -78,7 +78,7 @@ def test_candidates_choose_the_block(run_space, tiny_model_dir, prompts_file):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--candidates", "0"], "was trained for 1 to 3; choose 1 to 3"),
         (["--candidates", "4"], "was trained for 1 to 3"),
@@ -89,25 +89,25 @@ def test_candidates_choose_the_block(run_space, tiny_model_dir, prompts_file):
         (["--quantization", "q4"], "'q4' is not one of 'none', 'q8_0'"),
     ],
 )
-def test_wrong_values_are_one_line_and_exit_code_2(run_space, tiny_model_dir, prompts_file, arguments, told):
+def test_wrong_values_are_one_line_and_exit_code_2(run_space, tiny_model_dir, prompts_file, arguments, message):
     done = bench(run_space, tiny_model_dir, "--quiet", "--suite", prompts_file, *arguments)
 
     assert done.returncode == 2
     assert done.stdout == ""
-    assert told in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [("", "no prompts in it"), ('{"prompt": "a"}\n{oops\n', "prompts.jsonl:2: not JSON")]
+    ("content", "message"), [("", "no prompts in it"), ('{"prompt": "a"}\n{oops\n', "prompts.jsonl:2: not JSON")]
 )
-def test_a_bad_suite_file_is_told_with_the_line(run_space, prompts_file, content, told):
+def test_a_bad_suite_file_is_reported_with_the_line(run_space, prompts_file, content, message):
     prompts_file.write_text(content)
 
     done = run_space("bench", "--suite", prompts_file)
 
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -165,7 +165,7 @@ def test_a_run_that_was_killed_is_taken_up_where_it_was(stop_space, run_space, t
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--resume"], "--resume takes up a run that wrote a file; give the same --json FILE"),
         (["--resume", "--json", "-"], "--resume takes up a run that wrote a file"),
@@ -176,11 +176,11 @@ def test_a_run_that_was_killed_is_taken_up_where_it_was(stop_space, run_space, t
         (["--sweep", "candidates=1..2", "--methods", "ar"], "--sweep chooses methods and candidates itself"),
     ],
 )
-def test_options_that_do_not_go_together_are_told_before_a_model_is_loaded(run_space, arguments, told):
+def test_options_that_do_not_go_together_are_reported_before_a_model_is_loaded(run_space, arguments, message):
     done = run_space("bench", "--model", "no-such-model", *arguments)
 
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -200,15 +200,15 @@ def test_two_runs_are_compared(run_space, tiny_model_dir, prompts_file, tmp_path
         options = ("--candidates", k, "--methods", "ar,space", "--json", name)
         assert bench(run_space, tiny_model_dir, "--suite", prompts_file, *options).returncode == 0
 
-    told = run_space("bench", "compare", "before.json", "after.json")
+    done = run_space("bench", "compare", "before.json", "after.json")
     (tmp_path / "other.json").write_text("{}")
     refused = run_space("bench", "compare", "before.json", "other.json")
     alone = run_space("bench", "compare", "before.json")
 
-    assert told.returncode == 0, told.stderr
-    assert "candidates: 1 before, 3 after" in told.stdout
-    assert "2 answers in both" in told.stdout
-    assert re.search(r"(?m)^space .* too few prompts to tell +0 of 2", told.stdout)
+    assert done.returncode == 0, done.stderr
+    assert "candidates: 1 before, 3 after" in done.stdout
+    assert "2 answers in both" in done.stdout
+    assert re.search(r"(?m)^space .* too few prompts to tell +0 of 2", done.stdout)
     assert refused.returncode == alone.returncode == 2
     assert "other.json: not a record" in refused.stderr
     assert "Missing argument" in alone.stderr
@@ -283,7 +283,7 @@ def test_a_compiled_model_gives_the_same_answers_and_is_compiled_once(run_space,
     assert "compiling" not in again.stderr
 
 
-def test_profile_tells_where_time_goes(run_space, tmp_path):
+def test_profile_names_where_time_goes(run_space, tmp_path):
     done = run_space(
         "bench", "--model", "nano", "--limit", "1", "--max-new-tokens", "8", "--profile", "--json", "run.json"
     )
@@ -325,18 +325,18 @@ def test_a_run_leaves_a_page_a_text_and_a_drawing(run_space, tiny_model_dir, pro
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--report", "run.pdf"], "--report run.pdf: unknown kind of file; end it with .html or .md"),
         (["--plot", "run.pdf"], "--plot run.pdf: unknown kind of file; end it with .png or .svg"),
         (["--plot", "absent/run.png"], "--plot absent/run.png: there is no folder"),
     ],
 )
-def test_a_file_that_could_not_be_written_is_told_before_the_run(run_space, arguments, told):
+def test_a_file_that_could_not_be_written_is_reported_before_the_run(run_space, arguments, message):
     done = run_space("bench", *arguments)
 
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

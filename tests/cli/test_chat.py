@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from space_cli.cli.console import visible
+from space_cli.text import visible
 
 PROMPT = ("--prompt", "def add(a, b):\n")
 FAST = ("--dtype", "float32", "--max-new-tokens", "24")
@@ -79,7 +79,7 @@ def test_steps_are_listed(run_space, tiny_model_dir):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--prompt", "-"], "standard input is empty"),
         ([], "standard input is empty"),
@@ -95,12 +95,12 @@ def test_steps_are_listed(run_space, tiny_model_dir):
         (["--prompt", "x" * 2000], "leaves no room in the context of 256"),
     ],
 )
-def test_wrong_use_is_one_line_and_exit_code_2(run_space, tiny_model_dir, tmp_path, arguments, told):
+def test_wrong_use_is_one_line_and_exit_code_2(run_space, tiny_model_dir, tmp_path, arguments, message):
     done = run_space("chat", "--model", tiny_model_dir, *arguments, XDG_STATE_HOME=str(tmp_path))
 
     assert done.returncode == 2
     assert done.stdout == ""
-    assert told in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

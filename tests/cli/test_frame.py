@@ -1,17 +1,21 @@
 import os
+import re
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from space_cli.cli.app import run
-from space_cli.cli.console import visible
+from space_cli.text import visible
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_help_tells_the_commands_and_exit_codes_without_torch(clean_env):
+def test_help_names_the_commands_and_exit_codes_without_torch(clean_env):
     code = (
         "import sys; from space_cli.cli.app import run; code = run(['--help']);"
         "loaded = {'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules); sys.exit(code or bool(loaded) * 9)"
@@ -22,6 +26,15 @@ def test_help_tells_the_commands_and_exit_codes_without_torch(clean_env):
     assert done.returncode == 0
     assert "bench" in done.stdout
     assert "130 interrupted" in " ".join(done.stdout.split())
+
+
+def test_help_names_pages_that_there_are(run_space):
+    text = run_space("--help").stdout
+
+    pages = re.findall(r"[\w-]+\.md", text)
+
+    assert {"chat.md", "serve.md", "bench.md", "lossless.md", "train.md", "models.md"} <= set(pages)
+    assert all((DOCS / page).is_file() for page in pages)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +49,7 @@ def test_information_goes_to_standard_output(run_space, arguments):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["bnech"], "No such command 'bnech'"),
         (["models", "lits"], "No such command 'lits'"),
@@ -62,16 +75,16 @@ def test_information_goes_to_standard_output(run_space, arguments):
         (["models", "list", "--json", "absent/models.json"], "there is no folder"),
     ],
 )
-def test_wrong_use_is_one_line_and_exit_code_2(run_space, arguments, told):
+def test_wrong_use_is_one_line_and_exit_code_2(run_space, arguments, message):
     done = run_space(*arguments)
 
     assert done.returncode == 2
     assert done.stdout == ""
-    assert told in done.stderr
+    assert message in done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("space:")] == done.stderr.splitlines()[-1:]
 
 
-def test_a_record_that_may_not_be_written_is_told_first(tmp_path, monkeypatch, capsys):
+def test_a_record_that_may_not_be_written_is_reported_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "access", lambda *_: False)
 
     code = run(["models", "list", "--json", str(tmp_path / "models.json")])

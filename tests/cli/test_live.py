@@ -9,6 +9,8 @@ from rich.text import Text
 
 from space_cli.cli import live
 from space_cli.core.stream import Step
+from space_cli.models.registry import resolve
+from space_cli.report import wording
 
 LOADED = SimpleNamespace(name="tiny", dtype="float32", device="cpu", decode=lambda ids: "".join(map(chr, ids)))
 
@@ -66,10 +68,19 @@ def test_steps_are_counted_by_the_tokens_they_brought(show):
 
 
 def test_long_steps_share_the_last_bar():
-    assert live.histogram(Counter({1: 2, 3: 1, 8: 3, 20: 4})) == "▂ ▁    ▆  20% 0% 10% 0% 0% 0% 0% 70%+"
-    assert live.histogram(Counter({1: 1, 2: 1})).endswith("50% 50%")
+    assert wording.histogram(Counter({1: 2, 3: 1, 8: 3, 20: 4})) == "▂ ▁    ▆  20% 0% 10% 0% 0% 0% 0% 70%+"
+    assert wording.histogram(Counter({1: 1, 2: 1})).endswith("50% 50%")
 
 
 def test_a_named_histogram_leaves_out_what_never_occurred():
-    assert live.named_histogram(Counter({1: 2, 3: 1, 8: 3, 20: 4})) == "1 ▂ 20%  3 ▁ 10%  8+ ▆ 70%"
-    assert live.named_histogram(Counter({2: 5})) == "2 █ 100%"
+    assert wording.named_histogram(Counter({1: 2, 3: 1, 8: 3, 20: 4})) == "1 ▂ 20%  3 ▁ 10%  8+ ▆ 70%"
+    assert wording.named_histogram(Counter({2: 5})) == "2 █ 100%"
+
+
+def test_a_model_without_masks_names_the_alias_that_has_some_or_how_to_train_them():
+    smollm2 = {"model": "smollm2", "source": resolve("smollm2").source, "masks_per_group": 0}
+    other = {"model": "org/model", "source": "org/model", "masks_per_group": 0}
+
+    assert wording.without_masks(smollm2)[0].endswith("--model smollm2-space has some, which guess anywhere.")
+    assert "`space train --model org/model --data" in wording.without_masks(other)[0]
+    assert wording.without_masks(smollm2 | {"masks_per_group": 5}) == []

@@ -72,7 +72,7 @@ def test_a_name_of_ones_own_is_added_and_works_everywhere(run_space, tmp_path, t
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["add", "x", "no/such/folder"], "neither a folder, nor a GGUF file, nor a Hub id"),
         (["add", "x", "org/model", "--candidates", "3"], "belong together"),
@@ -81,29 +81,29 @@ def test_a_name_of_ones_own_is_added_and_works_everywhere(run_space, tmp_path, t
         (["check"], "Missing argument"),
     ],
 )
-def test_wrong_names_are_one_line(run_space, arguments, told):
+def test_wrong_names_are_one_line(run_space, arguments, message):
     done = run_space("models", *arguments)
 
     assert (done.returncode, done.stdout) == (2, "")
-    assert told in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[models.a\n", "models.toml: not TOML"),
         ('[models.a]\nsource = "x"\nmask_ids = [1]\n', "models.toml: models.a.mask_ids: Extra inputs"),
         ('[models.a]\nsource = 3\n[models."\x1b[31m"]\n', "not TOML"),
     ],
 )
-def test_a_malformed_models_file_is_one_line(run_space, tmp_path, text, told):
+def test_a_malformed_models_file_is_one_line(run_space, tmp_path, text, message):
     (tmp_path / "models.toml").write_text(text)
 
     done = run_space("models", "list", "--models-file", "models.toml")
 
     assert (done.returncode, done.stdout) == (2, "")
-    assert told in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

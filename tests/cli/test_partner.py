@@ -54,7 +54,8 @@ def test_a_model_that_is_gone_is_named(space, newest, tmp_path):
 
 
 def test_a_page_without_matplotlib_says_what_is_missing(space, tiny_model_dir, tmp_path, monkeypatch):
-    from space_cli.cli import bench, bench_page
+    from space_cli.cli import bench
+    from space_cli.report import bench_page
 
     for module in (bench, bench_page):
         monkeypatch.setattr(module, "find_spec", lambda _: None)

@@ -37,7 +37,7 @@ def chat(clean_env, tiny_model_dir, tmp_path):
 
 
 def ready(terminal, *, prompts=1):
-    """Wait for the prompt's toolbar; a terminal is told of each new prompt that pasted text may come."""
+    """Wait for the prompt's toolbar; a terminal learns of each new prompt that pasted text may come."""
     return terminal.until(
         lambda screen: terminal.raw.count(b"\x1b[?2004h") >= prompts and re.search(r"(?m)^context \d+/", screen)
     )
@@ -51,7 +51,7 @@ def say(terminal, text):
     return ready(terminal, prompts=prompts + 1)
 
 
-def told(screen):
+def toolbar_figures(screen):
     """The figures of the newest answer: tokens, context used."""
     flat = " ".join(screen.split())
     return int(re.findall(r"(\d+) tokens in", flat)[-1]), int(re.findall(r"context (\d+)/", flat)[-1])
@@ -60,7 +60,7 @@ def told(screen):
 def test_three_turns_undo_save_and_load(chat, tmp_path):
     terminal = chat("--max-new-tokens", "12")
 
-    used = [told(say(terminal, text))[1] for text in ("first", "second", "third")]
+    used = [toolbar_figures(say(terminal, text))[1] for text in ("first", "second", "third")]
     say(terminal, "/save talk.json")
     undone = say(terminal, "/undo")
     say(terminal, "/save later.json")
@@ -118,7 +118,7 @@ def test_ctrl_c_stops_the_answer_and_what_was_said_stays(chat, tmp_path):
     terminal.interrupt()
 
     assert terminal.finish() == 0
-    assert told(stopped)[0] < 90_000
+    assert toolbar_figures(stopped)[0] < 90_000
     assert "tokens in" in after
 
 
@@ -172,7 +172,7 @@ def test_an_answer_that_breaks_off_does_not_end_the_chat(chat):
     screen = say(terminal, "first")
     assert "the answer broke off: not enough memory" in screen
     assert "stopped; what was said stays" in screen
-    assert told(say(terminal, "second"))[0] == 12
+    assert toolbar_figures(say(terminal, "second"))[0] == 12
 
 
 def test_settings_modes_and_mistakes(chat):
@@ -257,7 +257,7 @@ def test_a_narrow_and_a_resized_terminal(chat, columns):
 
     second = say(terminal, "on")
 
-    assert told(first)[0] == 60
+    assert toolbar_figures(first)[0] == 60
     assert "tokens per call:" in second
 
 
@@ -281,7 +281,7 @@ def test_the_newest_conversation_is_taken_up_again(chat):
 
 
 @pytest.mark.parametrize(("context", "expected"), [("stop", "leaves no room"), ("shift", "oldest turns were dropped")])
-def test_a_full_context_is_told(chat, context, expected):
+def test_a_full_context_is_reported(chat, context, expected):
     terminal = chat("--max-new-tokens", "200", "--context", context)
     say(terminal, "x " * 60)
 

@@ -20,7 +20,7 @@ def chat(clean_env, tiny_model_dir, tmp_path):
     terminal.kill()
 
 
-def test_bytes_that_are_no_text_are_told_and_the_loop_goes_on(chat):
+def test_bytes_that_are_no_text_are_reported_and_the_loop_goes_on(chat):
     chat.until("Ask something")
     chat.until(r"> $|> *\n")
     os.write(chat._fd, b"caf\xe9\r")

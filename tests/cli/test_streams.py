@@ -75,7 +75,7 @@ def test_what_a_stream_cannot_encode_is_replaced_and_json_escaped(monkeypatch, e
     streams.never_fail_for_a_character()
 
     console.out().print("▂█ · ✓ 🚀 ж")
-    console.echo_json(json.dumps({"a": "é🚀"}, ensure_ascii=False))
+    console.write_json(lambda: json.dumps({"a": "é🚀"}, ensure_ascii=False), "-")
 
     shown, record = written.getvalue().decode(encoding).split("\n")
     assert json.loads(record) == {"a": "é🚀"}

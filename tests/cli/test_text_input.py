@@ -6,7 +6,7 @@ import tomllib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import told
+from running import refusal
 
 from space_cli.errors import UsageProblem
 from space_cli.models.registry import ModelEntry, add_model, read_models
@@ -35,7 +35,7 @@ FAST = ("--dtype", "float32", "--max-new-tokens", "4")
 def test_what_is_no_utf8_is_one_line_wherever_it_enters(space, tmp_path, arguments, piped, where):
     (tmp_path / "system.txt").write_bytes(LATIN)
 
-    assert where in told(space(*arguments, text=piped))
+    assert where in refusal(space(*arguments, text=piped))
 
 
 def test_a_file_whose_name_is_no_utf8_can_be_a_suite_and_a_record(space, tmp_path, tiny_model_dir):
@@ -56,7 +56,7 @@ def test_a_file_whose_name_is_no_utf8_can_be_a_suite_and_a_record(space, tmp_pat
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
-def test_a_byte_order_mark_tells_the_encoding_and_is_dropped(encoding):
+def test_a_byte_order_mark_names_the_encoding_and_is_dropped(encoding):
     text = 'a\n{"text": "né 🚀"}\n'
     content = b"\xfe\xff" + text.encode(encoding) if encoding == "utf-16-be" else text.encode(encoding)
 
@@ -74,8 +74,8 @@ def test_files_of_rows_with_a_mark_are_read(encoding, name, tmp_path):
         assert [row.value for row in read_file(tmp_path / file)] == [{"text": "né 🚀"}]
 
 
-def test_utf16_without_a_mark_is_told(space):
-    assert "standard input:1: holds a NUL character" in told(space("chat", text="hello".encode("utf-16-le")))
+def test_utf16_without_a_mark_is_reported(space):
+    assert "standard input:1: holds a NUL character" in refusal(space("chat", text="hello".encode("utf-16-le")))
 
 
 def test_piped_utf16_is_the_text_it_stands_for(space, tiny_model_dir):
@@ -160,8 +160,8 @@ def test_a_template_without_its_one_gap_is_refused(space, tmp_path, template):
     (tmp_path / "m.toml").write_text(f'[models.m]\nsource = "org/m"\nprompt_template = "{template}"\n')
 
     for command in (["models", "add", "m", "org/m"], ["chat", "--prompt", "x"], ["train", "--data", "x", "-o", "y"]):
-        assert "must hold {} once" in told(space(*command, "--template", template))
-    assert "models.m.prompt_template" in told(space("models", "check", "m", "--models-file", "m.toml"))
+        assert "must hold {} once" in refusal(space(*command, "--template", template))
+    assert "models.m.prompt_template" in refusal(space("models", "check", "m", "--models-file", "m.toml"))
 
 
 # The home folder
@@ -201,6 +201,6 @@ def test_a_tilde_is_the_home_folder_in_every_path(space, tmp_path, tiny_model_di
     ],
 )
 def test_no_option_takes_what_is_no_number(space, arguments):
-    line = told(space(*arguments))
+    line = refusal(space(*arguments))
     # bounds, where an option has some, refuse it first
     assert "Input should be a finite number" in line or f"Invalid value for '{arguments[-2]}'" in line

@@ -40,7 +40,7 @@ def test_a_form_of_a_turn_is_chosen(run_space, tiny_model_dir, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--distill", "many"], "--distill many: neither a number nor off"),
         (["--temperatures", "warm"], "--temperatures warm: not numbers"),
@@ -52,19 +52,19 @@ def test_a_form_of_a_turn_is_chosen(run_space, tiny_model_dir, data, tmp_path):
         (["--quantization", "nf4", "--method", "full"], "cannot train quantised weights"),
     ],
 )
-def test_wrong_values_are_one_line_and_exit_code_2(run_space, tiny_model_dir, data, tmp_path, arguments, told):
+def test_wrong_values_are_one_line_and_exit_code_2(run_space, tiny_model_dir, data, tmp_path, arguments, message):
     given = ("train", "--model", tiny_model_dir, "--data", data, "--output", tmp_path / "out", *FAST, "-q")
 
     done = run_space(*given, *arguments)
 
     assert done.returncode == 2
     assert done.stdout == ""
-    assert told in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_malformed_row_is_told_with_its_line(run_space, tiny_model_dir, data, tmp_path):
+def test_a_malformed_row_is_reported_with_its_line(run_space, tiny_model_dir, data, tmp_path):
     data.write_text(data.read_text() + '{"instruction": "x", "output": 7}\n')
 
     done = run_space("train", "--model", tiny_model_dir, "--data", data, "--output", tmp_path / "out", *FAST)
@@ -170,7 +170,7 @@ def test_a_full_disk_costs_no_checkpoint(clean_env, stop_space, run_space, tiny_
     assert run_space(*arguments, "--resume").returncode == 0
 
 
-def test_data_that_vanished_or_changed_are_told_and_nothing_is_lost(run_space, tiny_model_dir, data, tmp_path):
+def test_data_that_vanished_or_changed_are_reported_and_nothing_is_lost(run_space, tiny_model_dir, data, tmp_path):
     options = ("--output", tmp_path / "out", *FAST, "--distill", "off", "--save-steps", "4", "--quiet")
     arguments = ("train", "--model", tiny_model_dir, "--data", data, *options)
     assert run_space(*arguments).returncode == 0
@@ -197,12 +197,12 @@ def test_a_training_that_was_stopped_is_taken_up_again(
     options = ("--output", tmp_path / "out", *FAST, "--save-steps", "1", "--max-steps", "150", "--epochs", "90")
     arguments = ("train", "--model", tiny_model_dir, "--data", data, "--distill", "4", *options)
 
-    process, _, told = stop_space(*arguments, at="checkpoint-3", signal_number=stopped_by)
+    process, _, err = stop_space(*arguments, at="checkpoint-3", signal_number=stopped_by)
     resumed = run_space(*arguments, "--resume", "--quiet")
 
     rows = [json.loads(line) for line in (tmp_path / "out" / "training.jsonl").read_text().splitlines()]
     assert process.returncode == (130 if stopped_by == signal.SIGINT else -signal.SIGKILL)
     if stopped_by == signal.SIGINT:
-        assert "is kept; the same command with --resume goes on" in told.splitlines()[-1]
+        assert "is kept; the same command with --resume goes on" in err.splitlines()[-1]
     assert resumed.returncode == 0, resumed.stderr
     assert max(row["step"] for row in rows) == 150

@@ -274,7 +274,7 @@ def test_a_cache_goes_on_from_one_engine_to_the_other(pair):
         (lambda model: model.set_attn_implementation("eager"), "attention is its own"),
     ],
 )
-def test_what_cannot_be_compiled_is_told_beforehand(changed, reason):
+def test_what_cannot_be_compiled_is_reported_beforehand(changed, reason):
     config = tf.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )

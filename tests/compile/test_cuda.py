@@ -228,7 +228,7 @@ def test_blocks_are_filled_up_to_few_sizes(slots, sizes, rows):
     assert rows_of(slots, sizes) == rows
 
 
-def test_a_model_with_an_attention_of_its_own_is_told_beforehand(model):
+def test_a_model_with_an_attention_of_its_own_is_reported_beforehand(model):
     assert unsupported_reason(model) is None
     model.set_attn_implementation("eager")
     try:

@@ -57,10 +57,10 @@ def test_kernels_compute_what_plain_pytorch_computes(dtype, block, length, key_h
     key, value = (random_states(seed, dtype, 1, key_heads, rows, width) for seed in (2, 3))
     held = random_states(4, dtype, 2, key_heads, 256, width)
     one, other = held.clone(), held.clone()
-    told = tensors(block, rows, length)
+    block_tensors = tensors(block, rows, length)
 
-    found = cuda_kernels.attend(query, key, value, one, told, 0.3)
-    expected = attend_plainly(query, key, value, other, told, 0.3)
+    found = cuda_kernels.attend(query, key, value, one, block_tensors, 0.3)
+    expected = attend_plainly(query, key, value, other, block_tensors, 0.3)
 
     assert torch.equal(one, other)
     allowed = 1e-5 if dtype == torch.float32 else 2e-2

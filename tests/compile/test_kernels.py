@@ -71,17 +71,19 @@ class Emulated:
         self._threads = count
 
     def call(self, name, *arguments):
-        told = [f"{name}\n".encode()]
+        message = [f"{name}\n".encode()]
         arguments = [field for each in arguments for field in (each if isinstance(each, tuple) else [each])]
         for each in arguments:
             if each is None:
-                told.append(b"0")
+                message.append(b"0")
             elif isinstance(each, np.ndarray):
-                told += [b"p", struct.pack("q", each.nbytes), each.tobytes()]
+                message += [b"p", struct.pack("q", each.nbytes), each.tobytes()]
             else:
-                told.append(b"f" + struct.pack("f", each) if isinstance(each, float) else b"i" + struct.pack("q", each))
+                message.append(
+                    b"f" + struct.pack("f", each) if isinstance(each, float) else b"i" + struct.pack("q", each)
+                )
         command, environment = ["qemu-aarch64", str(self._program)], {"OMP_NUM_THREADS": str(self._threads)}
-        said = subprocess.run(command, input=b"".join(told), capture_output=True, check=True, env=environment)
+        said = subprocess.run(command, input=b"".join(message), capture_output=True, check=True, env=environment)
         at = 0
         for each in arguments:
             if isinstance(each, np.ndarray):

@@ -132,9 +132,9 @@ def test_a_text_that_is_expected_is_copied_from_its_beginning():
     text = words(120, of=1000)
 
     alone, _ = steps_over(text, adaptive(LINEAR, 0), done=2, costs=LINEAR)
-    told, _ = steps_over(text, adaptive(LINEAR, 0, texts=[text]), done=2, costs=LINEAR)
+    copied, _ = steps_over(text, adaptive(LINEAR, 0, texts=[text]), done=2, costs=LINEAR)
 
-    assert len(told) < len(alone) / 3
+    assert len(copied) < len(alone) / 3
 
 
 @pytest.mark.parametrize("dearer", [1.3, 3.0, 20.0])

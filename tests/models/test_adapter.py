@@ -110,7 +110,7 @@ def test_calls_without_masks_skip_the_adapter(tiny_models):
 
 
 @pytest.mark.parametrize("damage", ["absent", "truncated", "other model", "no config"])
-def test_a_damaged_adapter_is_told(tiny_models, tmp_path, damage):
+def test_a_damaged_adapter_is_reported(tiny_models, tmp_path, damage):
     save_adapter(trained(tiny_models["llama"])[0], tmp_path)
     file = tmp_path / ADAPTER_FILE
     if damage == "absent":

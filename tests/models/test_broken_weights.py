@@ -1,8 +1,8 @@
-"""Weights that compute nothing: told at load, and never judged where it shows later."""
+"""Weights that compute nothing: refused at load, and never judged where it shows later."""
 
 import pytest
 import torch
-from running import told
+from running import refusal
 from tiny import lively
 
 from space_cli.core.sampling import Sampler, Sampling, TopK
@@ -49,11 +49,11 @@ def zeroed(state):
         (zeroed, "all its logits are equal", ("models", "check")),
     ],
 )
-def test_broken_weights_are_told_by_every_command(space, broken, change, what, command):
+def test_broken_weights_are_reported_by_every_command(space, broken, change, what, command):
     folder = broken(change)
     model = [folder] if command[0] == "models" else ["--model", folder]
 
-    assert what in told(space(*command, *model))
+    assert what in refusal(space(*command, *model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -43,7 +43,7 @@ def test_what_was_accepted_before_is_read_where_it_is_known(acceptance, known):
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"format": 2}, "format: Input should be 1"),
         ({"method": "half"}, "method: Input should be"),
@@ -53,14 +53,14 @@ def test_what_was_accepted_before_is_read_where_it_is_known(acceptance, known):
         ({"surprise": 1}, "surprise: Extra inputs"),
     ],
 )
-def test_a_malformed_config_is_told_with_its_key(tmp_path, changed, told):
+def test_a_malformed_config_is_reported_with_its_key(tmp_path, changed, message):
     (tmp_path / "space_config.json").write_text(json.dumps(FIELDS | changed))
 
-    with pytest.raises(UsageProblem, match=told):
+    with pytest.raises(UsageProblem, match=message):
         SpaceConfig.load(tmp_path)
 
 
-def test_a_config_that_is_no_json_is_told(tmp_path):
+def test_a_config_that_is_no_json_is_reported(tmp_path):
     (tmp_path / "space_config.json").write_text("{")
 
     with pytest.raises(UsageProblem, match=r"space_config\.json: the file: Invalid JSON"):

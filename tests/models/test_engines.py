@@ -208,7 +208,7 @@ def test_half_a_library_of_kernels_is_never_loaded(filled):
     assert ctypes.CDLL(str(built)).space_linear_float32
 
 
-def test_a_library_that_cannot_be_loaded_is_told_and_costs_auto_nothing(filled, monkeypatch):
+def test_a_library_that_cannot_be_loaded_is_reported_and_costs_auto_nothing(filled, monkeypatch):
     def refuse(*_, **__):
         raise OSError("failed to map segment from shared object")  # as on a file system mounted noexec
 
@@ -222,9 +222,9 @@ def test_a_library_that_cannot_be_loaded_is_told_and_costs_auto_nothing(filled, 
 
 
 @pytest.mark.usefixtures("empty")
-def test_a_processor_that_this_one_is_not_is_told_before_anything_is_compiled(monkeypatch):
+def test_a_processor_that_this_one_is_not_is_reported_before_anything_is_compiled(monkeypatch):
     monkeypatch.setenv("SPACE_CPU", "x86-64-v4")
-    monkeypatch.setattr(toolchain, "_processor_flags", lambda: "flags: sse2 fma avx2 bmi2 avx512f")
+    monkeypatch.setattr(toolchain, "processor_field", lambda _: "sse2 fma avx2 bmi2 avx512f")
 
     assert prepare(loaded_model(), tokens=ENOUGH).compiled is None
     with pytest.raises(RunFailed, match="x86-64-v4: this processor does not have avx512bw, avx512dq, avx512vl"):
@@ -302,7 +302,7 @@ def failing_compiler(monkeypatch):
 
 
 @pytest.mark.usefixtures("empty")
-def test_a_compiler_that_fails_without_a_word_is_told_in_a_few(monkeypatch):
+def test_a_compiler_that_fails_without_a_word_is_reported_in_a_few(monkeypatch):
     monkeypatch.setenv("CXX", "false")
 
     with pytest.raises(RunFailed, match=r"works: false ends with exit code 1$"):

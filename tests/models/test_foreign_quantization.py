@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from running import told
+from running import refusal
 from transformers import PretrainedConfig
 
 from space_cli.models.support import is_bitsandbytes
@@ -28,7 +28,7 @@ def test_other_quantisations_are_one_line_that_says_which_are_read(space, tiny_m
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fields}))
 
-    line = told(space("models", "check", folder))
+    line = refusal(space("models", "check", folder))
 
     assert f"quantised by {fields.get('quant_method', 'unknown')}; supported are bitsandbytes" in line
 

@@ -131,8 +131,8 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize(("damage", "told"), DAMAGES.values(), ids=DAMAGES)
-def test_what_cannot_be_read_is_one_line(file, tmp_path, damage, told):
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_what_cannot_be_read_is_one_line(file, tmp_path, damage, message):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(damage(file.read_bytes()))
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_read_is_one_line(file, tmp_path, damage, told):
         load_model(str(broken))
 
     assert str(raised.value).startswith(f"{broken}: ")
-    assert told in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
@@ -193,7 +193,7 @@ def test_a_packages_file_is_found_without_importing_it(package, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         (
             "package:no_such_thing/m.gguf",
@@ -207,11 +207,11 @@ def test_a_packages_file_is_found_without_importing_it(package, name):
     ],
 )
 @pytest.mark.usefixtures("package")
-def test_a_file_that_is_not_there_is_one_line(name, told):
+def test_a_file_that_is_not_there_is_one_line(name, message):
     with pytest.raises(UsageProblem) as raised:
         load_model(name)
 
-    assert told in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_what_names_a_file_and_what_does_not(tmp_path, monkeypatch):
@@ -297,7 +297,7 @@ def test_the_files_of_a_quantisation_are_fetched(monkeypatch, wanted, fetched):
 
 
 @pytest.mark.usefixtures("hub")
-def test_a_wrong_quantisation_tells_those_there_are():
+def test_a_wrong_quantisation_names_those_there_are():
     with pytest.raises(
         UsageProblem, match=r"org/repo has no quantisation Q3_X; it has: IQ4_XS, Q4_K_M, Q8_0, UD-Q4_K_M"
     ):

@@ -197,20 +197,20 @@ def test_begin_and_end_of_text_are_added_as_the_metadata_say(free, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("tokenizer.ggml.model", "bert", "its tokenizer is of kind 'bert', which is not supported; supported: gpt2"),
         ("tokenizer.ggml.pre", "klingon", "its pre-tokenizer 'klingon' is not supported; supported: "),
         ("tokenizer.ggml.tokens", ["a", "a"], "has a token twice"),
     ],
 )
-def test_other_tokenizers_are_refused_in_a_line(free, tmp_path, key, value, told):
+def test_other_tokenizers_are_refused_in_a_line(free, tmp_path, key, value, message):
     metadata = read_gguf(vocabulary_file(tmp_path / "v.gguf", lambda writer: byte_level(writer, free))).metadata
 
     with pytest.raises(UsageProblem, match=r"^it: ") as raised:
         gguf_tokenizer(metadata | {key: value}, "it")
 
-    assert told in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_every_named_split_is_a_pattern(free, tmp_path):

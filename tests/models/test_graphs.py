@@ -74,9 +74,9 @@ def test_kernels_are_fused_where_it_is_asked_for_or_pays(monkeypatch, engine, to
     said = []
     monkeypatch.setattr(cuda.torch, "compile", lambda call, **_: said.append("compiled") or call)
 
-    loaded = prepare(on_cuda(loaded_model()), engine=engine, tokens=tokens, on_compile=lambda: said.append("told"))
+    loaded = prepare(on_cuda(loaded_model()), engine=engine, tokens=tokens, on_compile=lambda: said.append("compiling"))
 
-    assert said == ["told", "compiled"][: 2 * fused]
+    assert said == ["compiling", "compiled"][: 2 * fused]
     assert tokens_of(loaded) == tokens_of(loaded_model())
 
 

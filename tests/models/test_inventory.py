@@ -77,7 +77,7 @@ def test_a_missing_folder_is_absent_and_unknown(status_of):
 
 
 @pytest.mark.parametrize("lost", ["config.json", "model.safetensors"])
-def test_an_incomplete_folder_is_told(status_of, folder, lost):
+def test_an_incomplete_folder_is_reported(status_of, folder, lost):
     (folder / lost).unlink()
 
     status = status_of(source=str(folder))
@@ -99,19 +99,19 @@ def test_every_shard_must_be_there(status_of, folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("space_config.json", "{", "space_config.json: the file: Invalid JSON"),
         ("space_config.json", json.dumps(SPACE | {"candidates": 0}), "candidates: Input should be greater"),
         ("model.safetensors.index.json", "[", "Expecting value"),
     ],
 )
-def test_a_malformed_file_is_a_problem_of_its_model_alone(status_of, folder, name, text, told):
+def test_a_malformed_file_is_a_problem_of_its_model_alone(status_of, folder, name, text, message):
     (folder / name).write_text(text)
 
     status = status_of(source=str(folder))
 
-    assert told in status.problem
+    assert message in status.problem
     assert not status.present
 
 
@@ -137,7 +137,7 @@ def test_another_revision_or_repository_is_absent(status_of, fields):
     assert (status.present, status.trained, status.problem) == (False, None, None)
 
 
-def test_a_source_that_is_nothing_is_told(status_of):
+def test_a_source_that_is_nothing_is_reported(status_of):
     status = status_of(source="a/b/c")
 
     assert not status.present

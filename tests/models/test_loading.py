@@ -103,30 +103,30 @@ def test_quantised_weights_decode_as_their_own_ar(tiny_tokenizer, tmp_path, quan
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"dtype": "int4"}, "unknown dtype 'int4'"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"quantization": "q4"}, "unknown quantization 'q4'"),
     ],
 )
-def test_unknown_settings_are_told(tiny_model_dir, options, told):
-    with pytest.raises(UsageProblem, match=told):
+def test_unknown_settings_are_reported(tiny_model_dir, options, message):
+    with pytest.raises(UsageProblem, match=message):
         load_model(str(tiny_model_dir), **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is absent")
-def test_an_absent_device_is_told(tiny_model_dir):
+def test_an_absent_device_is_reported(tiny_model_dir):
     with pytest.raises(UsageProblem, match="no cuda device on this machine"):
         load_model(str(tiny_model_dir), device="cuda")
 
 
-def test_an_empty_folder_is_told(tmp_path):
+def test_an_empty_folder_is_reported(tmp_path):
     with pytest.raises(UsageProblem, match="not a complete model folder"):
         load_model(str(tmp_path))
 
 
-def test_weights_that_are_missing_are_told(copied):
+def test_weights_that_are_missing_are_reported(copied):
     (copied / "model.safetensors").unlink()
 
     with pytest.raises(UsageProblem, match="not a complete model folder"):

@@ -45,7 +45,7 @@ def test_an_unknown_name_is_refused_with_suggestions(name, hint):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[models.a]\n", r"models\.toml: models\.a\.source: Field required"),
         ('[models.a]\nsource = "x"\nmask_ids = [1]\n', r"models\.a\.mask_ids: Extra inputs"),
@@ -54,11 +54,11 @@ def test_an_unknown_name_is_refused_with_suggestions(name, hint):
         ("[other]\nx = 1\n", "models: Field required"),
     ],
 )
-def test_a_malformed_file_is_told_with_table_and_key(tmp_path, text, told):
-    with pytest.raises(UsageProblem, match=told):
+def test_a_malformed_file_is_reported_with_table_and_key(tmp_path, text, message):
+    with pytest.raises(UsageProblem, match=message):
         read_models(write(tmp_path, text))
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(UsageProblem, match="No such file"):
         read_models(tmp_path / "absent.toml")

@@ -64,7 +64,7 @@ def test_programs_are_refused_outside_linux(monkeypatch, system):
 
 @contained
 @pytest.mark.parametrize(
-    ("break_it", "told"),
+    ("break_it", "message"),
     [
         ("import platform; platform.machine = lambda: 'riscv64'", "riscv64"),
         ("child._LANDLOCK_CREATE = 100_000", "Function not implemented"),
@@ -72,9 +72,9 @@ def test_programs_are_refused_outside_linux(monkeypatch, system):
         ("import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()", "started a thread"),
     ],
 )
-def test_a_missing_part_of_the_containment_ends_the_process_before_the_program(stand_in, break_it, told):
+def test_a_missing_part_of_the_containment_ends_the_process_before_the_program(stand_in, break_it, message):
     folder = json.dumps(str(sandbox._CHILD.parent))
     stand_in(f"import sys\nsys.path.insert(0, {folder})\nimport child\n{break_it}\nchild.main()\n")
 
-    with pytest.raises(RunFailed, match=told):
+    with pytest.raises(RunFailed, match=message):
         run_submission("pass")

@@ -41,7 +41,7 @@ def test_a_program_that_comes_to_its_last_line_passes(program):
 
 @contained
 @pytest.mark.parametrize(
-    ("program", "told"),
+    ("program", "message"),
     [
         ("assert 1 == 2", "AssertionError"),
         ("assert False, 'one\\ntwo'", "AssertionError: one two"),
@@ -61,11 +61,11 @@ def test_a_program_that_comes_to_its_last_line_passes(program):
         ("raise ValueError('\\x1b[31m\\u202e\\x07')", "ValueError: \ufffd[31m\ufffd\ufffd"),
     ],
 )
-def test_a_failure_is_told_in_one_line(program, told):
+def test_a_failure_is_reported_in_one_line(program, message):
     outcome = run_submission(program, seconds=30)
 
     assert not outcome.passed
-    assert outcome.reason.startswith(told)
+    assert outcome.reason.startswith(message)
     assert outcome.reason.isprintable()
 
 

@@ -149,14 +149,14 @@ def test_a_key_is_demanded_where_others_can_reach(run_space, start_server, tmp_p
         assert curl(f"{url}/v1/models", "-H", "Origin: https://other.example")[0] == 403
 
 
-def test_an_address_that_is_taken_is_told_in_one_line(run_space):
+def test_an_address_that_is_taken_is_reported_in_one_line(run_space):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        told = run_space("serve", "--model", "nano", "--port", taken.getsockname()[1])
+        done = run_space("serve", "--model", "nano", "--port", taken.getsockname()[1])
 
-    assert told.returncode == 2
-    assert told.stderr.count("\n") == 1
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
 
 
 def test_sigterm_lets_answers_end_and_refuses_those_that_wait(start_server):
@@ -184,7 +184,7 @@ def test_ctrl_c_ends_with_the_code_of_an_interruption(start_server):
         assert running.process.wait(30) == 130
 
 
-def test_a_full_queue_is_told_and_a_client_that_leaves_makes_room(start_server):
+def test_a_full_queue_is_reported_and_a_client_that_leaves_makes_room(start_server):
     long = json.dumps({"prompt": "import", "max_tokens": 400, "temperature": 1.5, "seed": 1, "n": 8})
     with start_server("--parallel", "1", "--queue", "1") as running:
         ask = ["curl", "-sS", f"{running.url}/v1/completions", *JSON, "-d", long]

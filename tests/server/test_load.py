@@ -18,10 +18,10 @@ CLIENTS, REQUESTS, TOKENS = 8, 200, 24
 
 def ask(client, number):
     """Ask for an answer that depends on the number alone."""
-    told = client.completions.create(
+    reply = client.completions.create(
         model="nano", prompt=PROMPTS[number % 4], max_tokens=TOKENS, temperature=0.8, seed=number // 4 % 3
     )
-    return told.choices[0].text
+    return reply.choices[0].text
 
 
 def leave(client, number):

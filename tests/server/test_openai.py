@@ -23,10 +23,10 @@ def chat(run_space_once):
 
     def ask(*options):
         if options not in known:
-            told = run_space_once(
+            done = run_space_once(
                 "chat", "--model", "nano", "--engine", "eager", "--dtype", "float32", "--json", "-", *options
             )
-            known[options] = json.loads(told.stdout)
+            known[options] = json.loads(done.stdout)
         return known[options]
 
     return ask
@@ -42,11 +42,11 @@ def test_a_chat_answers_as_the_command_does(client, chat):
     ):
         own = chat("--prompt", MESSAGES[0]["content"], "--max-new-tokens", "60", *options)
 
-        told = client.chat.completions.create(model="nano", messages=MESSAGES, max_completion_tokens=60, **fields)
+        reply = client.chat.completions.create(model="nano", messages=MESSAGES, max_completion_tokens=60, **fields)
 
-        assert told.choices[0].message.content == own["text"]
-        assert told.usage.completion_tokens == own["tokens"]
-        assert told.usage.prompt_tokens == own["prompt_tokens"]
+        assert reply.choices[0].message.content == own["text"]
+        assert reply.usage.completion_tokens == own["tokens"]
+        assert reply.usage.prompt_tokens == own["prompt_tokens"]
 
 
 def test_a_stream_is_the_whole_answer_in_pieces(client):
@@ -76,8 +76,8 @@ def test_a_stream_that_is_left_ends_the_request(client):
 
     stream.close()
 
-    told = client.chat.completions.create(model="nano", messages=MESSAGES, max_tokens=4)
-    assert told.usage.completion_tokens == 4
+    reply = client.chat.completions.create(model="nano", messages=MESSAGES, max_tokens=4)
+    assert reply.usage.completion_tokens == 4
 
 
 def test_a_prediction_is_a_draft(client):
@@ -86,10 +86,10 @@ def test_a_prediction_is_a_draft(client):
     text = plain.choices[0].message.content
 
     for content in (text, [{"type": "text", "text": text}]):
-        told = client.chat.completions.create(**fields, prediction={"type": "content", "content": content})
+        reply = client.chat.completions.create(**fields, prediction={"type": "content", "content": content})
 
-        assert told.choices[0].message.content == text
-        accepted = told.usage.completion_tokens_details.accepted_prediction_tokens
+        assert reply.choices[0].message.content == text
+        accepted = reply.usage.completion_tokens_details.accepted_prediction_tokens
         assert accepted > plain.usage.completion_tokens_details.accepted_prediction_tokens
 
 
@@ -108,17 +108,17 @@ def test_several_requests_at_once_answer_as_each_alone(server):
 
     alone, together = asyncio.run(ask(together=False)), asyncio.run(ask(together=True))
 
-    assert [told.choices[0].text for told in alone] == [told.choices[0].text for told in together]
+    assert [reply.choices[0].text for reply in alone] == [reply.choices[0].text for reply in together]
 
 
 def test_completions_go_on_behind_the_prompt(client, chat):
     own = chat("--prompt", PROMPT, "--raw", "--max-new-tokens", "40")
 
-    told = client.completions.create(model="nano", prompt=PROMPT, max_tokens=40)
+    reply = client.completions.create(model="nano", prompt=PROMPT, max_tokens=40)
     echoed = client.completions.create(model="nano", prompt=[PROMPT, "import"], max_tokens=40, echo=True, n=2)
     pieces = list(client.completions.create(model="nano", prompt=PROMPT, max_tokens=40, stream=True))
 
-    assert told.choices[0].text == own["text"]
+    assert reply.choices[0].text == own["text"]
     assert [choice.index for choice in echoed.choices] == [0, 1, 2, 3]
     assert echoed.choices[1].text == PROMPT + own["text"]
     assert echoed.choices[3].text.startswith("import")
@@ -135,8 +135,8 @@ def test_tokens_are_a_prompt_too(client):
 
 def test_further_answers_have_further_seeds(client):
     def texts(n, seed):
-        told = client.completions.create(model="nano", prompt=PROMPT, max_tokens=20, temperature=1.2, seed=seed, n=n)
-        return [choice.text for choice in told.choices], told.usage
+        reply = client.completions.create(model="nano", prompt=PROMPT, max_tokens=20, temperature=1.2, seed=seed, n=n)
+        return [choice.text for choice in reply.choices], reply.usage
 
     three, usage = texts(3, 11)
 
@@ -164,12 +164,12 @@ def test_an_answer_ends_in_front_of_a_stop(client):
     stop = whole[10:14]
 
     for stops in (stop, [stop, "never to come"]):
-        told = client.completions.create(model="nano", prompt=PROMPT, max_tokens=40, stop=stops).choices[0]
-        assert (told.text, told.finish_reason) == (whole[: whole.index(stop)], "stop")
+        reply = client.completions.create(model="nano", prompt=PROMPT, max_tokens=40, stop=stops).choices[0]
+        assert (reply.text, reply.finish_reason) == (whole[: whole.index(stop)], "stop")
 
 
 def test_log_probabilities_of_both_kinds(client):
-    told = client.chat.completions.create(
+    reply = client.chat.completions.create(
         model="nano", messages=MESSAGES, max_tokens=6, logprobs=True, top_logprobs=2
     ).choices[0]
     streamed = client.chat.completions.create(
@@ -177,8 +177,8 @@ def test_log_probabilities_of_both_kinds(client):
     )
     text = client.completions.create(model="nano", prompt=PROMPT, max_tokens=6, logprobs=3).choices[0]
 
-    tokens = told.logprobs.content
-    assert "".join(token.token for token in tokens) == told.message.content
+    tokens = reply.logprobs.content
+    assert "".join(token.token for token in tokens) == reply.message.content
     assert all(token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob for token in tokens)
     assert all(token.logprob == token.top_logprobs[0].logprob <= 0 for token in tokens)
     by_chunk = [chunk.choices[0].logprobs for chunk in streamed]
@@ -196,7 +196,7 @@ def test_models_are_those_of_the_list(client):
 
 
 @pytest.mark.parametrize(
-    ("fields", "kind", "told"),
+    ("fields", "kind", "reason"),
     [
         ({"model": "gpt-4o"}, openai.NotFoundError, "gpt-4o"),
         ({"temperature": -1}, openai.BadRequestError, "temperature"),
@@ -211,10 +211,10 @@ def test_models_are_those_of_the_list(client):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_is_refused_in_openais_form(client, fields, kind, told, stream):
+def test_what_cannot_be_is_refused_in_openais_form(client, fields, kind, reason, stream):
     request = {"model": "nano", "messages": MESSAGES, "max_tokens": 4, "stream": stream} | fields
 
-    with pytest.raises(kind, match=told) as caught:
+    with pytest.raises(kind, match=reason) as caught:
         client.chat.completions.create(**request)
 
     assert caught.value.body["type"]

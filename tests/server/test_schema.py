@@ -36,7 +36,7 @@ def test_pydantic_models_come_back(client):
 
 def test_a_schema_holds_for_sampled_answers_too(client):
     schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 3}
-    told = client.chat.completions.create(
+    reply = client.chat.completions.create(
         model="nano",
         messages=MESSAGES,
         response_format={"type": "json_schema", "json_schema": {"name": "flags", "schema": schema, "strict": True}},
@@ -45,16 +45,16 @@ def test_a_schema_holds_for_sampled_answers_too(client):
         n=3,
     )
 
-    for choice in told.choices:
+    for choice in reply.choices:
         jsonschema.validate(json.loads(choice.message.content), schema)
 
 
 def test_any_object(client):
-    told = client.chat.completions.create(
+    reply = client.chat.completions.create(
         model="nano", messages=MESSAGES, response_format={"type": "json_object"}, max_tokens=40
     ).choices[0]
 
-    assert told.message.content.startswith("{")
+    assert reply.message.content.startswith("{")
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,9 @@ def test_a_model_calls_a_tool_and_answers_by_what_it_gave(client):
     assert first.message.content == "I ask."
     (call,) = first.message.tool_calls
     assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Paris"})
-    told = [first.message, {"role": "tool", "content": "sunny", "tool_call_id": call.id}]
+    answered = [first.message, {"role": "tool", "content": "sunny", "tool_call_id": call.id}]
     second = client.chat.completions.create(
-        model="caller", messages=[*ASKED, {**told[0].model_dump(), "content": None}, told[1]], tools=[WEATHER]
+        model="caller", messages=[*ASKED, {**answered[0].model_dump(), "content": None}, answered[1]], tools=[WEATHER]
     ).choices[0]
     assert (second.message.content, second.finish_reason) == ("It is.", "stop")
 
@@ -117,10 +117,10 @@ def test_a_streamed_call_comes_whole_and_its_marks_are_no_text(client):
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
-def test_without_tools_the_model_is_told_of_none(client):
+def test_without_tools_the_model_is_reported_of_none(client):
     for fields in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
-        told = client.chat.completions.create(model="caller", messages=ASKED, max_tokens=60, **fields).choices[0]
-        assert told.message.content == "Maybe."
+        reply = client.chat.completions.create(model="caller", messages=ASKED, max_tokens=60, **fields).choices[0]
+        assert reply.message.content == "Maybe."
 
 
 def test_calls_cut_short_or_of_unknown_form_are_text(folder, client):

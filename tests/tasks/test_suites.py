@@ -185,19 +185,19 @@ def test_a_known_form_is_the_same_by_its_fields_and_by_its_name(
 ):
     file = write(tmp_path, row)
 
-    told, named = load_suite(file), load_suite(f"{suite}={file}")
+    recognised, named = load_suite(file), load_suite(f"{suite}={file}")
 
-    assert (told.name, named.name) == (file, f"{suite}={file}")
-    assert (told.prompts, told.stop_strings, told.chat, told.metric) == (
+    assert (recognised.name, named.name) == (file, f"{suite}={file}")
+    assert (recognised.prompts, recognised.stop_strings, recognised.chat, recognised.metric) == (
         named.prompts,
         named.stop_strings,
         named.chat,
         named.metric,
     )
-    (prompt,) = told.prompts
+    (prompt,) = recognised.prompts
     assert (prompt.task_id, prompt.turns, prompt.category, prompt.reference) == (task_id, turns, category, reference)
-    assert (told.chat, told.metric) == (SUITES[suite].chat, SUITES[suite].metric)
-    assert (prompt.code is not None) == (told.metric == "pass@1")
+    assert (recognised.chat, recognised.metric) == (SUITES[suite].chat, SUITES[suite].metric)
+    assert (prompt.code is not None) == (recognised.metric == "pass@1")
 
 
 def test_questions_of_mt_bench_inside_spec_bench_are_one_category(tmp_path):
@@ -312,7 +312,7 @@ def test_any_text_is_read_as_it_was_written(tmp_path_factory, prompts):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "no prompts in it"),
         (b"\n\n", "no prompts in it"),
@@ -330,18 +330,18 @@ def test_any_text_is_read_as_it_was_written(tmp_path_factory, prompts):
         (b"[" * 200_000 + b"\n", r"prompts\.jsonl:1: not JSON"),
     ],
 )
-def test_a_malformed_file_is_told_with_the_line(tmp_path, content, told):
+def test_a_malformed_file_is_reported_with_the_line(tmp_path, content, message):
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(content)
 
-    with pytest.raises(UsageProblem, match=told) as problem:
+    with pytest.raises(UsageProblem, match=message) as problem:
         load_suite(str(file))
 
     assert "\n" not in str(problem.value)
 
 
 @pytest.mark.parametrize(
-    ("suite", "good", "bad", "told"),
+    ("suite", "good", "bad", "message"),
     [
         (
             "humaneval",
@@ -367,17 +367,17 @@ def test_a_malformed_file_is_told_with_the_line(tmp_path, content, told):
         ("mbpp", MBPP, MBPP | {"test_list": "assert"}, "'test_list' must be a list of strings"),
     ],
 )
-def test_a_malformed_row_of_a_known_suite_is_told_with_line_and_field(tmp_path, suite, good, bad, told):
+def test_a_malformed_row_of_a_known_suite_is_reported_with_line_and_field(tmp_path, suite, good, bad, message):
     file = write(tmp_path, good, bad)
 
     with pytest.raises(UsageProblem) as problem:
         load_suite(f"{suite}={file}")
 
-    assert str(problem.value).startswith(f"{file}:2: {told}")
+    assert str(problem.value).startswith(f"{file}:2: {message}")
     assert "\n" not in str(problem.value)
 
 
-def test_an_unknown_suite_is_told_with_a_suggestion(tmp_path):
+def test_an_unknown_suite_is_reported_with_a_suggestion(tmp_path):
     with pytest.raises(UsageProblem, match="did you mean humaneval"):
         load_suite("humanevl")
     with pytest.raises(UsageProblem, match=r"no suite and no file named 'gsm8=a\.jsonl'; did you mean gsm8k"):
@@ -389,7 +389,7 @@ def test_an_unknown_suite_is_told_with_a_suggestion(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "message"),
     [
         ("", "gsm8k=: nothing follows the ="),
         ("absent.jsonl", "no file named 'absent.jsonl'"),
@@ -397,15 +397,15 @@ def test_an_unknown_suite_is_told_with_a_suggestion(tmp_path):
         ("two words", "no file named 'two words', and no dataset on the Hub can have that name"),
     ],
 )
-def test_a_source_that_is_not_there_is_told(source, told):
+def test_a_source_that_is_not_there_is_reported(source, message):
     with pytest.raises(UsageProblem) as problem:
         load_suite(f"gsm8k={source}")
 
-    assert str(problem.value).startswith(told)
+    assert str(problem.value).startswith(message)
 
 
 @pytest.mark.parametrize("name", sorted(SUITES.keys() - {"humaneval"}))
-def test_a_suite_out_of_reach_is_told_in_one_line_that_asks_for_a_file(name):
+def test_a_suite_out_of_reach_is_reported_in_one_line_that_asks_for_a_file(name):
     with pytest.raises(UsageProblem) as problem:
         load_suite(name)
 

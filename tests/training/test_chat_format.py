@@ -327,7 +327,7 @@ def test_an_answer_that_later_turns_show_otherwise_carries_no_loss(chatml):
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "message"),
     [
         ("{% for m in messages[::-1] %}{{ m.content }}{% endfor %}", "does not put the last answer behind its prompt"),
         ("{{ messages[0].content }}", "does not put the last answer behind its prompt; use a template like 'Human:{}"),
@@ -336,12 +336,12 @@ def test_an_answer_that_later_turns_show_otherwise_carries_no_loss(chatml):
         ("{% if %}", "refuses the conversation: "),
     ],
 )
-def test_a_template_that_does_not_fit_is_told_in_one_line(chatml, template, told):
+def test_a_template_that_does_not_fit_is_reported_in_one_line(chatml, template, message):
     with pytest.raises(UsageProblem) as problem:
         whole(said("user q", "assistant a"), with_template(chatml, template))
 
     assert str(problem.value).startswith("data.jsonl:1: the chat template ")
-    assert told in str(problem.value)
+    assert message in str(problem.value)
     assert "\n" not in str(problem.value)
 
 

@@ -180,7 +180,7 @@ def test_a_limit_takes_the_first_examples_and_looks_at_no_more(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "data.jsonl: no examples in it"),
         (b'{"text": "a"}\n{"text": \n', "data.jsonl:2: not JSON: Expecting value in column"),
@@ -213,14 +213,14 @@ def test_a_limit_takes_the_first_examples_and_looks_at_no_more(tmp_path):
         (b"txt\na\n", "data.csv:2: the fields 'txt' are no known format"),
     ],
 )
-def test_a_malformed_file_is_told_with_the_line(tmp_path, content, told):
-    file = tmp_path / told.partition(":")[0]
+def test_a_malformed_file_is_reported_with_the_line(tmp_path, content, message):
+    file = tmp_path / message.partition(":")[0]
     file.write_bytes(content)
 
     with pytest.raises(UsageProblem) as problem:
         read_examples(str(file))
 
-    assert told in str(problem.value)
+    assert message in str(problem.value)
     assert "\n" not in str(problem.value)
 
 
@@ -234,7 +234,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize(
-    ("form", "row", "told"),
+    ("form", "row", "message"),
     [
         ("text", {"txt": "a"}, "'text' must be a non-empty string"),
         ("text", {"text": 5}, "'text' must be a non-empty string"),
@@ -259,7 +259,7 @@ GOOD = {
     ],
 )
 @pytest.mark.parametrize("kind", ["lines", "array"])
-def test_a_malformed_row_is_told_with_line_and_field(tmp_path, form, row, told, kind):
+def test_a_malformed_row_is_reported_with_line_and_field(tmp_path, form, row, message, kind):
     file = tmp_path / "data.json"
     rows = [json.dumps(GOOD[form]), json.dumps(row)]
     file.write_text("\n".join(rows) if kind == "lines" else "[" + ",\n".join(rows) + "]")
@@ -267,10 +267,10 @@ def test_a_malformed_row_is_told_with_line_and_field(tmp_path, form, row, told, 
     with pytest.raises(UsageProblem) as problem:
         read_examples(str(file))
 
-    assert str(problem.value).startswith(f"{file}:2: {told}")
+    assert str(problem.value).startswith(f"{file}:2: {message}")
 
 
-def test_a_malformed_row_of_parquet_is_told_with_its_number(tmp_path):
+def test_a_malformed_row_of_parquet_is_reported_with_its_number(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     file = tmp_path / "data.parquet"
     parquet.write_table(
@@ -282,7 +282,7 @@ def test_a_malformed_row_of_parquet_is_told_with_its_number(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 nothing of the kind PAR1"])
-def test_a_file_that_is_no_parquet_is_told(tmp_path, content):
+def test_a_file_that_is_no_parquet_is_reported(tmp_path, content):
     pytest.importorskip("pyarrow")
     (tmp_path / "data.parquet").write_bytes(content)
 
@@ -291,7 +291,7 @@ def test_a_file_that_is_no_parquet_is_told(tmp_path, content):
 
 
 @pytest.mark.parametrize("name", ["data.jsonl.gz", "data.json.gz"])
-def test_a_damaged_gzip_file_is_told(tmp_path, name):
+def test_a_damaged_gzip_file_is_reported(tmp_path, name):
     file = tmp_path / name
     whole = gzip.compress(b'{"text": "a"}\n' * 100)
     file.write_bytes(whole[:-10])
@@ -306,12 +306,12 @@ def test_a_damaged_gzip_file_is_told(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.csv", "folder/gone.json.gz"])
-def test_a_file_that_is_not_there_is_told(name):
+def test_a_file_that_is_not_there_is_reported(name):
     with pytest.raises(UsageProblem, match=f"^no file named '{name}'$"):
         read_examples(name)
 
 
-def test_what_is_neither_a_file_to_read_nor_a_name_on_the_hub_is_told(tmp_path):
+def test_what_is_neither_a_file_to_read_nor_a_name_on_the_hub_is_reported(tmp_path):
     (tmp_path / "data.doc").write_text("text")
     (tmp_path / "folder.json").mkdir()
 
@@ -328,7 +328,7 @@ def test_what_is_neither_a_file_to_read_nor_a_name_on_the_hub_is_told(tmp_path):
             read_examples(name)
 
 
-def test_a_dataset_of_the_hub_is_told_in_one_line_when_offline():
+def test_a_dataset_of_the_hub_is_reported_in_one_line_when_offline():
     pytest.importorskip("datasets")
 
     with pytest.raises(UsageProblem) as problem:
@@ -358,7 +358,7 @@ def test_a_dataset_of_the_hub_is_read_by_split_and_revision(monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["datasets", "pyarrow"])
-def test_a_missing_package_is_told_with_what_to_install(monkeypatch, tmp_path, package):
+def test_a_missing_package_is_reported_with_what_to_install(monkeypatch, tmp_path, package):
     (tmp_path / "data.parquet").write_bytes(b"")
     source = {"datasets": "someone/something", "pyarrow": str(tmp_path / "data.parquet")}[package]
     monkeypatch.setitem(sys.modules, package, None)

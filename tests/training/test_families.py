@@ -134,7 +134,7 @@ def test_the_end_of_a_turn_stops_where_the_generation_config_names_another(famil
 
 
 @pytest.mark.parametrize("template", [None, "{{ messages[0].content }}", "{{ raise_exception('no') }}", "{% if %}"])
-def test_a_template_that_tells_no_end_adds_none(family, template):
+def test_a_template_that_names_no_end_adds_none(family, template):
     tokenizer = family(template)
 
     assert stop_ids(tokenizer, GenerationConfig(eos_token_id=5)) == {5, tokenizer.eos_token_id}

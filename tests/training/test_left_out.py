@@ -43,8 +43,8 @@ def test_a_row_that_teaches_nothing_is_left_out_and_counted(tmp_path, good, empt
 
     assert len(loaded.examples) == 2
     assert loaded.left_out == {"nothing to learn": 2}
-    assert "2 examples" in loaded.told
-    assert "2 left out: nothing to learn" in loaded.told
+    assert "2 examples" in loaded.summary
+    assert "2 left out: nothing to learn" in loaded.summary
 
 
 def test_empty_rows_do_not_count_for_the_limit(tmp_path):
@@ -58,15 +58,15 @@ def test_a_file_of_nothing_else_is_refused(tmp_path):
         read_examples(write(tmp_path, {"text": ""}, {"text": " "}))
 
 
-def test_the_first_malformed_rows_are_told_at_once(tmp_path):
+def test_the_first_malformed_rows_are_reported_at_once(tmp_path):
     file = write(tmp_path, {"text": "a"}, {"text": 1}, {"txt": "a"}, {"text": ""}, {"text": [2]}, {"text": {}})
 
     with pytest.raises(UsageProblem) as problem:
         read_examples(file)
 
-    told = str(problem.value)
-    assert [f"{file}:{line}: 'text' must be" in told for line in (2, 3, 4, 5, 6)] == [True, True, False, True, False]
-    assert told.endswith("and 1 more such rows")
+    message = str(problem.value)
+    assert [f"{file}:{line}: 'text' must be" in message for line in (2, 3, 4, 5, 6)] == [True, True, False, True, False]
+    assert message.endswith("and 1 more such rows")
 
 
 @pytest.mark.parametrize(
@@ -81,17 +81,17 @@ def test_calls_of_tools_are_left_out_and_told(tmp_path, row):
     loaded = read_examples(write(tmp_path, ASKED, row))
 
     assert len(loaded.examples) == 1
-    assert "1 left out: calls of tools" in loaded.told
+    assert "1 left out: calls of tools" in loaded.summary
 
 
-def test_fields_of_turns_without_a_place_are_told_once(tmp_path):
+def test_fields_of_turns_without_a_place_are_reported_once(tmp_path):
     thought = {"role": "assistant", "content": "a", "reasoning_content": "hm", "name": ""}
     row = {"messages": [ASKED["messages"][0], thought]}
 
     loaded = read_examples(write(tmp_path, row, row))
 
-    assert loaded.told.count("not used: messages.reasoning_content") == 1
-    assert "name" not in loaded.told
+    assert loaded.summary.count("not used: messages.reasoning_content") == 1
+    assert "name" not in loaded.summary
 
 
 # What rows say besides
@@ -146,10 +146,10 @@ def test_plain_text_is_documents(tmp_path, name, content, apart):
         [("One.\n\nTwo.", 1), ("Three.", 5)] if apart != "blank lines" else [("One.", 1), ("Two.\nStill two.", 4)]
     )
     assert loaded.examples == [Text(text, f"{file}:{line}") for text, line in expected]
-    assert f"2 examples, format text, documents apart at {apart}" in loaded.told
+    assert f"2 examples, format text, documents apart at {apart}" in loaded.summary
 
 
-def test_plain_text_in_another_encoding_is_told(tmp_path):
+def test_plain_text_in_another_encoding_is_reported(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\ncaf\xe9\n")
 
     with pytest.raises(UsageProblem, match=r"a\.txt:2: not UTF-8 text"):

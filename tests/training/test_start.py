@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import told
+from running import refusal
 from tiny import lively, tiny_configs
 
 from space_cli.core.decoder import decode
@@ -65,7 +65,7 @@ def train(space, data):
     ],
 )
 def test_names_that_cannot_be_used_are_refused_before_any_work(space, data, tmp_path, option, expected):
-    line = told(space("train", "--model", "no/such/model", "--data", data, "--output", "out", *option))
+    line = refusal(space("train", "--model", "no/such/model", "--data", data, "--output", "out", *option))
 
     assert expected in line
     assert not (tmp_path / "out").exists()
@@ -82,7 +82,7 @@ def test_a_training_is_not_taken_up_with_other_weights_of_the_same_shapes(train,
 
     refused = train(base, "out", *options, "--resume", "--quiet")
 
-    assert "out: was trained on other weights" in told(refused)
+    assert "out: was trained on other weights" in refusal(refused)
 
 
 def test_answers_of_other_weights_under_one_name_are_not_taken(train, base, tiny_tokenizer, tmp_path):
@@ -159,7 +159,7 @@ def test_a_model_is_not_overwritten_by_its_own_training(train, base, tmp_path):
 
     refused = train("out", "out", "--method", "full", "--distill", "off", "--overwrite", "--quiet")
 
-    assert "is the folder of the model to be trained" in told(refused)
+    assert "is the folder of the model to be trained" in refusal(refused)
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

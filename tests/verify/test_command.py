@@ -17,7 +17,7 @@ def verify(run_space, tiny_model_dir, prompts_file):
     return run
 
 
-def test_a_lossless_model_is_told_so(verify):
+def test_a_lossless_model_is_reported_so(verify):
     done = verify()
 
     assert done.returncode == 0, done.stderr
@@ -104,7 +104,7 @@ def test_a_report_is_written(verify, tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--against", "gpt"], "--against gpt: nothing of that name to compare with; use ar, hf, base"),
         (["--against", "base"], "is no adapter; use ar, hf or both"),
@@ -118,12 +118,12 @@ def test_a_report_is_written(verify, tmp_path, suffix):
         (["--max-new-tokens", "256"], "prompts do not fit, with 256 new tokens, into the context of"),
     ],
 )
-def test_wrong_values_are_one_line_and_exit_code_2(verify, arguments, told):
+def test_wrong_values_are_one_line_and_exit_code_2(verify, arguments, message):
     done = verify(*arguments)
 
     assert done.returncode == 2
     assert done.stdout == ""
-    assert told in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from space_cli.cli.console import visible
-from space_cli.errors import unwritten
+from space_cli.errors import writing
 from space_cli.files import atomic_write
+from space_cli.text import visible
 
 if TYPE_CHECKING:
     from markdown_it import MarkdownIt
@@ -68,10 +68,8 @@ def write_page(file: Path, title: str, parts: Sequence[Part]) -> None:
     Raises:
         RunFailed: the file cannot be written.
     """
-    try:
+    with writing(file):
         atomic_write(file, as_markdown(parts) if file.suffix == ".md" else as_html(title, parts))
-    except OSError as error:
-        raise unwritten(file, error) from error
 
 
 def as_markdown(parts: Sequence[Part]) -> str:
@@ -88,7 +86,7 @@ def as_html(title: str, parts: Sequence[Part]) -> str:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(
-        loader=PackageLoader("space_cli.cli"),
+        loader=PackageLoader("space_cli.report"),
         autoescape=True,
         trim_blocks=True,
         keep_trailing_newline=True,

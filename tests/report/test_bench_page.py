@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from reports import compared, report, sample
 
-from space_cli.cli.bench_page import bench_page
-from space_cli.cli.console import visible
-from space_cli.cli.headline import headline, remarks
-from space_cli.cli.page import as_html, as_markdown, code, escaped, fenced, table, write_page
 from space_cli.cli.tables import show_bench
+from space_cli.report.bench_page import bench_page
+from space_cli.report.headline import headline, remarks
+from space_cli.report.page import as_html, as_markdown, code, escaped, fenced, table, write_page
+from space_cli.text import visible
 
 PIECES = st.sampled_from(
     [
@@ -95,7 +95,7 @@ def as_page(run):
 @given(HOSTILE)
 def test_what_a_model_wrote_makes_no_element_and_no_attribute(text):
     # drawings take time, and have a test of their own
-    with mock.patch("space_cli.cli.bench_page.find_spec", return_value=None):
+    with mock.patch("space_cli.report.bench_page.find_spec", return_value=None):
         page, tame = as_page(hostile_report(text)), as_page(hostile_report("tame"))
 
     parsed = Parsed(page)
@@ -171,8 +171,8 @@ def test_the_headline_gives_one_suite_with_and_without_repetitive_answers():
 def test_the_headline_and_remarks_name_the_worst_suite_as_well_as_the_best():
     run = report([*compared({"space": 2.0, "hf": 0.5}), *compared({"space": 0.5, "hf": 0.9}, suite="xsum")])
 
-    told = "space is 0.50 (xsum) to 2.00 (humaneval) times as fast as ar on 2 suites; every answer identical"
-    assert headline(run) == told
+    sentence = "space is 0.50 (xsum) to 2.00 (humaneval) times as fast as ar on 2 suites; every answer identical"
+    assert headline(run) == sentence
     assert next(remarks(run)) == "Best: 2.00 on humaneval. Worst: 0.50 on xsum, slower than ar."
 
 
@@ -188,7 +188,7 @@ def test_an_interval_that_holds_one_is_too_close_to_call():
     assert any(remark.startswith("Too close to call") for remark in remarks(run))
 
 
-def test_answers_that_differ_are_told_first():
+def test_answers_that_differ_are_reported_first():
     answers = compared({"space": 2.0})
     answers[1] = sample("space", 0.5, task_id="humaneval/0", identical=False)
 
@@ -229,7 +229,7 @@ def test_a_run_cut_short_says_so():
 
 
 def test_without_matplotlib_a_page_has_the_figures_and_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("space_cli.cli.bench_page.find_spec", lambda _: None)
+    monkeypatch.setattr("space_cli.report.bench_page.find_spec", lambda _: None)
 
     page = as_page(report(compared({"space": 2.0})))
 

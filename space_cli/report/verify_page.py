@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from space_cli.cli.page import Part, escaped, fenced, table
-from space_cli.cli.tables import by_place, evidence, heading, verdict, verification_settings
+from space_cli.report.page import Part, escaped, fenced, table
+from space_cli.report.wording import by_place, evidence, heading, verdict, verification_settings
 
 if TYPE_CHECKING:
     from space_cli.verify.record import Divergence, Verification

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from space_cli.cli.columns import cells, page_columns, quality, speedup
-from space_cli.cli.headline import headline, remarks, subject
-from space_cli.cli.page import Folded, Group, Html, Part, code, escaped, fenced, table
-from space_cli.cli.plots import plots
-from space_cli.cli.tables import how
+from space_cli.report.columns import cells, page_columns, quality, speedup
+from space_cli.report.headline import headline, remarks, subject
+from space_cli.report.page import Folded, Group, Html, Part, code, escaped, fenced, table
+from space_cli.report.plots import plots
+from space_cli.report.wording import run_settings
 
 if TYPE_CHECKING:
     from space_cli.bench.record import BenchRecord, Result, Sample
-    from space_cli.cli.drawing import Plot
+    from space_cli.report.drawing import Plot
 
 _OUTPUTS = {"all": "All answers", "without repetitive": "Without the prompts on which ar repeats itself"}
 _LEGEND = (
@@ -32,7 +32,7 @@ def bench_page(report: BenchRecord) -> list[Part]:
         f"# {headline(report, name=code)}",
         "" if report.complete else "> The run was cut short; this is what was done by then.",
         *remarks(report, name=code),
-        escaped(" · ".join(how(report))),
+        escaped(" · ".join(run_settings(report))),
         *_results(report.results),
         _LEGEND,
         *_plots(report),
@@ -96,7 +96,7 @@ def _plots(report: BenchRecord) -> list[Part]:
 
 
 def _figure(plot: Plot, *, can_draw: bool) -> list[Part]:
-    from space_cli.cli.drawing import inline_svg
+    from space_cli.report.drawing import inline_svg
 
     rows = [[first if first.isdigit() else code(first), *rest] for first, *rest in plot.rows]
     figures = Folded(f"{plot.title}, in figures", [table(plot.headings, rows, figures=True)])

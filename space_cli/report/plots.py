@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from space_cli.bench.sweep import fastest_k, sweep_k
-from space_cli.cli.drawing import GRID, INK, LEGEND_COLUMNS, PAPER, Plot, Style, label, legend, styles
 from space_cli.core.costs import ASSUMED_COSTS
+from space_cli.report.drawing import GRID, INK, LEGEND_COLUMNS, PAPER, Plot, Style, label, legend, styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,40 +72,32 @@ def _draw_speedups(
         offset = (names.index(result.method) + 0.5) / len(names) * 0.8 - 0.4
         hollow = result.outputs != "all"
         height = places.index((result.suite, result.category)) + offset + (0.25 / len(names) if hollow else 0)
-        _point(axes, result, height, looks[result.method], hollow=hollow)
+        name, reach = label(result.method), _reach([result])
+        _points(axes, [speedup_of(result)], [height], looks[result.method], hollow=hollow, xerr=reach, label=name)
     for border in range(1, len(places)):
         axes.axhline(border - 0.5, color=GRID, linewidth=0.8)
     labels = [label(suite) if category is None else f"· {label(category)}" for suite, category in places]
     axes.set_yticks(range(len(places)), labels)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
-    axes.set_ylim(len(places) - 0.5, -0.5)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("times as fast as ar")
+    axes.set(xlim=(0, None), ylim=(len(places) - 0.5, -0.5), xlabel="times as fast as ar")
     legend(figure, [axes])
 
 
-def _point(axes: Axes, result: Result, height: float, style: Style, *, hollow: bool) -> None:
-    axes.errorbar(
-        [_speedup(result)],
-        [height],
-        xerr=_reach([result]),
-        fmt=style.marker,
-        color=style.colour,
-        markerfacecolor=PAPER if hollow else style.colour,
-        elinewidth=1,
-        capsize=2,
-        label=None if hollow else label(result.method),
-    )
+def _points(axes: Axes, x: Sequence[float], y: Sequence[float], style: Style, *, hollow: bool, **more: Any) -> None:
+    """Draw points with error bars: hollow without repetitive answers, else filled and named in the legend."""
+    filled = {"markerfacecolor": PAPER, "label": None} if hollow else {"markerfacecolor": style.colour}
+    axes.errorbar(x, y, fmt=style.marker, color=style.colour, elinewidth=1, capsize=2, **more | filled)
 
 
-def _speedup(result: Result) -> float:
+def speedup_of(result: Result) -> float:
+    """Return a speedup to compare by; none is none."""
     return result.speedup or 0.0
 
 
 def _reach(results: Sequence[Result]) -> list[list[float]]:
     """Return how far intervals reach below and above; nowhere where there are none."""
-    pairs = [(_speedup(each), each.speedup_interval or [_speedup(each)] * 2) for each in results]
+    pairs = [(speedup_of(each), each.speedup_interval or [speedup_of(each)] * 2) for each in results]
     below = [max(0.0, speedup - low) for speedup, (low, _) in pairs]
     return [below, [max(0.0, high - speedup) for speedup, (_, high) in pairs]]
 
@@ -146,20 +138,11 @@ def _draw_sweep(lines: dict[tuple[str, str], dict[int, Result]], figure: FigureB
         style, hollow, best = looks[suite], outputs != "all", fastest_k(line.values())
         ks = sorted(line)
         row = [line[k] for k in ks]
-        axes.errorbar(
-            ks,
-            [_speedup(result) for result in row],
-            yerr=_reach(row),
-            fmt=style.marker,
-            linestyle="--" if hollow else "-",
-            color=style.colour,
-            markerfacecolor=PAPER if hollow else style.colour,
-            elinewidth=1,
-            capsize=2,
-            label=None if hollow else label(suite),
-        )
+        line_style, speedups = "--" if hollow else "-", [speedup_of(result) for result in row]
+        reach, name = _reach(row), label(suite)
+        _points(axes, ks, speedups, style, hollow=hollow, yerr=reach, label=name, linestyle=line_style)
         if best is not None:
-            top = _speedup(line[best])
+            top = speedup_of(line[best])
             axes.plot([best], [top], marker="*", markersize=13, color=style.colour, markeredgecolor=INK)
             axes.annotate(
                 f"k = {best}, {top:.2f}",
@@ -171,8 +154,7 @@ def _draw_sweep(lines: dict[tuple[str, str], dict[int, Result]], figure: FigureB
             )
     axes.margins(y=0.18)
     axes.set_xticks(sorted({k for line in lines.values() for k in line}))
-    axes.set_xlabel("k, tokens guessed in a step")
-    axes.set_ylabel("times as fast as ar")
+    axes.set(xlabel="k, tokens guessed in a step", ylabel="times as fast as ar")
     legend(figure, [axes])
 
 
@@ -180,13 +162,13 @@ def _step_tokens(results: Sequence[Result], looks: dict[str, Style]) -> Plot | N
     """Tokens per step."""
     counts = {
         (result.suite, result.method): result.step_tokens
-        for result in _whole(results)
+        for result in whole_suites(results)
         if result.method in looks and len(result.step_tokens) > 1
     }
     if not counts:
         return None
     longest = max(map(len, counts.values()))
-    shares = {place: [count / sum(own) for count in own] for place, own in counts.items()}
+    fractions = {place: [count / sum(own) for count in own] for place, own in counts.items()}
     single = [name for name in dict.fromkeys(each.method for each in results) if name not in {m for _, m in counts}]
     always = f" Always one: {', '.join(single)}." if single else ""
     return Plot(
@@ -194,55 +176,55 @@ def _step_tokens(results: Sequence[Result], looks: dict[str, Style]) -> Plot | N
         "Tokens per step",
         f"Share of the model calls that yielded this many tokens.{always}",
         ("suite, method", *map(str, range(1, longest + 1))),
-        _share_rows(shares, longest),
-        _panel_height(shares),
-        partial(_draw_shares, shares, looks, "tokens that came out of a step", "share of steps"),
+        _percent_rows(fractions, longest),
+        _panel_height(fractions),
+        partial(_draw_fractions, fractions, looks, "tokens that came out of a step", "share of steps"),
     )
 
 
 def _acceptance(results: Sequence[Result], looks: dict[str, Style]) -> Plot | None:
     """Acceptance by position."""
-    shares = {
+    fractions = {
         (result.suite, result.method): result.acceptance_by_position
-        for result in _whole(results)
+        for result in whole_suites(results)
         if result.method in looks and any(result.acceptance_by_position)
     }
-    if not shares:
+    if not fractions:
         return None
     # copies of the context reach far; cut the plot after the first position without acceptance
-    longest = 2 + max(place for own in shares.values() for place, share in enumerate(own) if share)
-    shares = {place: own[:longest] for place, own in shares.items()}
-    longest = max(map(len, shares.values()))
+    longest = 2 + max(place for own in fractions.values() for place, fraction in enumerate(own) if fraction)
+    fractions = {place: own[:longest] for place, own in fractions.items()}
+    longest = max(map(len, fractions.values()))
     return Plot(
         "acceptance",
         "Acceptance by position",
         "Of the steps that guessed so far ahead, the share in which all guesses up to there were right.",
         ("suite, method", *map(str, range(1, longest + 1))),
-        _share_rows(shares, longest),
-        _panel_height(shares),
-        partial(_draw_shares, shares, looks, "tokens guessed ahead", "share accepted"),
+        _percent_rows(fractions, longest),
+        _panel_height(fractions),
+        partial(_draw_fractions, fractions, looks, "tokens guessed ahead", "share accepted"),
     )
 
 
-def _whole(results: Sequence[Result]) -> list[Result]:
+def whole_suites(results: Sequence[Result]) -> list[Result]:
     """Return the rows of whole suites, repetitive answers included."""
     return [result for result in results if result.is_whole_suite]
 
 
-def _share_rows(shares: dict[tuple[str, str], list[float]], longest: int) -> list[tuple[str, ...]]:
+def _percent_rows(fractions: dict[tuple[str, str], list[float]], longest: int) -> list[tuple[str, ...]]:
     return [
-        (f"{suite}, {method}", *(f"{share:.1%}" for share in own), *[""] * (longest - len(own)))
-        for (suite, method), own in shares.items()
+        (f"{suite}, {method}", *(f"{fraction:.1%}" for fraction in own), *[""] * (longest - len(own)))
+        for (suite, method), own in fractions.items()
     ]
 
 
-def _panel_height(shares: dict[tuple[str, str], list[float]]) -> float:
-    methods, suites = {method for _, method in shares}, {suite for suite, _ in shares}
+def _panel_height(fractions: dict[tuple[str, str], list[float]]) -> float:
+    methods, suites = {method for _, method in fractions}, {suite for suite, _ in fractions}
     return 0.8 + 1.7 * len(suites) + 0.2 * ((len(methods) + LEGEND_COLUMNS - 1) // LEGEND_COLUMNS)
 
 
-def _draw_shares(
-    shares: dict[tuple[str, str], list[float]],
+def _draw_fractions(
+    fractions: dict[tuple[str, str], list[float]],
     looks: dict[str, Style],
     across: str,
     up: str,
@@ -251,17 +233,16 @@ def _draw_shares(
     """Draw a panel for each suite, a line for each method; points lie on whole numbers."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    suites = list(dict.fromkeys(suite for suite, _ in shares))
+    suites = list(dict.fromkeys(suite for suite, _ in fractions))
     panels = figure.subplots(len(suites), 1, squeeze=False, sharex=True)[:, 0]
     for suite, axes in zip(suites, panels, strict=True):
-        for (own, method), values in shares.items():
+        for (own, method), values in fractions.items():
             if own == suite:
                 style = looks[method]
                 axes.plot(
                     range(1, len(values) + 1), values, marker=style.marker, color=style.colour, label=label(method)
                 )
-        axes.set_ylim(0, 1.05)
-        axes.set_ylabel(up)
+        axes.set(ylim=(0, 1.05), ylabel=up)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         if len(suites) > 1:
@@ -313,10 +294,7 @@ def _draw_costs(lines: dict[str, dict[int, float]], roofline: float | None, figu
         axes.plot(slots, milliseconds, marker=style.marker, color=style.colour, label=name)
     if roofline:
         axes.axhline(roofline * 1e3, color=INK, linewidth=1.2, linestyle="--")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("slots")
-    axes.set_ylabel("milliseconds")
+    axes.set(xlim=(0, None), ylim=(0, None), xlabel="slots", ylabel="milliseconds")
     if len(lines) > 1:
         legend(figure, [axes])
 

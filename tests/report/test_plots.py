@@ -3,12 +3,12 @@ from xml.etree import ElementTree
 
 import pytest
 from reports import compared, report, sample
+from running import refusal
 
 from space_cli.bench.profile import Profile
-from space_cli.cli.drawing import inline_svg, write_plots
-from space_cli.cli.options import _checked_plot
-from space_cli.cli.plots import plots
-from space_cli.errors import RunFailed, UsageProblem
+from space_cli.errors import RunFailed
+from space_cli.report.drawing import inline_svg, write_plots
+from space_cli.report.plots import plots
 
 
 def test_every_figure_of_a_plot_is_there_in_words():
@@ -74,13 +74,14 @@ def test_any_name_can_be_drawn(name, tmp_path):
     assert ElementTree.parse(tmp_path / "plot.svg").getroot().tag.endswith("svg")
 
 
-def test_nothing_to_draw_is_told(tmp_path):
+def test_nothing_to_draw_is_reported(tmp_path):
     with pytest.raises(RunFailed, match="this run has nothing to draw"):
         write_plots(tmp_path / "plot.png", [])
 
 
-def test_a_missing_matplotlib_is_told_before_the_run(monkeypatch, tmp_path):
+def test_a_missing_matplotlib_is_refused_before_the_run(monkeypatch, run_space):
     monkeypatch.setattr("space_cli.cli.options.find_spec", lambda _: None)
 
-    with pytest.raises(UsageProblem, match=r"needs matplotlib; pip install 'space-decoding\[plot\]'"):
-        _checked_plot(tmp_path / "plot.png")
+    line = refusal(run_space("bench", "--plot", "plot.png"))
+
+    assert line == "space: --plot: needs matplotlib; pip install 'space-decoding[plot]'"

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from space_cli.cli.console import visible
-from space_cli.errors import RunFailed, unwritten
+from space_cli.errors import RunFailed, writing
 from space_cli.files import atomic_write
+from space_cli.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,10 +113,8 @@ def write_plots(file: Path, drawn: Sequence[Plot]) -> None:
                 part.suptitle(plot.title, fontsize=12)
         data = io.BytesIO()
         figure.savefig(data, format=file.suffix[1:], dpi=160)
-    try:
+    with writing(file):
         atomic_write(file, data.getvalue())
-    except OSError as error:
-        raise unwritten(file, error) from error
 
 
 def _columns(drawn: Sequence[Plot]) -> list[list[Plot]]:

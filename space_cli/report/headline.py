@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from space_cli.bench.sweep import fastest_k, sweep_method
-from space_cli.cli.plots import is_sweep
+from space_cli.report.plots import is_sweep, speedup_of, whole_suites
 
 if TYPE_CHECKING:
     from space_cli.bench.record import BenchRecord, Result
@@ -31,7 +31,7 @@ def subject(report: BenchRecord) -> str | None:
 def headline(report: BenchRecord, *, name: Name = str) -> str:
     """Return the run in one sentence."""
     method = subject(report)
-    rows = [row for row in _whole(report) if row.method == method]
+    rows = [row for row in whole_suites(report.results) if row.method == method]
     if method is None or not rows:
         return "Nothing was measured"
     timed = [row for row in rows if row.speedup is not None]
@@ -44,7 +44,7 @@ def headline(report: BenchRecord, *, name: Name = str) -> str:
     if len(timed) == 1:
         speed = f"{timed[0].speedup:.2f} times as fast as ar on {name(timed[0].suite)}{_beside(report, timed[0])}"
     else:
-        low, high = min(timed, key=_speedup), max(timed, key=_speedup)
+        low, high = min(timed, key=speedup_of), max(timed, key=speedup_of)
         speed = (
             f"{low.speedup:.2f} ({name(low.suite)}) to {high.speedup:.2f} ({name(high.suite)}) times as fast as ar on"
             f" {len(timed)} suites"
@@ -52,16 +52,8 @@ def headline(report: BenchRecord, *, name: Name = str) -> str:
     return f"{name(method)} is {speed}{_equal(rows)}"
 
 
-def _whole(report: BenchRecord) -> list[Result]:
-    return [row for row in report.results if row.is_whole_suite]
-
-
-def _speedup(row: Result) -> float:
-    return row.speedup or 0.0
-
-
 def _bounds(row: Result) -> tuple[float, float]:
-    return row.speedup_interval or (_speedup(row), _speedup(row))
+    return row.speedup_interval or (speedup_of(row), speedup_of(row))
 
 
 def _holds_one(row: Result) -> bool:
@@ -92,7 +84,7 @@ def remarks(report: BenchRecord, *, name: Name = str) -> Iterator[str]:
     method = subject(report)
     rows = [row for row in report.results if row.method == method and row.speedup is not None and method != "ar"]
     if rows:
-        best, worst = max(rows, key=_speedup), min(rows, key=_speedup)
+        best, worst = max(rows, key=speedup_of), min(rows, key=speedup_of)
         if best is not worst:
             yield f"Best: {_figure(best, name)}. Worst: {_figure(worst, name)}."
         elif _bounds(worst)[1] < 1:
@@ -110,7 +102,7 @@ def remarks(report: BenchRecord, *, name: Name = str) -> Iterator[str]:
 def _figure(row: Result, name: Name) -> str:
     category = f", category {name(row.category)}" if row.category is not None else ""
     outputs = "" if row.outputs == "all" else ", without repetitive answers"
-    slower = ", slower than ar" if _speedup(row) < 1 else ""
+    slower = ", slower than ar" if speedup_of(row) < 1 else ""
     return f"{row.speedup:.2f} on {name(row.suite)}{category}{outputs}{slower}"
 
 
@@ -119,9 +111,9 @@ def _faster(report: BenchRecord, method: str | None, name: Name) -> Iterator[str
     if is_sweep(report):
         return
     beaten = []
-    for suite in dict.fromkeys(row.suite for row in _whole(report)):
-        rows = [row for row in _whole(report) if row.suite == suite and row.speedup is not None]
-        first = max(rows, key=_speedup, default=None)
+    for suite in dict.fromkeys(row.suite for row in whole_suites(report.results)):
+        rows = [row for row in whole_suites(report.results) if row.suite == suite and row.speedup is not None]
+        first = max(rows, key=speedup_of, default=None)
         if first is not None and first.method not in ("ar", method):
             beaten.append(f"{name(first.method)} with {first.speedup:.2f} on {name(suite)}")
     if beaten:
@@ -137,6 +129,6 @@ def _warnings(report: BenchRecord) -> Iterator[str]:
             " easy to guess, so the figures over all answers flatter every method that guesses: read those without"
             " repetitive answers."
         )
-    fewest = min((row.prompts for row in _whole(report)), default=_FEW)
+    fewest = min((row.prompts for row in whole_suites(report.results)), default=_FEW)
     if fewest < _FEW:
         yield f"> Only {fewest} answers a method on the smallest suite: too few for an interval, and for a verdict."

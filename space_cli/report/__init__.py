@@ -1,0 +1,1 @@
+"""What a run has to say, in words, columns, plots and pages; knows no terminal."""
