@@ -128,7 +128,7 @@ class Server:
             return _answers(model, [model.prompt_ids(messages, tools=tools)], settings, body.n or 1, tools)
 
         shape = ChatShape(name, logprobs=bool(body.logprobs))
-        return await self._exchange(request, body, Job(name, run), shape)
+        return await self._exchange(request, body, Job(name, run, streams=bool(body.stream)), shape)
 
     async def _completions(self, request: Request) -> Response:
         body = CompletionRequest.model_validate_json(await read_body(request, self.limits.body_bytes))
@@ -144,7 +144,7 @@ class Server:
 
         echoes = [str(prompt) if body.echo else "" for prompt in prompts for _ in range(count)]
         shape = CompletionShape(name, logprobs=body.logprobs is not None, echoes=echoes)
-        return await self._exchange(request, body, Job(name, run), shape)
+        return await self._exchange(request, body, Job(name, run, streams=bool(body.stream)), shape)
 
     async def _exchange(
         self,

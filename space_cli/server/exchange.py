@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from space_cli.server.errors import ApiError
-from space_cli.server.shapes import Done, Event, Shape, usage_of
+from space_cli.server.shapes import Came, Done, Event, Shape, usage_of
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -111,10 +111,10 @@ class Exchange:
         self.job.cancel()
 
     def take(self, batch: list[Event]) -> None:
-        """Record an event."""
+        """Record events."""
         self.done += [event for event in batch if isinstance(event, Done)]
         if self.first is None:
-            self.first = time.monotonic() - self.began
+            self.first = next((event.at - self.began for event in batch if isinstance(event, Came)), None)
 
     def stop(self) -> None:
         """Stop the job if it still runs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from space_cli import __version__
@@ -23,10 +23,11 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Came:
-    """A piece of the answer number `index`."""
+    """A piece of the answer number `index`, and when it came (of `time.monotonic`)."""
 
     index: int
     piece: Piece
+    at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from space_cli.server.shelf import Shelf
 
 E = TypeVar("E")
-_GATHERED_SECONDS = 0.01
+_GATHERED_SECONDS = 0.03
 
 
 class Job(Generic[E]):
@@ -28,15 +28,16 @@ class Job(Generic[E]):
     Args:
         model: by its name.
         body: what is to be done with the model, an event at a time; each takes a step of a model at most.
+        streams: whether events are wanted as they come, or all at the end.
     """
 
-    def __init__(self, model: str, body: Callable[[Model], Iterator[E]]) -> None:
+    def __init__(self, model: str, body: Callable[[Model], Iterator[E]], *, streams: bool) -> None:
         self.model = model
         self.is_cancelled = False
         self.running: Iterator[E] | None = None
-        self._body = body
+        self._body, self._streams = body, streams
         self._loop = asyncio.get_running_loop()
-        self._wake = asyncio.Event()
+        self._wake, self._ended = asyncio.Event(), asyncio.Event()
         self._events: deque[E | BaseException | None] = deque()
         self._is_notified = False
 
@@ -47,17 +48,23 @@ class Job(Generic[E]):
     def put(self, event: E | BaseException | None) -> None:
         """Hand out an event, an error, or None for the end; called by the worker."""
         self._events.append(event)
-        if self._is_notified:
+        is_last = event is None or isinstance(event, BaseException)
+        # waking the coroutine takes a processor from the model for a moment
+        if not is_last and (self._is_notified or not self._streams):
             return
         self._is_notified = True
         # the loop may be gone where the process ends in the middle of an answer
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._wake.set)
+            self._loop.call_soon_threadsafe(self._end if is_last else self._wake.set)
+
+    def _end(self) -> None:
+        self._ended.set()
+        self._wake.set()
 
     def cancel(self) -> None:
         """Cancel the job; the step under way is its last."""
         self.is_cancelled = True
-        self._wake.set()
+        self._end()
 
     async def events(self) -> AsyncIterator[list[E]]:
         """Yield events in batches as they arrive; ends early if the job is cancelled.
@@ -67,9 +74,10 @@ class Job(Generic[E]):
         """
         while not self.is_cancelled:
             await self._wake.wait()
-            if self._events and self._events[-1] is not None:
-                # events of faster steps are sent together, since each send takes time from the model
-                await asyncio.sleep(_GATHERED_SECONDS)
+            # events of faster steps are sent together, since each send takes time from the model
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_GATHERED_SECONDS):
+                    await self._ended.wait()
             self._wake.clear()
             self._is_notified = False
             come: list[E] = []
