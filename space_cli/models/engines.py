@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import reduce
 from itertools import chain, takewhile
 from pathlib import Path
 from typing import Literal
@@ -35,7 +36,7 @@ from space_cli.models.kernels import engine_folder
 from space_cli.models.loading import LoadedModel
 from space_cli.models.memory import available_memory
 from space_cli.models.refusals import is_refused, note_refusal
-from space_cli.models.speeds import PROMPT, Speeds, measure_speed, read_speeds, write_speeds
+from space_cli.models.speeds import PROMPT, ROUNDS, Speed, Speeds, measure_speed, read_speeds, write_speeds
 
 EngineName = Literal["auto", "eager", "compiled"]
 """eager: the model as transformers runs it. compiled: compiled for this machine. auto: the faster one, where a compiled
@@ -155,12 +156,17 @@ def _is_faster(loaded: LoadedModel, compiled: CompiledModel, timed: Path) -> boo
     speeds = read_speeds(timed)
     if speeds is None:
         prompt = min(PROMPT, (loaded.context_length or PROMPT + 1) - 1)
-        found = [
-            measure_speed(engine_for(loaded.model, run_by, max_length=prompt, max_slots=1), prompt)
-            for run_by in (None, compiled)
+        # `run_by` None is the eager engine
+        rounds = [
+            [
+                measure_speed(engine_for(loaded.model, run_by, max_length=prompt, max_slots=1), prompt)
+                for run_by in (None, compiled)
+            ]
+            for _ in range(ROUNDS)
         ]
-        speeds = Speeds(*found)
-        write_speeds(speeds, timed)
+        speeds = Speeds(*(reduce(Speed.fastest, found) for found in zip(*rounds, strict=True)))
+        if not speeds.is_doubtful:
+            write_speeds(speeds, timed)
     return speeds.compiled_is_faster
 
 

@@ -20,6 +20,9 @@ PROMPT = 64
 # an answer as many are: 128 tokens to a prompt of 256
 _ANSWER_STEPS, _ANSWER_PROMPTS = 128, 4
 _MAX_CALLS, _SECONDS = 12, 0.15
+ROUNDS = 3
+"""Times that engines are timed in turn: what else the machine does meets both."""
+_DOUBTFUL = 1.25
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class Speed:
 
     step: float
     prompt: float
+
+    def fastest(self, other: Speed) -> Speed:
+        """Return the shorter times of two measurements."""
+        return Speed(min(self.step, other.step), min(self.prompt, other.prompt))
 
     @property
     def answer(self) -> float:
@@ -46,6 +53,11 @@ class Speeds:
     def compiled_is_faster(self) -> bool:
         """Whether answers take less time compiled."""
         return self.compiled.answer < self.eager.answer
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether another measurement may well find the compiled model faster."""
+        return self.eager.answer <= self.compiled.answer < _DOUBTFUL * self.eager.answer
 
 
 @torch.inference_mode()

@@ -201,7 +201,9 @@ def test_prompts_that_cannot_be_answered_are_refused(model, prompt):
 
 def test_step_costs_are_measured_when_an_answer_first_drafts_by_them(monkeypatch):
     found, asked = StepCosts({1: 1.0}), []
-    loaded = SimpleNamespace(mask_token_ids=(1,), masks_per_group=3, prompt_template=None, costs=ASSUMED_COSTS)
+    loaded = SimpleNamespace(
+        name="tiny", mask_token_ids=(1,), masks_per_group=3, prompt_template=None, costs=ASSUMED_COSTS
+    )
     loaded.drafts = lambda candidates, **_: asked.append(candidates)
     measured = SimpleNamespace(**vars(loaded) | {"costs": found})
     monkeypatch.setattr(module, "measured", lambda _: measured)
