@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from space_cli.server.shelf import Shelf
 
 E = TypeVar("E")
-_GATHERED_SECONDS = 0.03
+_GATHERED_SECONDS = 0.05
 
 
 class Job(Generic[E]):
