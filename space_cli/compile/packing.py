@@ -148,7 +148,7 @@ class _PackedLinears(nn.Module):
         self._ends = [0]
         for linear in linears:
             self._ends.append(self._ends[-1] + linear.out_features)
-        self._rank = _padded_rank(len(updates[0].down)) if updates else 0
+        self._rank = _filled_up(len(updates[0].down)) if updates else 0
         self.register_buffer("down", _packed_down(updates))
         self.register_buffer("up", _packed_up(updates))
         self.register_buffer("ends", torch.tensor(self._ends[1:]) if updates else None)
@@ -240,22 +240,27 @@ def _one_tensor(linears: Sequence[nn.Linear], *, meta: bool) -> torch.Tensor:
     return packed
 
 
-def _padded_rank(rank: int) -> int:
-    return -(-rank // _CHUNK) * _CHUNK
+def _filled_up(size: int) -> int:
+    return -(-size // _CHUNK) * _CHUNK
 
 
 def _packed_down(updates: Sequence[LowRank]) -> torch.Tensor | None:
-    """Return (ranks, inputs) of all updates, each rank filled up with zeros to a multiple of 32, packed in 8 bits."""
+    """Return (ranks, inputs) of all updates, filled up with zeros to multiples of 32 each, packed in 8 bits."""
     if not updates:
         return None
-    return _in_8_bits([nn.functional.pad(down, (0, 0, 0, _padded_rank(len(down)) - len(down))) for down, _ in updates])
+    return _in_8_bits([_padded(down, _filled_up(len(down))) for down, _ in updates])
 
 
 def _packed_up(updates: Sequence[LowRank]) -> torch.Tensor | None:
     """Return (outputs, rank) of all updates, packed in 8 bits."""
     if not updates:
         return None
-    return _in_8_bits([nn.functional.pad(up, (0, _padded_rank(up.shape[1]) - up.shape[1])) for _, up in updates])
+    return _in_8_bits([_padded(up, len(up)) for _, up in updates])
+
+
+def _padded(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return a matrix with zeros behind it: so many rows, columns to the next multiple of 32."""
+    return nn.functional.pad(weight, (0, _filled_up(weight.shape[1]) - weight.shape[1], 0, rows - len(weight)))
 
 
 def _in_8_bits(weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -265,8 +270,6 @@ def _in_8_bits(weights: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _fits(linear: nn.Linear, update: LowRank) -> bool:
-    if linear.in_features % _CHUNK:
-        return False
     return update.down.shape[1] == linear.in_features and update.up.shape[0] == linear.out_features
 
 

@@ -18,11 +18,12 @@ from space_cli.compile.fingerprint import fingerprint, weights_digest
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
-from space_cli.core.engine import EagerEngine
+from space_cli.core.engine import EagerEngine, engine_for
 from space_cli.core.sampling import Sampler, Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation
 from space_cli.errors import RunFailed
+from space_cli.models.adapter import adapter_updates, attach_adapter, low_rank
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler, which the compiled engine needs")
 
@@ -327,3 +328,38 @@ def test_without_a_compiler_the_kernel_says_so(tmp_path, monkeypatch):
 
     with pytest.raises(RunFailed, match=r"no C\+\+ compiler that works"):
         toolchain.build_kernels(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_adapter_reaches_its_masks_and_no_text_over_layers_of_any_width(library, dtype):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 112, "num_attention_heads": 3, "num_key_value_heads": 3}
+    config = tf.LlamaConfig(vocab_size=300, num_hidden_layers=2, max_position_embeddings=64, **sizes)
+    model = lively(tf.LlamaForCausalLM(config), 0.15).to(dtype)
+    masks = attach_adapter(model, 2, low_rank(model, 8))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    package = library.parent / f"adapted-{dtype}.pt2"
+    compile_model(model, package, adapter_updates(model))
+    compiled = CompiledModel(package, library, model, adapter_updates(model))
+    slots = [5, 6, 7, 8, *masks * 4]
+
+    def logits(run_by, block, token_ids):
+        engine = engine_for(model, run_by, max_length=32, max_slots=len(slots))
+        engine.prefill(PROMPT[:3])
+        return engine.run(block, token_ids).clone().float()
+
+    with torch.inference_mode():
+        plain, found = (logits(run_by, Block.tree([0, 1, 0], 2), slots) for run_by in (None, compiled))
+        alone = logits(compiled, Block.tree([0, 1, 0], 0), slots[:4])
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+        bare = logits(None, Block.tree([0, 1, 0], 2), slots)
+
+    assert torch.equal(found[:4], alone)
+    # rounded to 8 bits; without the update masks are off by whole spreads
+    assert (found - plain).abs().max() < 0.3 * plain.std() < (bare - plain)[4:].abs().max()

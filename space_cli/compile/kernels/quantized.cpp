@@ -782,16 +782,23 @@ void space_linear_quantized(int64_t type, const float* input, const void* packed
 void space_update(const float* input, float* output, int64_t rows, int64_t width, int64_t outputs,
                   const SpaceUpdate* update) {
     static thread_local Activations own;
+    static thread_local std::vector<float> filled_up;
     Activations& activations = own;
-    const int64_t masks = rows - update->first;
-    activations.reserve(masks, width);
+    const int64_t masks = rows - update->first, padded = (width + kChunk - 1) / kChunk * kChunk;
+    const float* states = input + update->first * width;
+    if (padded > width) {
+        filled_up.assign(masks * padded, 0.0f);
+        for (int64_t row = 0; row < masks; ++row)
+            std::copy_n(states + row * width, width, filled_up.data() + row * padded);
+        states = filled_up.data();
+    }
+    activations.reserve(masks, padded);
     const Update added(update, rows, outputs);
-#pragma omp parallel if (pays(masks, width, outputs))
+#pragma omp parallel if (pays(masks, padded, outputs))
     {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < masks; ++row)
-            activations.quantize_row(input + (update->first + row) * width, row, width);
-        added.add(activations, 0, width, output + update->first * outputs);
+        for (int64_t row = 0; row < masks; ++row) activations.quantize_row(states + row * padded, row, padded);
+        added.add(activations, 0, padded, output + update->first * outputs);
     }
 }
 
