@@ -13,11 +13,10 @@ from itertools import chain, pairwise
 from typing import NamedTuple, cast
 
 import torch
-from gguf import GGMLQuantizationType, quants
 from torch import nn
 from transformers import PreTrainedModel
 
-from space_cli.core.quantized import QuantizedLinear, WeightType, pack
+from space_cli.core.quantized import QuantizedLinear, WeightType, quantize
 
 LANES = 16
 _CHUNK = 32
@@ -248,25 +247,20 @@ def _packed_down(updates: Sequence[LowRank]) -> torch.Tensor | None:
     """Return (ranks, inputs) of all updates, filled up with zeros to multiples of 32 each, packed in 8 bits."""
     if not updates:
         return None
-    return _in_8_bits([_padded(down, _filled_up(len(down))) for down, _ in updates])
+    down = torch.cat([_padded(down, _filled_up(len(down))) for down, _ in updates])
+    return quantize(down, WeightType.Q8_0)
 
 
 def _packed_up(updates: Sequence[LowRank]) -> torch.Tensor | None:
     """Return (outputs, rank) of all updates, packed in 8 bits."""
     if not updates:
         return None
-    return _in_8_bits([_padded(up, len(up)) for _, up in updates])
+    return quantize(torch.cat([_padded(up, len(up)) for _, up in updates]), WeightType.Q8_0)
 
 
 def _padded(weight: torch.Tensor, rows: int) -> torch.Tensor:
     """Return a matrix with zeros behind it: so many rows, columns to the next multiple of 32."""
     return nn.functional.pad(weight, (0, _filled_up(weight.shape[1]) - weight.shape[1], 0, rows - len(weight)))
-
-
-def _in_8_bits(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    rows = torch.cat([weight.detach().float() for weight in weights])
-    blocks = quants.quantize(rows.numpy(), GGMLQuantizationType.Q8_0)
-    return pack(torch.from_numpy(blocks), WeightType.Q8_0, rows.shape[1])
 
 
 def _fits(linear: nn.Linear, update: LowRank) -> bool:

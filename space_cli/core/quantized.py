@@ -172,6 +172,14 @@ def pack(blocks: torch.Tensor, weight_type: WeightType, width: int, order: torch
     return packed
 
 
+def quantize(weights: torch.Tensor, weight_type: WeightType) -> torch.Tensor:
+    """Round (outputs, width) weights to a type, and return them packed."""
+    from gguf import GGMLQuantizationType, quants  # which most runs do without
+
+    blocks = quants.quantize(weights.detach().float().numpy(), GGMLQuantizationType(int(weight_type)))
+    return pack(torch.from_numpy(blocks).view(torch.uint8), weight_type, weights.shape[1])
+
+
 def unpack(packed: torch.Tensor, weight_type: WeightType, ids: torch.Tensor, width: int) -> torch.Tensor:
     """Return float32 rows (..., width) of the weights of outputs `ids` (...) int64."""
     return cast(torch.Tensor, torch.ops.space.quantized_rows(ids.contiguous(), packed, width, int(weight_type)))

@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, cast
 
-import gguf
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from space_cli.core.quantized import QuantizedEmbedding, WeightType, num_parameters, pack, replace_layer
+from space_cli.core.quantized import QuantizedEmbedding, WeightType, num_parameters, quantize, replace_layer
 from space_cli.errors import UsageProblem
 from space_cli.models.kernels import kernels_problem
 
@@ -125,10 +124,8 @@ def _pack_layer(model: PreTrainedModel, path: str, layer: nn.Linear | nn.Embeddi
     width = layer.weight.shape[1]
     # as llama.cpp does
     weight_type = WeightType.F16 if width % _BLOCK else weight_type
-    weights = layer.weight.detach().float().numpy()
-    blocks = gguf.quants.quantize(weights, gguf.GGMLQuantizationType(int(weight_type)))
-    packed = pack(torch.from_numpy(blocks).view(torch.uint8), weight_type, width)
-    replace_layer(model, path, nn.Parameter(packed, requires_grad=False), weight_type)
+    packed = nn.Parameter(quantize(layer.weight, weight_type), requires_grad=False)
+    replace_layer(model, path, packed, weight_type)
 
 
 def _widen(model: PreTrainedModel) -> None:

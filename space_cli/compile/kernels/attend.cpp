@@ -335,7 +335,7 @@ void attend(States<T> query, States<T> key, States<T> value, T* keys, T* values,
     const int64_t queries = sizes.rows * sizes.heads / sizes.key_heads, together = queries < 64 ? 4 : kMostTogether;
     const int64_t calls = (queries + together - 1) / together;
     const int64_t seen = sizes.heads * sizes.rows * (sizes.length + sizes.rows);
-    // shares and sums take as long again as the products
+    // exponentials and sums take longer than the products
     const bool pays = seen * (sizes.width + sizes.value_width) > kWorthThreads / 3;
     // later queries see more keys: threads take turns
 #pragma omp parallel for collapse(2) schedule(static, 1) if (pays)

@@ -4,6 +4,14 @@
 
 #include <cstdint>
 
+// multiplications from which on a loop is shared among threads: waking a second one costs some microseconds
+constexpr int64_t kWorthThreads = 400000;
+
+// whether a product of so many rows is shared among threads; its weights, read once, count as three rows more
+inline bool is_worth_threads(int64_t rows, int64_t width, int64_t outputs) {
+    return width * outputs * (rows + 3) > kWorthThreads;
+}
+
 extern "C" {
 
 // what a layer's attention must know of a call: buffers (key_heads, capacity, ...) by layer, `length` slots of which are

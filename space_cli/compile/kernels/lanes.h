@@ -29,9 +29,6 @@ typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
-// multiplications from which on a loop is shared among threads: waking a second one costs some microseconds
-constexpr int64_t kWorthThreads = 400000;
-
 struct Bfloat16 {
     uint16_t bits;
 };

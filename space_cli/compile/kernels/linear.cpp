@@ -84,8 +84,7 @@ struct Bfloat16Tiles {
 template <typename Tiles, typename T>
 void linear(const T* from, const T* weights, const T* bias, T* to, int64_t rows, int64_t width, int64_t outputs) {
     const typename Tiles::Input* input = inputs_of<Tiles>(from, rows * width);
-    const bool pays = width * outputs * (rows + 3) > kWorthThreads;
-    for_tiles(outputs / kTile, pays, [&](int64_t first, int64_t last) {
+    for_tiles(outputs / kTile, is_worth_threads(rows, width, outputs), [&](int64_t first, int64_t last) {
         compute_range<Tiles>(input, weights, rows, width, first, last,
                              [&](int64_t tile, int64_t row, int lane, Floats sums) {
                                  const int64_t output = tile * kTile + lane;

@@ -553,9 +553,6 @@ void multiply_tile(const Activations& input, int64_t first, int64_t rows, const 
     }
 }
 
-// whether waking a second thread, which costs some microseconds, pays
-bool pays(int64_t rows, int64_t width, int64_t outputs) { return width * outputs * (rows + 3) > 400000; }
-
 // What an adapter adds to the rows that are masks: their inputs times down, and the results, rounded in turn, times up.
 class Update {
     typedef Plain<8, false> Format;
@@ -632,7 +629,7 @@ struct Quantized {
         const int64_t tiles = (outputs + kTile - 1) / kTile, bytes = tile_bytes<Format>(width);
         if (rows == 1) activations.quantize_row(input, 0, width);
         const Update added(update, rows, outputs);
-#pragma omp parallel if (pays(rows, width, outputs))
+#pragma omp parallel if (is_worth_threads(rows, width, outputs))
         {
             if (rows > 1) {
 #pragma omp for schedule(static)
@@ -702,7 +699,7 @@ struct Halved {
     static void linear(const float* input, const uint8_t* packed, float* output, int64_t rows, int64_t width,
                        int64_t outputs, const SpaceUpdate* update) {
         const int64_t tiles = (outputs + kTile - 1) / kTile;
-#pragma omp parallel for schedule(static) if (pays(rows, width, outputs))
+#pragma omp parallel for schedule(static) if (is_worth_threads(rows, width, outputs))
         for (int64_t tile = 0; tile < tiles; ++tile)
             for (int part = 0; part < kParts; ++part) {
                 const int64_t first = tile * kTile + part * kLanes;
@@ -794,7 +791,7 @@ void space_update(const float* input, float* output, int64_t rows, int64_t width
     }
     activations.reserve(masks, padded);
     const Update added(update, rows, outputs);
-#pragma omp parallel if (pays(masks, padded, outputs))
+#pragma omp parallel if (is_worth_threads(masks, padded, outputs))
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < masks; ++row) activations.quantize_row(states + row * padded, row, padded);

@@ -13,9 +13,9 @@ int64_t space_packed_bytes(int64_t type, int64_t outputs, int64_t width);
 // output, null: as they lie
 void space_pack(int64_t type, const void* blocks, const int64_t* order, void* packed, int64_t outputs, int64_t width);
 
-// an adapter's low-rank updates of `layers` layers over one input, for the rows from `first` on; packed as of type Q8_0:
-// down (layers * rank, width filled up with zeros to a multiple of 32) and up (outputs, rank), rank a multiple of 32; ends (layers): where the outputs of each layer
-// end, multiples of 16
+// an adapter's low-rank updates of `layers` layers over one input, for the rows from `first` on; packed as type Q8_0: down
+// (layers * rank, width filled up with zeros to a multiple of 32) and up (outputs, rank), rank a multiple of 32; ends
+// (layers): where the outputs of each layer end, multiples of 16
 struct SpaceUpdate {
     const void* down;
     const void* up;

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "kernels.h"
-#include "lanes.h"
 #include "quantized.h"
+#include "tiles.h"
 
 namespace {
 
@@ -72,17 +72,15 @@ AOTITorchError make_output(const View& from, int32_t dtype, int64_t outputs, int
 // `space_update` for rows of bfloat16
 void update_halves(const Bfloat16* input, Bfloat16* output, int64_t rows, int64_t width, int64_t outputs,
                    SpaceUpdate update) {
-    static thread_local std::vector<float> inputs, sums;
-    const int64_t masks = rows - update.first;
-    inputs.resize(masks * width);
-    sums.resize(masks * outputs);
-    const Bfloat16* from = input + update.first * width;
+    static thread_local std::vector<float> sums;
+    const int64_t masks = rows - update.first, size = masks * outputs;
+    const float* inputs = inputs_of<Float32Tiles>(input + update.first * width, masks * width);
     Bfloat16* to = output + update.first * outputs;
-    for (int64_t at = 0; at < masks * width; ++at) inputs[at] = widened(from[at]);
-    for (int64_t at = 0; at < masks * outputs; ++at) sums[at] = widened(to[at]);
+    sums.resize(size);
+    for (int64_t at = 0; at < size; at += kLanes) store(sums.data() + at, load(to + at));
     update.first = 0;
-    space_update(inputs.data(), sums.data(), masks, width, outputs, &update);
-    for (int64_t at = 0; at < masks * outputs; at += kLanes) store(to + at, load(sums.data() + at));
+    space_update(inputs, sums.data(), masks, width, outputs, &update);
+    for (int64_t at = 0; at < size; at += kLanes) store(to + at, load(sums.data() + at));
 }
 
 const void* data_of(AtenTensorHandle* tensor) { return tensor ? View(*tensor).data : nullptr; }

@@ -32,7 +32,7 @@ class Ema:
         self._hits = self._total = 0.0
 
     def add(self, hits: float, total: float = 1.0) -> None:
-        """Take in that `hits` of `total` held; nothing at all goes some way back to the prior."""
+        """Add `hits` of `total`; 0 of 0 decays towards the prior."""
         self._hits = self._hits * _DECAY + hits
         self._total = self._total * _DECAY + total
 
@@ -47,17 +47,17 @@ class Ema:
 
 
 class Credit:
-    """What masks may still lose against plain decoding, in plain steps: what trials of them cost is bounded by it.
+    """What masks may still lose against plain decoding, in plain steps; it bounds what trials of them cost.
 
-    It grows by a share of the time that passes, and by gains. Copies need no trials, see `AcceptanceStats.add`.
+    It grows by a fraction of the time that passes, and by gains. Copies need no trials, see `AcceptanceStats.add`.
     """
 
-    def __init__(self, share: float) -> None:
-        self._share, self._left, self.is_good = share, _FIRST_CREDIT, True
+    def __init__(self, fraction: float) -> None:
+        self._fraction, self._left, self.is_good = fraction, _FIRST_CREDIT, True
 
     def add(self, plain_steps: float, gain: float = 0.0) -> None:
         """Take in a step by its time, and what it gained where it had masks or what they predicted."""
-        self._left = min(_MAX_CREDIT, self._left + self._share * plain_steps + gain)
+        self._left = min(_MAX_CREDIT, self._left + self._fraction * plain_steps + gain)
         self.is_good = self._left > (0 if self.is_good else _TRIAL_CREDIT)
 
 
@@ -68,7 +68,7 @@ class AcceptanceStats:
         costs: of steps, as measured beforehand.
         masks: m, the longest mask group.
         accepted: how often 1, 2, ... predictions of a group were accepted before; assumed where it is not known.
-        trials: the share of time that masks may lose.
+        trials: the fraction of time that masks may lose.
 
     Attributes:
         masks: their credit.
@@ -113,10 +113,10 @@ class AcceptanceStats:
     def _add_copies(self, texts: Sequence[Continuation], came: Sequence[int]) -> None:
         """Compare what could be copied with what came; it need not have been a candidate, so this costs no slot."""
         for rank, text in enumerate(texts):
-            right, known = common_prefix_length(text.tokens, came), self._copied[_kind(text, rank)]
+            right, averages = common_prefix_length(text.tokens, came), self._copied[_kind(text, rank)]
             # a copied token that was right makes the match longer by one
             for depth in range(min(right + 1, len(came), len(text.tokens))):
-                known[_BUCKETS[min(text.match + depth, LONGEST_MATCH) - 1]].add(depth < right)
+                averages[_BUCKETS[min(text.match + depth, LONGEST_MATCH) - 1]].add(depth < right)
 
     def _add_predictions(self, proposal: Proposal, came: Sequence[int]) -> None:
         """Count how far the masks were right, beyond what a copy brings too."""
@@ -157,7 +157,7 @@ class AcceptanceStats:
         self.cheapest = min((self.prices[more] - self.prices[size]) / (more - size) for size, more in pairwise(SIZES))
         self.mask_factor = self._mask_ratio.value
         self.values = [accepted.value for accepted in self._accepted]
-        self._probabilities = [[known[length].value for length in _BUCKETS] for known in self._copied]
+        self._probabilities = [[averages[length].value for length in _BUCKETS] for averages in self._copied]
 
 
 def _kind(text: Continuation, rank: int) -> int:

@@ -18,7 +18,7 @@ _NEAREST = 4
 class SortedText:
     """Token ids and every place between them, sorted by the tokens in front of it, the nearest first.
 
-    Where the newest tokens would stand among the places, the longest matches are. Arrays may be memory maps.
+    The longest matches lie next to where the newest tokens would be sorted in. Arrays may be memory maps.
 
     Attributes:
         tokens: (N) int32; texts end with `SEPARATOR`.
@@ -60,12 +60,12 @@ class SortedText:
         """Return a few continuations of `tokens` that begin differently, the longest match first."""
         if tokens[-1] + 2 >= len(self.starts):
             return []
-        wanted = list(tokens[: -_SORTED_BY - 1 : -1])
+        newest = list(tokens[: -_SORTED_BY - 1 : -1])
         first, last = int(self.starts[tokens[-1] + 1]), int(self.starts[tokens[-1] + 2])
         low, high = first, last
         while low < high:
             middle = (low + high) // 2
-            if self._before(int(self.places[middle]), _SORTED_BY) < wanted:
+            if self._before(int(self.places[middle]), _SORTED_BY) < newest:
                 low = middle + 1
             else:
                 high = middle

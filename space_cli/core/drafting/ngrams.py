@@ -50,10 +50,10 @@ class NgramIndex:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take in what is new of the growing text, all of whose tokens these are."""
-        known = len(self._text)
-        self._text += tokens[known - self._start :]
+        old = len(self._text)
+        self._text += tokens[old - self._start :]
         # n-grams that something follows
-        for end in range(max(known, self._start + 1), len(self._text)):
+        for end in range(max(old, self._start + 1), len(self._text)):
             for length, ends in self._ends.items():
                 if end - length >= self._start:
                     ends.setdefault(tuple(self._text[end - length : end]), []).append(end)

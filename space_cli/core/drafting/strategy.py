@@ -56,7 +56,7 @@ class AdaptiveDrafter:
         masks: m, the longest mask group; 0 for none.
         strategy: what drafts are made of.
         texts: token ids to copy from besides the context, as an answer that is expected.
-        sources: of more text to copy from, which do not change meanwhile.
+        sources: of more text to copy from.
         guide: candidates are what it allows; None allows everything.
     """
 

@@ -62,7 +62,7 @@ class TokenTree:
             children[token] = max(children.get(token, 0.0), self._copy_probability(those[0], depth, rank))
         if self._allows is not None:
             path = self._path(slot)
-            children = {token: share for token, share in children.items() if self._allows([*path, token])}
+            children = {token: conditional for token, conditional in children.items() if self._allows([*path, token])}
         for token, conditional in children.items():
             node = Node(token, slot, depth + 1, probability * conditional)
             heapq.heappush(self._queue, (-node.probability, next(self._order), node, along.get(token, ())))
