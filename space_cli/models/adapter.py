@@ -28,6 +28,7 @@ from space_cli.errors import UsageProblem, first_line
 from space_cli.models.checkpoint import ADAPTER_FILE
 
 _MASKS_KEY = "mask_embeddings"
+_BIGRAM_KEYS = ("bigram.previous", "bigram.following")
 _ROWS_FOR_MEAN = 4096
 _EXPERTS = re.compile(r"experts|router|mlp\.gate$|moe\.gate$")
 
@@ -67,6 +68,31 @@ class SlotGate:
         return output * gate[..., None].to(output.dtype)
 
 
+class Bigram(nn.Module):
+    """What a token says of the next one, of low rank, to be added to the logits of the mask that guesses that one.
+
+    Masks guess independently of each other; this ties a guess to the token in front of it, which may be a guess itself.
+    It has no part in the model's calls.
+
+    Args:
+        tokens: V.
+        rank: r.
+
+    Attributes:
+        previous: (V, r); zero for a token not seen in training, of which nothing then follows.
+        following: (V, r).
+    """
+
+    def __init__(self, tokens: int, rank: int) -> None:
+        super().__init__()
+        self.previous = nn.Parameter(torch.zeros(tokens, rank))
+        self.following = nn.Parameter(torch.randn(tokens, rank, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Return (S, V) logits with what (S) tokens say of the next ones."""
+        return torch.addmm(logits, self.previous[tokens].to(logits.dtype), self.following.t().to(logits.dtype))
+
+
 class MaskEmbedding(nn.Module):
     """The base's input embeddings with trained rows for mask ids behind the vocabulary; sets the gate of each call.
 
@@ -77,6 +103,7 @@ class MaskEmbedding(nn.Module):
         gate: shared with the layers' hooks.
 
     Attributes:
+        bigram: ties the masks' guesses; None without one.
         masks_known: whether the running call has masks, where the caller tells; None is read off the ids, which on a
             GPU waits for them and cannot be part of a graph.
     """
@@ -84,6 +111,7 @@ class MaskEmbedding(nn.Module):
     def __init__(self, base: nn.Embedding, masks: int, layers: Sequence[LoraLayer], gate: SlotGate) -> None:
         super().__init__()
         self.base, self.layers, self.gate = base, layers, gate
+        self.bigram: Bigram | None = None
         self.masks_known: bool | None = None
         rows = torch.arange(0, base.num_embeddings, max(1, base.num_embeddings // _ROWS_FOR_MEAN))
         with torch.no_grad():
@@ -125,8 +153,14 @@ class MaskEmbedding(nn.Module):
         return torch.where(is_mask[..., None], masks, text)
 
 
-def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig) -> list[int]:
+def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig, *, bigram: int = 0) -> list[int]:
     """Freeze the model and add a new adapter in place; return the mask ids.
+
+    Args:
+        model: the base.
+        masks: number of mask ids.
+        lora: peft's config of the low-rank layers.
+        bigram: rank of the tie between neighbouring masks; 0 for none.
 
     Raises:
         UsageProblem: the model has no linear layers that can carry an adapter.
@@ -147,7 +181,10 @@ def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig) -> list
     gate = SlotGate()
     for layer in layers:
         layer.lora_B["default"].register_forward_hook(gate)
-    model.set_input_embeddings(MaskEmbedding(base, masks, layers, gate))
+    embedding = MaskEmbedding(base, masks, layers, gate)
+    if bigram:
+        embedding.bigram = Bigram(base.num_embeddings, bigram).to(base.weight.device)
+    model.set_input_embeddings(embedding)
     return list(range(base.num_embeddings, base.num_embeddings + masks))
 
 
@@ -172,11 +209,15 @@ def adapter_updates(model: PreTrainedModel) -> Adapter | None:
 
 
 def trained_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return what an adapter adds to its base: low-rank weights and mask embeddings."""
+    """Return what an adapter adds to its base: low-rank weights, mask embeddings and the tie between masks."""
     embedding = adapter_of(model)
     assert embedding is not None
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
-    return state | {_MASKS_KEY: embedding.masks.detach().cpu()}
+    state[_MASKS_KEY] = embedding.masks.detach().cpu()
+    if embedding.bigram is not None:
+        tables = (embedding.bigram.previous, embedding.bigram.following)
+        state |= {name: table.detach().cpu() for name, table in zip(_BIGRAM_KEYS, tables, strict=True)}
+    return state
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
@@ -215,6 +256,7 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise UsageProblem(f"{file}: not a readable adapter: {first_line(error)}") from error
     embeddings = state.pop(_MASKS_KEY, None)
+    tables = [state.pop(name) for name in _BIGRAM_KEYS if name in state]
     misfit = UsageProblem(f"{file}: does not fit this base model", hint="load it on the model it was trained on")
     if embeddings is None or embeddings.shape != adapter.masks.shape:
         raise misfit
@@ -224,5 +266,12 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
         raise misfit from error
     if result.unexpected_keys or any("lora_" in name for name in result.missing_keys):
         raise misfit
+    if tables and adapter.bigram is None:
+        adapter.bigram = Bigram(*tables[0].shape).to(adapter.masks.device)
+    own = [] if adapter.bigram is None else [adapter.bigram.previous, adapter.bigram.following]
+    if [table.shape for table in tables] != [table.shape for table in own]:
+        raise misfit
     with torch.no_grad():
         adapter.masks.copy_(embeddings)
+        for table, values in zip(own, tables, strict=True):
+            table.copy_(values)
