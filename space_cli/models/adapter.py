@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from space_cli.compile.packing import Adapter, LowRank
+from space_cli.core.drafting import Bigram
 from space_cli.errors import UsageProblem, first_line
 from space_cli.models.checkpoint import ADAPTER_FILE
 
@@ -68,7 +69,7 @@ class SlotGate:
         return output * gate[..., None].to(output.dtype)
 
 
-class Bigram(nn.Module):
+class BigramLayer(nn.Module):
     """What a token says of the next one, of low rank, to be added to the logits of the mask that guesses that one.
 
     Masks guess independently of each other; this ties a guess to the token in front of it, which may be a guess itself.
@@ -111,7 +112,7 @@ class MaskEmbedding(nn.Module):
     def __init__(self, base: nn.Embedding, masks: int, layers: Sequence[LoraLayer], gate: SlotGate) -> None:
         super().__init__()
         self.base, self.layers, self.gate = base, layers, gate
-        self.bigram: Bigram | None = None
+        self.bigram: BigramLayer | None = None
         self.masks_known: bool | None = None
         rows = torch.arange(0, base.num_embeddings, max(1, base.num_embeddings // _ROWS_FOR_MEAN))
         with torch.no_grad():
@@ -183,7 +184,7 @@ def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig, *, bigr
         layer.lora_B["default"].register_forward_hook(gate)
     embedding = MaskEmbedding(base, masks, layers, gate)
     if bigram:
-        embedding.bigram = Bigram(base.num_embeddings, bigram).to(base.weight.device)
+        embedding.bigram = BigramLayer(base.num_embeddings, bigram).to(base.weight.device)
     model.set_input_embeddings(embedding)
     return list(range(base.num_embeddings, base.num_embeddings + masks))
 
@@ -192,6 +193,15 @@ def adapter_of(model: PreTrainedModel) -> MaskEmbedding | None:
     """Return the adapter's embeddings, or None if there is no adapter."""
     embedding = model.get_input_embeddings()
     return embedding if isinstance(embedding, MaskEmbedding) else None
+
+
+def bigram_of(model: PreTrainedModel) -> Bigram | None:
+    """Return what ties the guesses of the adapter's masks, as drafts use it, or None if there is none."""
+    embedding = adapter_of(model)
+    if embedding is None or embedding.bigram is None:
+        return None
+    layer = embedding.bigram
+    return Bigram(*(table.detach().float().cpu().numpy() for table in (layer.previous, layer.following)))
 
 
 def adapter_updates(model: PreTrainedModel) -> Adapter | None:
@@ -267,7 +277,7 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
     if result.unexpected_keys or any("lora_" in name for name in result.missing_keys):
         raise misfit
     if tables and adapter.bigram is None:
-        adapter.bigram = Bigram(*tables[0].shape).to(adapter.masks.device)
+        adapter.bigram = BigramLayer(*tables[0].shape).to(adapter.masks.device)
     own = [] if adapter.bigram is None else [adapter.bigram.previous, adapter.bigram.following]
     if [table.shape for table in tables] != [table.shape for table in own]:
         raise misfit
