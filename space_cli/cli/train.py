@@ -108,7 +108,7 @@ class MethodOptions(Group):
     )
     rank: int | None = Field(None, ge=1, description="Of an adapter's low-rank weights; 32, or that of the one it has.")
     bigram: int = Field(
-        24,
+        32,
         ge=0,
         description="Rank of what a token says of the next one, which ties the guesses of a new adapter's masks; 0 for"
         " none.",

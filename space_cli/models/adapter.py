@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -29,8 +30,9 @@ from space_cli.errors import UsageProblem, first_line
 from space_cli.models.checkpoint import ADAPTER_FILE
 
 _MASKS_KEY = "mask_embeddings"
-_BIGRAM_KEYS = ("bigram.previous", "bigram.following")
-_ROWS_FOR_MEAN = 4096
+_BIGRAM_PREFIX = "bigram."
+_INNER = 256
+_ROWS_FOR_MEAN = _ROWS_AT_ONCE = 4096
 _EXPERTS = re.compile(r"experts|router|mlp\.gate$|moe\.gate$")
 
 
@@ -73,25 +75,53 @@ class BigramLayer(nn.Module):
     """What a token says of the next one, of low rank, to be added to the logits of the mask that guesses that one.
 
     Masks guess independently of each other; this ties a guess to the token in front of it, which may be a guess itself.
-    It has no part in the model's calls.
+    It reads the base's embeddings of both, and has no part in the model's calls.
 
     Args:
-        tokens: V.
+        masks: m.
+        width: D.
         rank: r.
 
     Attributes:
-        previous: (V, r); zero for a token not seen in training, of which nothing then follows.
-        following: (V, r).
+        inner: (D, 256), and `previous` (256, r): of the token in front, with a SiLU between.
+        following: (D, r).
+        gates: (m, r), by mask.
     """
 
-    def __init__(self, tokens: int, rank: int) -> None:
+    def __init__(self, masks: int, width: int, rank: int) -> None:
         super().__init__()
-        self.previous = nn.Parameter(torch.zeros(tokens, rank))
-        self.following = nn.Parameter(torch.randn(tokens, rank, generator=torch.Generator().manual_seed(0)))
+        generator = torch.Generator().manual_seed(0)
+        self.inner = nn.Parameter(torch.randn(width, _INNER, generator=generator) * width**-0.5)
+        self.previous = nn.Parameter(torch.randn(_INNER, rank, generator=generator) * _INNER**-0.5)
+        self.following = nn.Parameter(torch.zeros(width, rank))
+        self.gates = nn.Parameter(torch.ones(masks, rank))
 
-    def forward(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Return (S, V) logits with what (S) tokens say of the next ones."""
-        return torch.addmm(logits, self.previous[tokens].to(logits.dtype), self.following.t().to(logits.dtype))
+    def forward(
+        self, logits: torch.Tensor, embeddings: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Return (S, V) logits with what (S) tokens say of the next ones.
+
+        Args:
+            logits: (S, V).
+            embeddings: (V, D) of all tokens.
+            tokens: (S) int64.
+            mask: (S) int64, which one of a group guesses; 0 is the first.
+        """
+        before = self.of_previous(embeddings[tokens]) * self.gates[mask.clamp(max=len(self.gates) - 1)]
+        return torch.addmm(logits, before.to(logits.dtype), self.of_following(embeddings).to(logits.dtype).t())
+
+    def of_previous(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return (S, r) of the (S, D) embeddings of tokens in front."""
+        inner = _normed(embeddings) @ self.inner.to(embeddings.dtype)
+        return functional.silu(inner) @ self.previous.to(embeddings.dtype)
+
+    def of_following(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return (S, r) of the (S, D) embeddings of tokens that may follow."""
+        return _normed(embeddings) @ self.following.to(embeddings.dtype)
+
+
+def _normed(embeddings: torch.Tensor) -> torch.Tensor:
+    return functional.rms_norm(embeddings, embeddings.shape[-1:])
 
 
 class MaskEmbedding(nn.Module):
@@ -137,6 +167,13 @@ class MaskEmbedding(nn.Module):
     def weight(self) -> torch.Tensor:
         """The base's rows, of which output embeddings may be a view."""
         return self.base.weight
+
+    @property
+    def text_embeddings(self) -> torch.Tensor:
+        """(V, D), of all tokens of text."""
+        with torch.no_grad():
+            rows: torch.Tensor = self.base(torch.arange(self.base.num_embeddings, device=self.masks.device))
+        return rows
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return (B, S, D) embeddings of (B, S) ids."""
@@ -184,7 +221,7 @@ def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig, *, bigr
         layer.lora_B["default"].register_forward_hook(gate)
     embedding = MaskEmbedding(base, masks, layers, gate)
     if bigram:
-        embedding.bigram = BigramLayer(base.num_embeddings, bigram).to(base.weight.device)
+        embedding.bigram = BigramLayer(masks, embedding.masks.shape[1], bigram).to(base.weight.device)
     model.set_input_embeddings(embedding)
     return list(range(base.num_embeddings, base.num_embeddings + masks))
 
@@ -200,8 +237,14 @@ def bigram_of(model: PreTrainedModel) -> Bigram | None:
     embedding = adapter_of(model)
     if embedding is None or embedding.bigram is None:
         return None
-    layer = embedding.bigram
-    return Bigram(*(table.detach().float().cpu().numpy() for table in (layer.previous, layer.following)))
+    layer, before, after = embedding.bigram, [], []
+    with torch.inference_mode():
+        for ids in torch.arange(embedding.num_text_embeddings, device=embedding.masks.device).split(_ROWS_AT_ONCE):
+            rows = embedding.base(ids.to(embedding.base.weight.device)).float()
+            before.append(layer.of_previous(rows).cpu())
+            after.append(layer.of_following(rows).cpu())
+        gates = layer.gates.detach().float().cpu().numpy()
+    return Bigram(torch.cat(before).numpy(), torch.cat(after).numpy(), gates)
 
 
 def adapter_updates(model: PreTrainedModel) -> Adapter | None:
@@ -225,8 +268,8 @@ def trained_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
     state[_MASKS_KEY] = embedding.masks.detach().cpu()
     if embedding.bigram is not None:
-        tables = (embedding.bigram.previous, embedding.bigram.following)
-        state |= {name: table.detach().cpu() for name, table in zip(_BIGRAM_KEYS, tables, strict=True)}
+        weights = embedding.bigram.state_dict()
+        state |= {_BIGRAM_PREFIX + name: weight.detach().cpu() for name, weight in weights.items()}
     return state
 
 
@@ -266,7 +309,9 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise UsageProblem(f"{file}: not a readable adapter: {first_line(error)}") from error
     embeddings = state.pop(_MASKS_KEY, None)
-    tables = [state.pop(name) for name in _BIGRAM_KEYS if name in state]
+    bigram = {
+        name.removeprefix(_BIGRAM_PREFIX): state.pop(name) for name in [*state] if name.startswith(_BIGRAM_PREFIX)
+    }
     misfit = UsageProblem(f"{file}: does not fit this base model", hint="load it on the model it was trained on")
     if embeddings is None or embeddings.shape != adapter.masks.shape:
         raise misfit
@@ -276,12 +321,13 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
         raise misfit from error
     if result.unexpected_keys or any("lora_" in name for name in result.missing_keys):
         raise misfit
-    if tables and adapter.bigram is None:
-        adapter.bigram = BigramLayer(*tables[0].shape).to(adapter.masks.device)
-    own = [] if adapter.bigram is None else [adapter.bigram.previous, adapter.bigram.following]
-    if [table.shape for table in tables] != [table.shape for table in own]:
-        raise misfit
+    if bigram and adapter.bigram is None:
+        rank = bigram["gates"].shape[-1] if "gates" in bigram else 0
+        adapter.bigram = BigramLayer(len(adapter.masks), adapter.masks.shape[1], rank).to(adapter.masks.device)
+    try:
+        if adapter.bigram is not None:
+            adapter.bigram.load_state_dict(bigram)
+    except RuntimeError as error:
+        raise misfit from error
     with torch.no_grad():
         adapter.masks.copy_(embeddings)
-        for table, values in zip(own, tables, strict=True):
-            table.copy_(values)

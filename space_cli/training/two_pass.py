@@ -123,12 +123,13 @@ class TwoPassTrainer(SARTrainer):
             row = torch.arange(len(learns), device=slots.device)[:, None]
             place = row * len(slots) + torch.searchsorted(slots, positions).clamp_(max=len(slots) - 1)
         total, losses, hits = _mask_loss(logits, labels, weights, teacher.flatten(0, 1), place)
-        bigram = cast(MaskEmbedding, adapter_of(self.model)).bigram
-        if bigram is not None:
-            # a mask is half of the time asked by itself: its most probable tokens are those that get tied
+        embedding = cast(MaskEmbedding, adapter_of(self.model))
+        if embedding.bigram is not None:
+            # half of the loss stays that of masks by themselves: their most probable tokens are the ones that get tied
             previous = inputs["text_ids"].gather(1, positions.clamp(max=inputs["text_ids"].shape[1] - 1)).flatten()
-            tied, losses, hits = _mask_loss(bigram(logits, previous), labels, weights, teacher.flatten(0, 1), place)
-            total = (total + tied) / 2
+            tied = embedding.bigram(logits, embedding.text_embeddings, previous, (depth - 1).clamp(min=0))
+            of_tied, losses, hits = _mask_loss(tied, labels, weights, teacher.flatten(0, 1), place)
+            total = (total + of_tied) / 2
         known = labels != IGNORED
         self._measure(losses[known], hits[known], depth[known])
         loss = total / (num_items_in_batch if num_items_in_batch is not None else max(1, int(learns.sum())))

@@ -19,7 +19,11 @@ def drawn(seed, masks=4):
     generator = np.random.default_rng(seed)
     logits = generator.normal(size=(masks, VOCABULARY)) * 2
     tables = generator.normal(size=(2, VOCABULARY, RANK)).astype(np.float32)
-    return logits, Bigram(*tables)
+    return logits, Bigram(*tables, generator.normal(size=(masks, RANK)).astype(np.float32))
+
+
+def score(bigram, depth, token):
+    return bigram.following @ (bigram.gates[depth] * bigram.previous[token])
 
 
 def shortlist(logits, count):
@@ -33,7 +37,7 @@ def test_with_the_whole_vocabulary_it_is_the_softmax_of_the_sum(seed, token, wid
     guesses = Guesses(*shortlist(logits, VOCABULARY), width, bigram)
 
     for depth in range(len(logits)):
-        expected = softmax(logits[depth] + bigram.following @ bigram.previous[token])
+        expected = softmax(logits[depth] + score(bigram, depth, token))
         found = guesses.after(depth, token)
         assert [each for each, _ in found] == np.argsort(-expected)[:width].tolist()
         assert [probability for _, probability in found] == pytest.approx(np.sort(expected)[::-1][:width], rel=1e-4)
@@ -54,8 +58,8 @@ def test_a_shortlist_gives_probabilities_that_leave_room_for_the_rest(seed, coun
 def test_a_chain_takes_the_best_behind_the_best(seed, head):
     logits, bigram = drawn(seed)
     expected, token = [], head
-    for row in logits:
-        token = int(np.argmax(row + bigram.following @ bigram.previous[token]))
+    for depth, row in enumerate(logits):
+        token = int(np.argmax(row + score(bigram, depth, token)))
         expected.append(token)
 
     assert Guesses(*shortlist(logits, VOCABULARY), 1, bigram).chain(head) == expected

@@ -79,8 +79,11 @@ def test_loss_and_gradients_are_those_of_one_pass_over_the_block(tmp_path, famil
             guess = logits[row, slot]
             loss_of_mask = functional.cross_entropy(guess[None], wanted[None])
             if bigram:
-                tables = model.get_input_embeddings().bigram
-                tied = guess + tables.following @ tables.previous[example["input_ids"][position]]
+                layer = model.get_input_embeddings().bigram
+                rows = model.get_input_embeddings()(torch.arange(VOCABULARY)).detach()
+                rows = rows / (rows.pow(2).mean(-1, keepdim=True) + torch.finfo(rows.dtype).eps).sqrt()
+                before = functional.silu(rows[example["input_ids"][position]] @ layer.inner) @ layer.previous
+                tied = guess + rows @ layer.following @ (before * layer.gates[depth])
                 loss_of_mask = (loss_of_mask + functional.cross_entropy(tied[None], wanted[None])) / 2
             total = total + 0.8**depth * loss_of_mask
             count += 1

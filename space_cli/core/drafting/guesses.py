@@ -16,15 +16,17 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Bigram:
-    """What a token says of the next one: the logit of v behind u grows by previous[u] · following[v].
+    """What a token says of the next one: mask j's logit of v behind u grows by gates[j] x previous[u] · following[v].
 
     Attributes:
         previous: (V, r) float32.
         following: (V, r) float32.
+        gates: (m, r) float32.
     """
 
     previous: np.ndarray
     following: np.ndarray
+    gates: np.ndarray
 
 
 class Guesses:
@@ -64,7 +66,8 @@ class Guesses:
         if self._bigram is None or self._following is None:
             tokens, probs = tokens[: self._width], probs[: self._width]
         else:
-            weights = probs * np.exp(self._following[depth] @ self._bigram.previous[token])
+            before = self._bigram.previous[token] * self._bigram.gates[min(depth, len(self._bigram.gates) - 1)]
+            weights = probs * np.exp(self._following[depth] @ before)
             order = (-weights).argsort(kind="stable")[: self._width]
             # what is not on the shortlist keeps its weight
             tokens, probs = tokens[order], weights[order] / (weights.sum() + 1 - probs.sum())
