@@ -172,6 +172,7 @@ METHODS = {
         ),
         _part("space-masks", "blocks by cost, one token of each mask", Strategy(1, copies=False, memory=False)),
         _part("space-tree", "blocks by cost, several tokens of each mask", Strategy(copies=False, memory=False)),
+        _part("space-untied", "space, each mask guessing by itself", Strategy(tie=False, memory=False)),
         _part("space-lookup", "candidates copied from the context, no masks", Strategy(0, memory=False)),
         _part("space-memory", "space, with the answers of this run to copy from", Strategy()),
         Method("hf", "transformers' generate", _hf, exact_under_seed=False),
