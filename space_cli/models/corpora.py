@@ -109,18 +109,17 @@ def _encoded(
     on_error: Callable[[OSError], None],
 ) -> dict[_File, np.ndarray]:
     """Return the token ids of the files that can be read; none for one that is no text."""
-    parts: dict[_File, list[list[int]]] = defaultdict(list)
+    parts: dict[_File, list[np.ndarray]] = defaultdict(list)
     size, done = max(1, sum(file.size for file in files)), 0
     pieces = _pieces(files, on_error)
     while batch := list(islice(pieces, _BATCH)):
         for (file, _), ids in zip(batch, _ids(tokenizer, [piece for _, piece in batch]), strict=True):
-            parts[file].append(ids)
+            parts[file].append(np.array(ids, dtype=np.int32))
         done += sum(len(piece) for _, piece in batch)
         on_progress("reading", min(1.0, done / size))
-    return {
-        file: np.array([token for ids in rows for token in ids] + [SEPARATOR] * any(rows), dtype=np.int32)
-        for file, rows in parts.items()
-    }
+    end = np.array([SEPARATOR], dtype=np.int32)
+    # none behind no text
+    return {file: np.concatenate([*rows, end[: len(rows[0])]]) for file, rows in parts.items()}
 
 
 def _pieces(files: Iterable[_File], on_error: Callable[[OSError], None]) -> Iterator[tuple[_File, str]]:
@@ -177,7 +176,11 @@ def _read_kept(folder: Path) -> tuple[SortedText | None, dict[_File, np.ndarray]
 def _keep(text: SortedText, rows: dict[_File, np.ndarray], folder: Path) -> None:
     """Put a sorted text into the cache, whole or not at all; the least recently used ones are deleted."""
     listed = json.dumps([[*file, len(row)] for file, row in rows.items()])
-    content = {"tokens": text.tokens.data, "places": text.places.data, "files.json": listed.encode()}
+    content: dict[str, memoryview | bytes] = {
+        "tokens": text.tokens.data.cast("B"),
+        "places": text.places.data.cast("B"),
+        "files.json": listed.encode(),
+    }
     temporary = Path(tempfile.mkdtemp(prefix="corpus-", dir=folder.parent))
     try:
         for name, data in content.items():

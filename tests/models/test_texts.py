@@ -1,7 +1,6 @@
 import os
 import stat
 
-import numpy as np
 import pytest
 
 from space_cli.models import texts

@@ -25,7 +25,7 @@ class SortedText:
     def __init__(self, tokens: np.ndarray, places: np.ndarray) -> None:
         self.tokens, self.places = tokens, places
         # single items of these are ints, and come several times as fast as those of arrays
-        self._text, self._places = memoryview(tokens), memoryview(places)
+        self._text, self._places = tokens.data, places.data
 
     @classmethod
     def of(cls, tokens: np.ndarray, on_progress: Callable[[float], None] = lambda _: None) -> SortedText:
@@ -41,9 +41,12 @@ class SortedText:
         places = ranks.astype(np.uint32)
         for farthest in range(_SORTED_BY, 0, -at_once):
             # values with their ranks in them sort stably, and ten times as fast as argsort does
-            keyed = packed[places + (_SORTED_BY - farthest)] << rank_bits | ranks
+            keyed = packed[places + (_SORTED_BY - farthest)]
+            keyed <<= rank_bits
+            keyed |= ranks
             keyed.sort()
-            places = places[keyed & (1 << rank_bits) - 1]
+            keyed &= (1 << rank_bits) - 1
+            places = places[keyed]
             on_progress(1 - (farthest - at_once) / _SORTED_BY)
         return cls(tokens, places)
 
