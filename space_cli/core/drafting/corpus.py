@@ -31,6 +31,7 @@ class SortedText:
     def of(cls, tokens: np.ndarray, on_progress: Callable[[float], None] = lambda _: None) -> SortedText:
         """Sort a text; `on_progress` gets the fraction that is done."""
         token_bits, rank_bits = int(tokens.max(initial=0) + 1).bit_length(), len(tokens).bit_length()
+        # each of 1, 2 and 3 divides `_SORTED_BY`
         at_once = min(3, (64 - rank_bits) // token_bits)
         padded = np.concatenate([np.zeros(_SORTED_BY, np.uint64), (tokens + 1).astype(np.uint64)])
         # several tokens in a value, the last of them on top
