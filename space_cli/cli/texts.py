@@ -25,7 +25,7 @@ def with_corpora(loaded: LoadedModel, paths: Sequence[Path] | None, *, quiet: bo
     from space_cli.cli.console import note
     from space_cli.models.corpora import read_corpus
 
-    with _progress(quiet=quiet) as show:
+    with corpus_progress(quiet=quiet) as show:
         return replace(loaded, corpora=(read_corpus(loaded.tokenizer, paths, show, partial(note, quiet=quiet)),))
 
 
@@ -39,7 +39,8 @@ def with_past_answers(loaded: LoadedModel, *, kept: bool) -> LoadedModel:
 
 
 @contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
+def corpus_progress(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
+    """Show a bar meanwhile, if standard error is a terminal; yield what moves it."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from space_cli.cli.console import err
