@@ -73,7 +73,8 @@ def load(
         corpus: files or folders with text that answers may repeat, to copy drafts from (docs/drafts.md).
         cache_bytes: of keys and values kept from answer to answer.
         on_compile: called before a compilation, which takes a minute or more (docs/engines.md).
-        on_progress, on_problem: see `space_cli.models.corpora.read_corpus`.
+        on_progress: see `space_cli.models.corpora.read_corpus`.
+        on_problem: the same.
 
     Raises:
         UsageProblem: no such model, or one that cannot work; no text in the corpus.

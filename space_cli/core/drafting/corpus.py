@@ -33,18 +33,12 @@ class SortedText:
         token_bits, rank_bits = int(tokens.max(initial=0) + 1).bit_length(), len(tokens).bit_length()
         # each of 1, 2 and 3 divides `_SORTED_BY`
         at_once = min(3, (64 - rank_bits) // token_bits)
-        padded = np.concatenate([np.zeros(_SORTED_BY, np.uint64), (tokens + 1).astype(np.uint64)])
-        # several tokens in a value, the last of them on top
-        packed = padded
-        for last in range(1, at_once):
-            packed = padded[last:] << last * token_bits | packed[:-1]
-        ranks = np.arange(len(tokens), dtype=np.uint64)
-        places = ranks.astype(np.uint32)
+        packed, places = _packed(tokens, token_bits, at_once), np.arange(len(tokens), dtype=np.uint32)
         for farthest in range(_SORTED_BY, 0, -at_once):
             # values with their ranks in them sort stably, and ten times as fast as argsort does
             keyed = packed[places + (_SORTED_BY - farthest)]
             keyed <<= rank_bits
-            keyed |= ranks
+            keyed |= np.arange(len(keyed), dtype=np.uint64)
             keyed.sort()
             keyed &= (1 << rank_bits) - 1
             places = places[keyed]
@@ -62,3 +56,12 @@ class SortedText:
     def _before(self, place: int) -> list[int]:
         """Return the tokens in front of a place, the nearest first."""
         return self._text[max(0, place - _SORTED_BY) : place].tolist()[::-1]
+
+
+def _packed(tokens: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return `count` tokens in each value, the last of them on top; `_SORTED_BY` zeros come first."""
+    padded = np.concatenate([np.zeros(_SORTED_BY, np.uint64), (tokens + 1).astype(np.uint64)])
+    packed = padded
+    for last in range(1, count):
+        packed = padded[last:] << last * bits | packed[:-1]
+    return packed
