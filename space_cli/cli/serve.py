@@ -13,6 +13,7 @@ from pydantic import Field
 
 from space_cli.cli import options
 from space_cli.cli.groups import Group, grouped
+from space_cli.cli.texts import corpus_progress
 from space_cli.errors import UsageProblem, opening
 from space_cli.text import read_text
 
@@ -81,6 +82,7 @@ class ServedModelOptions(options.LoadOptions):
 
     engine: options.Engine = "auto"
     template: options.Template = None
+    corpus: options.Corpus = None
 
 
 _LogPrompts = Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log, too.")]
@@ -112,12 +114,15 @@ def serve(
     def loaded_by(name: str) -> Model:
         from space_cli import api
 
-        loaded = api.load(
-            name,
-            **models.model_dump(),
-            cache_bytes=limit.cache_mib * 2**20,
-            on_compile=lambda: tell(COMPILING),
-        )
+        with corpus_progress(quiet=quiet or not models.corpus) as show:
+            loaded = api.load(
+                name,
+                **models.model_dump(),
+                cache_bytes=limit.cache_mib * 2**20,
+                on_compile=lambda: tell(COMPILING),
+                on_progress=show,
+                on_problem=tell,
+            )
         # measure step costs now rather than in the first answer
         loaded.drafts("space")
         return loaded

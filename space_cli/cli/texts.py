@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,15 +17,16 @@ def with_corpora(loaded: LoadedModel, paths: Sequence[Path] | None, *, quiet: bo
     """Return the model with the texts of files and folders to copy from; shows a progress bar.
 
     Raises:
-        UsageProblem: a path is not there, cannot be read, or has no text in it.
+        UsageProblem: a path is not there, or there is no text in any.
     """
     if not paths:
         return loaded
 
-    from space_cli.models.texts import read_corpus
+    from space_cli.cli.console import note
+    from space_cli.models.corpora import read_corpus
 
-    with _progress(quiet=quiet) as show:
-        return replace(loaded, corpora=(read_corpus(loaded.tokenizer, paths, show),))
+    with corpus_progress(quiet=quiet) as show:
+        return replace(loaded, corpora=(read_corpus(loaded.tokenizer, paths, show, partial(note, quiet=quiet)),))
 
 
 def with_past_answers(loaded: LoadedModel, *, kept: bool) -> LoadedModel:
@@ -37,7 +39,8 @@ def with_past_answers(loaded: LoadedModel, *, kept: bool) -> LoadedModel:
 
 
 @contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
+def corpus_progress(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
+    """Show a bar meanwhile, if standard error is a terminal; yield what moves it."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from space_cli.cli.console import err

@@ -155,6 +155,19 @@ def test_a_prediction_saves_calls_and_changes_nothing(model):
     assert len(predicted.steps) < 0.6 * len(plain.steps)
 
 
+def test_a_corpus_saves_calls_and_changes_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plain = model.generate(PROMPT, raw=True, max_new_tokens=60)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "answer.txt").write_text(PROMPT + plain.text)
+
+    knows = space_cli.load("nano", engine="eager", dtype="float32", corpus=[tmp_path / "corpus"])
+    found = knows.generate(PROMPT, raw=True, max_new_tokens=60)
+
+    assert found.token_ids == plain.token_ids
+    assert len(found.steps) < 0.6 * len(plain.steps)
+
+
 def test_coroutines_answer_as_the_others_do(model):
     async def both():
         pieces = [piece async for piece in model.astream(PROMPT, raw=True, max_new_tokens=20)]

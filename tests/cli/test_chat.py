@@ -145,3 +145,15 @@ def test_a_corpus_is_copied_from_and_changes_no_answer(run_space, tiny_model_dir
 
     assert json.loads(found.stdout)["token_ids"] == json.loads(without.stdout)["token_ids"]
     assert (absent.returncode, absent.stderr) == (2, "space: --corpus no: no such file or folder\n")
+
+
+def test_a_corpus_that_cannot_be_kept_is_told_and_used(run_space, tiny_model_dir, tmp_path):
+    (tmp_path / "file").write_text(PROMPT[1] * 20)
+
+    ran = run_space(
+        *("chat", "--model", tiny_model_dir, *PROMPT, *FAST, "--no-memory", "--corpus", "file"),
+        XDG_CACHE_HOME=str(tmp_path / "file"),
+    )
+
+    told = f"the sorted --corpus could not be kept in {tmp_path}/file/space/text: Not a directory"
+    assert (ran.returncode, told in ran.stderr) == (0, True)

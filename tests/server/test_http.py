@@ -49,6 +49,19 @@ def test_curl_gets_whole_and_streamed_answers(server):
     assert text == json.loads(whole)["choices"][0]["message"]["content"]
 
 
+def test_a_corpus_drafts_and_changes_nothing(server, start_server, tmp_path):
+    body = json.dumps({**json.loads(BODY), "max_tokens": 40})
+    plain = json.loads(curl(f"{server.url}/v1/chat/completions", *JSON, "-d", body)[1])
+    (tmp_path / "answer.txt").write_text(plain["choices"][0]["message"]["content"])
+
+    with start_server("--corpus", tmp_path / "answer.txt") as knows:
+        found = json.loads(curl(f"{knows.url}/v1/chat/completions", *JSON, "-d", body)[1])
+
+    assert found["choices"] == plain["choices"]
+    accepted = [each["usage"]["completion_tokens_details"]["accepted_prediction_tokens"] for each in (plain, found)]
+    assert accepted[1] > accepted[0]
+
+
 def test_health_models_metrics_and_docs(server):
     assert json.loads(curl(f"{server.url}/health")[1])["status"] == "ok"
     assert "nano" in [model["id"] for model in json.loads(curl(f"{server.url}/v1/models")[1])["data"]]

@@ -2,96 +2,66 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from space_cli.core.drafting.ngrams import BRANCHES, LONGEST_MATCH, MAX_COPIED, SEPARATOR, Continuation
+from space_cli.core.drafting.ngrams import SEPARATOR, Continuation, continuations
 
-_BITS, _PACKED = 21, 3
-_SORTED_BY = 2 * _PACKED
-_NEAREST = 4
+_SORTED_BY, _NEAREST = 6, 4
 
 
-@dataclass(frozen=True)
 class SortedText:
-    """Token ids and every place between them, sorted by the tokens in front of it, the nearest first.
+    """Token ids and all places between them, sorted by the tokens in front of each, the nearest first.
 
-    The longest matches lie next to where the newest tokens would be sorted in. Arrays may be memory maps.
+    The longest matches lie next to where the newest tokens would be sorted in.
 
-    Attributes:
+    Args:
         tokens: (N) int32; texts end with `SEPARATOR`.
-        places: (N) uint32, sorted by `_SORTED_BY` tokens.
-        starts: (V + 2) int64, by token + 1, where places behind that token begin.
+        places: (N) uint32, sorted by `_SORTED_BY` tokens, then by themselves. Both may be memory maps.
     """
 
-    tokens: np.ndarray
-    places: np.ndarray
-    starts: np.ndarray
+    def __init__(self, tokens: np.ndarray, places: np.ndarray) -> None:
+        self.tokens, self.places = tokens, places
+        # single items of these are ints, and come several times as fast as those of arrays
+        self._text, self._places = tokens.data, places.data
 
     @classmethod
     def of(cls, tokens: np.ndarray, on_progress: Callable[[float], None] = lambda _: None) -> SortedText:
-        """Sort a text; a second for three million tokens.
-
-        Args:
-            tokens: (N) int32, each below 2^20.
-            on_progress: gets the share that is done.
-        """
-        near = np.zeros(len(tokens) + _PACKED, dtype=np.uint64)
-        # the token i places in front of place p is near[p + _PACKED - i]
-        near[_PACKED:] = tokens + 1
-        packed = np.zeros(len(tokens), dtype=np.uint64)
-        for distance in range(1, _PACKED + 1):
-            packed = packed << np.uint64(_BITS) | near[_PACKED - distance : -distance]
-        order = np.argsort(packed)
-        on_progress(0.4)
-        changed = np.concatenate([[False], packed[order[1:]] != packed[order[:-1]]])
-        rank = np.zeros(len(tokens) + _PACKED, dtype=np.uint64)
-        rank[order + _PACKED] = np.cumsum(changed)
-        on_progress(0.6)
-        places = np.argsort(rank[_PACKED:] << np.uint64(32) | rank[:-_PACKED]).astype(np.uint32)
-        # place 0 has nothing in front of it
-        counts = np.bincount(np.concatenate([[0], tokens[:-1] + 1]), minlength=int(tokens.max(initial=0)) + 2)
-        on_progress(1.0)
-        return cls(tokens, places, np.concatenate([[0], np.cumsum(counts)]))
+        """Sort a text; `on_progress` gets the fraction that is done."""
+        token_bits, rank_bits = int(tokens.max(initial=0) + 1).bit_length(), len(tokens).bit_length()
+        # each of 1, 2 and 3 divides `_SORTED_BY`
+        at_once = min(3, (64 - rank_bits) // token_bits)
+        packed, places = _packed(tokens, token_bits, at_once), np.arange(len(tokens), dtype=np.uint32)
+        for farthest in range(_SORTED_BY, 0, -at_once):
+            # values with their ranks in them sort stably, and ten times as fast as argsort does
+            keyed = packed[places + (_SORTED_BY - farthest)]
+            keyed <<= rank_bits
+            keyed |= np.arange(len(keyed), dtype=np.uint64)
+            keyed.sort()
+            keyed &= (1 << rank_bits) - 1
+            places = places[keyed]
+            on_progress(1 - (farthest - at_once) / _SORTED_BY)
+        return cls(tokens, places)
 
     def lookup(self, tokens: Sequence[int]) -> list[Continuation]:
-        """Return a few continuations of `tokens` that begin differently, the longest match first."""
-        if tokens[-1] + 2 >= len(self.starts):
-            return []
-        newest = list(tokens[: -_SORTED_BY - 1 : -1])
-        first, last = int(self.starts[tokens[-1] + 1]), int(self.starts[tokens[-1] + 2])
-        low, high = first, last
-        while low < high:
-            middle = (low + high) // 2
-            if self._before(int(self.places[middle]), _SORTED_BY) < newest:
-                low = middle + 1
-            else:
-                high = middle
-        nearest = self.places[max(first, low - _NEAREST) : min(last, low + _NEAREST)].tolist()
-        context = list(tokens[: -LONGEST_MATCH - 1 : -1])
-        found: dict[int, tuple[int, int]] = {}
-        for place in nearest:
-            token, match = int(self.tokens[place]), self._match(place, context)
-            if token != SEPARATOR and match > found.get(token, (0, 0))[0]:
-                found[token] = (match, place)
-        best = sorted(found.values(), reverse=True)[:BRANCHES]
-        return [Continuation(match, self._copied(place), is_context=False) for match, place in best]
+        """See `Source`."""
+        at = bisect_left(self._places, list(tokens[: -_SORTED_BY - 1 : -1]), key=self._before)
+        nearest = self._places[max(0, at - _NEAREST) : at + _NEAREST]
+        places = [place for place in nearest if place and self._text[place - 1] == tokens[-1]]
+        found = continuations(self._text, [place for place in places if self._text[place] != SEPARATOR], tokens)
+        return [text._replace(is_context=False) for text in found]
 
-    def _before(self, place: int, most: int) -> list[int]:
+    def _before(self, place: int) -> list[int]:
         """Return the tokens in front of a place, the nearest first."""
-        before: list[int] = self.tokens[max(0, place - most) : place].tolist()
-        return before[::-1]
+        return self._text[max(0, place - _SORTED_BY) : place].tolist()[::-1]
 
-    def _match(self, place: int, context: Sequence[int]) -> int:
-        length = 0
-        for one, other in zip(self._before(place, LONGEST_MATCH), context, strict=False):
-            if one != other:
-                break
-            length += 1
-        return length
 
-    def _copied(self, place: int) -> list[int]:
-        copied: list[int] = self.tokens[place : place + MAX_COPIED].tolist()
-        return copied[: copied.index(SEPARATOR)] if SEPARATOR in copied else copied
+def _packed(tokens: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return `count` tokens in each value, the last of them on top; `_SORTED_BY` zeros come first."""
+    padded = np.concatenate([np.zeros(_SORTED_BY, np.uint64), (tokens + 1).astype(np.uint64)])
+    packed = padded
+    for last in range(1, count):
+        packed = padded[last:] << last * bits | packed[:-1]
+    return packed

@@ -29,55 +29,61 @@ class Source(Protocol):
         """Return a few continuations of `tokens` that begin differently, the longest match first, then the newest."""
 
 
+def continuations(text: Sequence[int], places: Iterable[int], tokens: Sequence[int]) -> list[Continuation]:
+    """Return what follows the best of `places`, as `Source.lookup` does; each place is behind the last of `tokens`.
+
+    A text that runs into its own end goes on as it did, as loops do; one that has ended has a `SEPARATOR` there.
+    """
+    # of places that the same token follows, the last stays
+    matches = {text[end]: (match, end) for match, end in sorted((_match(text, end, tokens), end) for end in places)}
+    found = []
+    for match, end in sorted(matches.values(), reverse=True)[:BRANCHES]:
+        copied = list(text[end : end + MAX_COPIED])
+        if SEPARATOR in copied:
+            copied = copied[: copied.index(SEPARATOR)]
+        elif len(copied) < MAX_COPIED:
+            copied = (copied * MAX_COPIED)[:MAX_COPIED]
+        found.append(Continuation(match, copied))
+    return found
+
+
+def _match(text: Sequence[int], end: int, tokens: Sequence[int]) -> int:
+    length, longest = 1, min(end, len(tokens), LONGEST_MATCH)
+    while length < longest and text[end - length - 1] == tokens[-length - 1]:
+        length += 1
+    return length
+
+
 class NgramIndex:
     """N-grams of a text as it grows, and of other texts (token ids) that were there before."""
 
     def __init__(self, texts: Iterable[Sequence[int]] = ()) -> None:
-        self._ends: dict[int, dict[tuple[int, ...], list[int]]] = {length: {} for length in _LENGTHS}
-        self._text: list[int] = []
+        self.text: list[int] = []
+        self._places: dict[tuple[int, ...], list[int]] = {}
         self._start = 0
         for text in texts:
             self.add(text)
 
-    def __len__(self) -> int:
-        return len(self._text)
-
     def add(self, text: Sequence[int]) -> None:
         """Take in a finished text; no match reaches from one text into another."""
         self.extend(text)
-        self._text.append(SEPARATOR)
-        self._start = len(self._text)
+        self.text.append(SEPARATOR)
+        self._start = len(self.text)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Take in what is new of the growing text, all of whose tokens these are."""
-        old = len(self._text)
-        self._text += tokens[old - self._start :]
+        old = len(self.text)
+        self.text += tokens[old - self._start :]
         # n-grams that something follows
-        for end in range(max(old, self._start + 1), len(self._text)):
-            for length, ends in self._ends.items():
+        for end in range(max(old, self._start + 1), len(self.text)):
+            for length in _LENGTHS:
                 if end - length >= self._start:
-                    ends.setdefault(tuple(self._text[end - length : end]), []).append(end)
+                    self._places.setdefault(tuple(self.text[end - length : end]), []).append(end)
 
     def lookup(self, tokens: Sequence[int]) -> list[Continuation]:
-        """Return a few continuations of `tokens` that begin differently, the longest match first, then the newest."""
-        for length, ends in self._ends.items():
-            places = ends.get(tuple(tokens[-length:]), ())[-_PLACES:]
+        """See `Source`."""
+        for length in _LENGTHS:
+            places = self._places.get(tuple(tokens[-length:]))
             if places:
-                matches = sorted(((self._match(tokens, end, length), end) for end in places), reverse=True)
-                first = {self._text[end]: (match, end) for match, end in reversed(matches)}
-                best = sorted(first.values(), reverse=True)[:BRANCHES]
-                return [Continuation(match, self._copied(end)) for match, end in best]
+                return continuations(self.text, places[-_PLACES:], tokens)
         return []
-
-    def _match(self, tokens: Sequence[int], end: int, length: int) -> int:
-        text, longest = self._text, min(end, len(tokens), LONGEST_MATCH)
-        while length < longest and text[end - length - 1] == tokens[-length - 1]:
-            length += 1
-        return length
-
-    def _copied(self, end: int) -> list[int]:
-        """Return what follows `end`; a text that runs into its own end goes on as it did, as loops do."""
-        copied = self._text[end : end + MAX_COPIED]
-        if SEPARATOR in copied:
-            return copied[: copied.index(SEPARATOR)]
-        return copied if len(copied) == MAX_COPIED else (copied * MAX_COPIED)[:MAX_COPIED]
