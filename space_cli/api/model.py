@@ -53,6 +53,7 @@ def load(
     template: str | None = None,
     cache_bytes: int = MAX_BYTES,
     on_compile: Callable[[], None] = lambda: None,
+    on_eager: Callable[[str], None] = lambda _: None,
 ) -> Model:
     """Load a model that answers.
 
@@ -68,6 +69,7 @@ def load(
         template: a template with one {} in place of the tokenizer's own.
         cache_bytes: of keys and values kept from answer to answer.
         on_compile: called before a compilation, which takes a minute or more (docs/engines.md).
+        on_eager: called where the model would be faster compiled and cannot be now, with the reason.
 
     Raises:
         UsageProblem: no such model, or one that cannot work.
@@ -81,7 +83,7 @@ def load(
         quantization=quantization,
         revision=revision,
     )
-    loaded = prepare(loaded, engine=engine, on_compile=on_compile)
+    loaded = prepare(loaded, engine=engine, on_compile=on_compile, on_eager=on_eager)
     release_threads()  # answers may be asked for by another thread
     return Model(loaded, template=template, cache_bytes=cache_bytes)
 
