@@ -19,7 +19,6 @@ from transformers.masking_utils import sdpa_mask
 from space_cli.compile import torch_private
 from space_cli.compile.operators import SHIMS
 from space_cli.compile.packing import LANES, Adapter, fused_groups, packed_layers
-from space_cli.compile.toolchain import compiler
 from space_cli.compile.workplace import workplace
 from space_cli.core.attention import check_arguments, has_replaceable_attention
 from space_cli.errors import RunFailed, first_line
@@ -71,6 +70,7 @@ def compile_model(model: PreTrainedModel, package: Path, adapter: Adapter | None
     shapes = ({1: size}, {1: size}, {2: size, 3: size}, {0: logits_to_keep})
     try:
         with ExitStack() as stack:
+            place = stack.enter_context(workplace(package.parent, _COMPILING_BYTES))
             stack.enter_context(torch.no_grad())
             stack.enter_context(warnings.catch_warnings(action="ignore"))  # torch warns of its own parts
             groups = fused_groups(model, adapter, own)
@@ -80,17 +80,17 @@ def compile_model(model: PreTrainedModel, package: Path, adapter: Adapter | None
             exported = torch.export.export(
                 CompiledCall(model), (*example, first_slots(slots - 1)), dynamic_shapes=shapes, strict=False
             )
-            place = stack.enter_context(workplace(package.parent, _COMPILING_BYTES))
             stack.enter_context(torch_private.inductor_cache_in(str(place)))
             metadata = {STATES: json.dumps(_states_of(exported)), GROUPS: json.dumps(groups)}
             settings = {
                 **INDUCTOR_CONFIGS,
                 "aot_inductor.custom_ops_to_c_shims": SHIMS,
                 "aot_inductor.metadata": metadata,
-                "cpp.cxx": (None, compiler()),
             }
             unfinished = torch_private.compile_package(exported, place / "program.pt2", settings)
             unfinished.replace(package)
+    except RunFailed:
+        raise
     except Exception as error:  # whatever in a foreign model defeats a compiler, the eager engine runs it
         raise RunFailed(f"the model could not be compiled: {type(error).__name__}: {first_line(error)}") from error
     finally:

@@ -21,9 +21,9 @@ MOST_BYTES = 2**28
 _UNUSED_SECONDS = 30 * 24 * 3600
 # a place just made may not be locked yet; where the file system knows no locks, no compilation takes a day
 _YOUNG_SECONDS, _OLD_SECONDS = 60, 24 * 3600
-_PLACE = "compiling-"
-# `tmp` as places were named before; a dot in front of what a killed process was writing
-_PLACES, _FILES = re.compile(rf"{_PLACE}|tmp"), re.compile(r"\.?(kernels|program|costs|speeds)-")
+_PLACE, _UNLOCKED = "compiling-", "tmp"  # the second of versions that did not lock theirs
+# a dot in front of what a killed process was writing
+_FILES = re.compile(r"\.?(kernels|program|costs|speeds)-")
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def tidy(folder: Path) -> None:
     now, kept = time.time(), 0
     for entry, age, size in sorted(_entries(folder, now), key=lambda each: each[1]):
         if entry.is_dir():
-            if _PLACES.match(entry.name) and _is_abandoned(entry, age):
+            if entry.name.startswith((_PLACE, _UNLOCKED)) and _is_abandoned(entry, age):
                 shutil.rmtree(entry, ignore_errors=True)
         elif _FILES.match(entry.name):
             kept += size
@@ -86,6 +86,8 @@ def _is_abandoned(place: Path, age: float) -> bool:
     """Return whether the process that made a place has ended."""
     if age < _YOUNG_SECONDS:
         return False
+    if place.name.startswith(_UNLOCKED):
+        return age > _OLD_SECONDS
     try:
         handle = os.open(place, os.O_RDONLY)
     except OSError:

@@ -67,15 +67,15 @@ def test_what_a_killed_compilation_left_goes_with_the_next_one_and_what_another_
     assert names(working) == ["half.cpp"]
 
 
-def test_a_place_just_made_that_is_not_locked_yet_stays(tmp_path):
-    young, old = tmp_path / "compiling-young", tmp_path / "tmp9egsyw9i"
-    for place in (young, old):
-        place.mkdir()
-    aged(old, HOUR)
+def test_places_that_are_not_locked_stay_while_somebody_may_be_compiling_in_them(tmp_path):
+    ages = {"compiling-young": 0, "compiling-old": HOUR, "tmp-of-an-earlier-version": HOUR, "tmp-left": 25 * HOUR}
+    for name, age in ages.items():
+        (tmp_path / name).mkdir()
+        aged(tmp_path / name, age)
 
     tidy(tmp_path)
 
-    assert names(tmp_path) == [young.name]
+    assert names(tmp_path) == ["compiling-young", "tmp-of-an-earlier-version"]
 
 
 def test_without_locks_only_what_is_a_day_old_goes(tmp_path, monkeypatch):
