@@ -34,6 +34,10 @@ class UsageProblem(SpaceError):
     exit_code = 2
 
 
+class ContextFull(UsageProblem):
+    """What is asked does not fit the model's context."""
+
+
 class RunFailed(SpaceError):
     """The run itself failed."""
 

@@ -25,7 +25,7 @@ from space_cli.core.drafting.ngrams import LONGEST_MATCH
 from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.core.threads import release_threads
-from space_cli.errors import UsageProblem
+from space_cli.errors import ContextFull, UsageProblem
 from space_cli.models.engines import EngineName, measured, prepare
 from space_cli.models.loading import LoadedModel, load_model
 from space_cli.models.registry import default_model
@@ -149,7 +149,7 @@ class Model:
         """
         limit = self.context_length
         if not self.fits(prompt_tokens, max_new_tokens):
-            raise UsageProblem(
+            raise ContextFull(
                 f"the prompt of {prompt_tokens} tokens leaves no room in the context of {limit}", hint="shorten it"
             )
         return max_new_tokens if limit is None else min(max_new_tokens, limit - prompt_tokens)

@@ -133,6 +133,11 @@ def _check_early_exit(loaded: LoadedModel, _sampling: Sampling, _draft: LoadedMo
         raise UsageProblem(f"{type(model).__name__} always runs all of its layers")
 
 
+def _check_tie(loaded: LoadedModel, _sampling: Sampling, _draft: LoadedModel | None) -> None:
+    if loaded.bigram is None:
+        raise UsageProblem(f"{loaded.name}: its masks are not tied: space is the same")
+
+
 def _check_mtp(loaded: LoadedModel, _sampling: Sampling, _draft: LoadedModel | None) -> None:
     if not getattr(loaded.model.config.get_text_config(), "num_mtp_layers", None):
         raise UsageProblem(f"{loaded.name} has no layers for multi-token prediction")
@@ -147,7 +152,15 @@ def _part(name: str, description: str, strategy: Strategy) -> Method:
             task.loaded.remember(generation.tokens)
         return generation
 
-    return Method(name, description, run, exact_under_seed=True, needs_masks=not strategy.copies, adaptive=True)
+    return Method(
+        name,
+        description,
+        run,
+        exact_under_seed=True,
+        needs_masks=not (strategy.copies and strategy.tie),
+        adaptive=True,
+        check=None if strategy.tie else _check_tie,
+    )
 
 
 METHODS = {
@@ -172,6 +185,7 @@ METHODS = {
         ),
         _part("space-masks", "blocks by cost, one token of each mask", Strategy(1, copies=False, memory=False)),
         _part("space-tree", "blocks by cost, several tokens of each mask", Strategy(copies=False, memory=False)),
+        _part("space-untied", "space, each mask guessing by itself", Strategy(tie=False, memory=False)),
         _part("space-lookup", "candidates copied from the context, no masks", Strategy(0, memory=False)),
         _part("space-memory", "space, with the answers of this run to copy from", Strategy()),
         Method("hf", "transformers' generate", _hf, exact_under_seed=False),

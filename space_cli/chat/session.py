@@ -18,7 +18,7 @@ from space_cli.chat.templates import Prefix, Turn
 from space_cli.core.cache import KVCache
 from space_cli.core.stopping import StopRule, text_behind
 from space_cli.core.stream import Generation, Step
-from space_cli.errors import UsageProblem, first_invalid
+from space_cli.errors import ContextFull, UsageProblem, first_invalid
 from space_cli.models.loading import LoadedModel
 from space_cli.models.support import check_candidates
 from space_cli.records import JsonRecord
@@ -115,7 +115,7 @@ class Session:
         asked = self.chat.request()
         while not self.model.fits(len(asked.token_ids), self.settings.max_new_tokens):
             if self.settings.context == "stop" or not self.chat.drop_oldest():
-                raise UsageProblem(
+                raise ContextFull(
                     f"the conversation of {len(asked.token_ids)} tokens leaves no room in the context of"
                     f" {self.loaded.context_length}",
                     hint="/reset, /undo, or `/set context shift` to drop the oldest turns",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -106,6 +107,12 @@ class MethodOptions(Group):
         "kl", description="Of an adapter. kl: the base's distribution at each position. ce: the token there."
     )
     rank: int | None = Field(None, ge=1, description="Of an adapter's low-rank weights; 32, or that of the one it has.")
+    bigram: int = Field(
+        32,
+        ge=0,
+        description="Rank of what a token says of the next one, which ties the guesses of a new adapter's masks; 0 for"
+        " none.",
+    )
 
     def chosen(self, loaded: LoadedModel, quantization: str) -> Method:
         """Return the method, auto decided by the model."""
@@ -215,6 +222,7 @@ def train(
     quiet: options.Quiet = False,
 ) -> int:
     """Fine-tune a model so that masks behind its input guess the tokens to come (SAR-SFT)."""
+    began = time.monotonic()
     place.check()
     if method.method == "full" and load.quantization != "none":
         raise UsageProblem("--method full cannot train quantised weights", hint="use --method adapter")
@@ -255,7 +263,7 @@ def train(
 
         view.show_dry_run(dry_run(loaded, prepared, recipe, base_model=_base_name(model, loaded)))
         return 0
-    space = _trained(loaded, prepared, recipe, _base_name(model, loaded), place, view=view)
+    space = _trained(loaded, prepared, recipe, _base_name(model, loaded), place, view=view, began=began)
     if process in (None, "0"):
         view.conclude(space, place.output)
     return 0
@@ -279,6 +287,7 @@ def _recipe(
         distinct_masks=method.masks == "distinct",
         groups=method.groups or _GROUPS[chosen],
         **method.model_dump(include={"candidates", "form", "p_sar", "mask_loss_weight", "loss", "rank"}),
+        bigram=method.bigram if (chosen, method.form) == ("adapter", "groups") else 0,
         distill=answers.count,
         temperatures=answers.parsed_temperatures,
         answer_tokens=min(answers.answer_tokens, length),
@@ -312,6 +321,7 @@ def _trained(
     place: OutputOptions,
     *,
     view: TrainView,
+    began: float,
 ) -> SpaceConfig:
     """Train; where that ends early, say what is kept and how to go on."""
     from space_cli.training.run import train
@@ -319,7 +329,14 @@ def _trained(
     try:
         with view:
             return train(
-                loaded, prepared, recipe, base_model=base_model, output=place.output, resume=place.resume, view=view
+                loaded,
+                prepared,
+                recipe,
+                base_model=base_model,
+                output=place.output,
+                resume=place.resume,
+                view=view,
+                began=began,
             )
     except UsageProblem:
         raise

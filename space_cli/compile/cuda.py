@@ -316,19 +316,13 @@ class _Fetched:
 def _top_k(logits: torch.Tensor) -> torch.Tensor:
     """Return (R, 2 * TOP_K) int32 of (R, V) logits: the most probable tokens, and their probabilities as bits.
 
-    Of equal logits the first comes first, which `topk` does not promise.
+    Of equal largest logits the first comes first, which `topk` does not promise.
     """
-    left = logits.float()
-    total = left.logsumexp(dim=-1, keepdim=True)
-    tokens, scores = [], []
-    for _ in range(TOP_K):
-        # not `max`: it may return any of equal ones
-        token = left.argmax(dim=-1, keepdim=True)
-        tokens.append(token)
-        scores.append(left.gather(1, token))
-        left = left.scatter(1, token, -torch.inf)
-    probs = (torch.cat(scores, dim=1) - total).exp()
-    return torch.cat([torch.cat(tokens, dim=1).int(), probs.view(torch.int32)], dim=1)
+    scores = logits.float()
+    first = scores.argmax(dim=-1, keepdim=True)
+    rest = scores.scatter(1, first, -torch.inf).topk(TOP_K - 1, dim=-1)
+    probs = (torch.cat([scores.gather(1, first), rest.values], dim=1) - scores.logsumexp(dim=-1, keepdim=True)).exp()
+    return torch.cat([torch.cat([first, rest.indices], dim=1).int(), probs.view(torch.int32)], dim=1)
 
 
 @lru_cache(maxsize=4096)

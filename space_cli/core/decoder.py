@@ -22,14 +22,14 @@ from space_cli.core.engine import Compiled, EagerEngine, Numerics, context_lengt
 from space_cli.core.sampling import Sampler, StepLogits
 from space_cli.core.stopping import StopRule, StopState
 from space_cli.core.stream import Parts, Step
-from space_cli.errors import UsageProblem
+from space_cli.errors import ContextFull
 
 
 def check_context(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
     """Raise `UsageProblem` unless prompt and new tokens fit into the model's context."""
     limit = context_length(model.config)
     if limit is not None and prompt_tokens + max_new_tokens > limit:
-        raise UsageProblem(
+        raise ContextFull(
             f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the model's context of {limit} tokens",
             hint="shorten the prompt or lower --max-new-tokens",
         )

@@ -27,7 +27,7 @@ from transformers import (
 
 from space_cli.errors import RunFailed
 
-TOP_K = 4
+TOP_K = 16
 """Tokens of each row whose probabilities an engine gives; `kSpaceLikely` of the kernels is the same number."""
 _NONE = -1
 _INFINITE = 0x7F80
@@ -234,15 +234,17 @@ class StepLogits:
             for row, (token, value) in enumerate(zip(tokens, own, strict=True))
         ]
 
-    def top_k(self, rows: range, history: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
-        """Return for consecutive rows the `count` most probable tokens with their probabilities, in descending order.
+    def top_k(self, rows: range, history: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return for consecutive rows the `count` most probable tokens, and their probabilities in descending order.
+
+        (rows, count) int64 and float32 or float64; fewer columns where the vocabulary is smaller.
 
         The first row's token follows `history`, the next one's the token after it, and so on. Drafts, not verdicts:
         processors see `history` alone.
         """
         if self._top_k is not None and count <= TOP_K:
-            top_k = (each[rows.start : rows.stop, :count].tolist() for each in self._top_k)
-            return [list(zip(*pair, strict=True)) for pair in zip(*top_k, strict=True)]
+            tokens, probs = (each[rows.start : rows.stop, :count] for each in self._top_k)
+            return tokens.numpy(), probs.numpy()
         scores = self._logits[rows.start : rows.stop]
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores = self._processors.applied(scores, history)
@@ -250,7 +252,7 @@ class StepLogits:
             places = range(len(history), len(history) + len(rows))
             scores = scores + torch.stack([self._noise.at(at, scores.shape[-1], scores.device) for at in places])
         probs, tokens = scores.softmax(dim=-1).topk(min(count, scores.shape[-1]), dim=-1)
-        return [list(zip(*pair, strict=True)) for pair in zip(tokens.tolist(), probs.tolist(), strict=True)]
+        return tokens.cpu().numpy(), probs.cpu().numpy()
 
 
 def largest(logits: torch.Tensor) -> list[int]:

@@ -20,15 +20,19 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from space_cli.compile.packing import Adapter, LowRank
+from space_cli.core.drafting import Bigram
 from space_cli.errors import UsageProblem, first_line
 from space_cli.models.checkpoint import ADAPTER_FILE
 
 _MASKS_KEY = "mask_embeddings"
-_ROWS_FOR_MEAN = 4096
+_BIGRAM_PREFIX = "bigram."
+_INNER = 256
+_ROWS_FOR_MEAN = _ROWS_AT_ONCE = 4096
 _EXPERTS = re.compile(r"experts|router|mlp\.gate$|moe\.gate$")
 
 
@@ -67,6 +71,59 @@ class SlotGate:
         return output * gate[..., None].to(output.dtype)
 
 
+class BigramLayer(nn.Module):
+    """What a token says of the next one, of low rank, to be added to the logits of the mask that guesses that one.
+
+    Masks guess independently of each other; this ties a guess to the token in front of it, which may be a guess itself.
+    It reads the base's embeddings of both, and has no part in the model's calls.
+
+    Args:
+        masks: m.
+        width: D.
+        rank: r.
+
+    Attributes:
+        inner: (D, 256), and `previous` (256, r): of the token in front, with a SiLU between.
+        following: (D, r).
+        gates: (m, r), by mask.
+    """
+
+    def __init__(self, masks: int, width: int, rank: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.inner = nn.Parameter(torch.randn(width, _INNER, generator=generator) * width**-0.5)
+        self.previous = nn.Parameter(torch.randn(_INNER, rank, generator=generator) * _INNER**-0.5)
+        self.following = nn.Parameter(torch.zeros(width, rank))
+        self.gates = nn.Parameter(torch.ones(masks, rank))
+
+    def forward(
+        self, logits: torch.Tensor, embeddings: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Return (S, V) logits with what (S) tokens say of the next ones.
+
+        Args:
+            logits: (S, V).
+            embeddings: (V, D) of all tokens.
+            tokens: (S) int64.
+            mask: (S) int64, which one of a group guesses; 0 is the first.
+        """
+        before = self.of_previous(embeddings[tokens]) * self.gates[mask.clamp(max=len(self.gates) - 1)]
+        return torch.addmm(logits, before.to(logits.dtype), self.of_following(embeddings).to(logits.dtype).t())
+
+    def of_previous(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return (S, r) of the (S, D) embeddings of tokens in front."""
+        inner = _normed(embeddings) @ self.inner.to(embeddings.dtype)
+        return functional.silu(inner) @ self.previous.to(embeddings.dtype)
+
+    def of_following(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Return (S, r) of the (S, D) embeddings of tokens that may follow."""
+        return _normed(embeddings) @ self.following.to(embeddings.dtype)
+
+
+def _normed(embeddings: torch.Tensor) -> torch.Tensor:
+    return functional.rms_norm(embeddings, embeddings.shape[-1:])
+
+
 class MaskEmbedding(nn.Module):
     """The base's input embeddings with trained rows for mask ids behind the vocabulary; sets the gate of each call.
 
@@ -77,6 +134,7 @@ class MaskEmbedding(nn.Module):
         gate: shared with the layers' hooks.
 
     Attributes:
+        bigram: ties the masks' guesses; None without one.
         masks_known: whether the running call has masks, where the caller tells; None is read off the ids, which on a
             GPU waits for them and cannot be part of a graph.
     """
@@ -84,6 +142,7 @@ class MaskEmbedding(nn.Module):
     def __init__(self, base: nn.Embedding, masks: int, layers: Sequence[LoraLayer], gate: SlotGate) -> None:
         super().__init__()
         self.base, self.layers, self.gate = base, layers, gate
+        self.bigram: BigramLayer | None = None
         self.masks_known: bool | None = None
         rows = torch.arange(0, base.num_embeddings, max(1, base.num_embeddings // _ROWS_FOR_MEAN))
         with torch.no_grad():
@@ -109,6 +168,13 @@ class MaskEmbedding(nn.Module):
         """The base's rows, of which output embeddings may be a view."""
         return self.base.weight
 
+    @property
+    def text_embeddings(self) -> torch.Tensor:
+        """(V, D), of all tokens of text."""
+        with torch.no_grad():
+            rows: torch.Tensor = self.base(torch.arange(self.base.num_embeddings, device=self.masks.device))
+        return rows
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return (B, S, D) embeddings of (B, S) ids."""
         size = self.base.num_embeddings
@@ -125,8 +191,14 @@ class MaskEmbedding(nn.Module):
         return torch.where(is_mask[..., None], masks, text)
 
 
-def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig) -> list[int]:
+def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig, *, bigram: int = 0) -> list[int]:
     """Freeze the model and add a new adapter in place; return the mask ids.
+
+    Args:
+        model: the base.
+        masks: number of mask ids.
+        lora: peft's config of the low-rank layers.
+        bigram: rank of the tie between neighbouring masks; 0 for none.
 
     Raises:
         UsageProblem: the model has no linear layers that can carry an adapter.
@@ -147,7 +219,10 @@ def attach_adapter(model: PreTrainedModel, masks: int, lora: LoraConfig) -> list
     gate = SlotGate()
     for layer in layers:
         layer.lora_B["default"].register_forward_hook(gate)
-    model.set_input_embeddings(MaskEmbedding(base, masks, layers, gate))
+    embedding = MaskEmbedding(base, masks, layers, gate)
+    if bigram:
+        embedding.bigram = BigramLayer(masks, embedding.masks.shape[1], bigram).to(base.weight.device)
+    model.set_input_embeddings(embedding)
     return list(range(base.num_embeddings, base.num_embeddings + masks))
 
 
@@ -155,6 +230,21 @@ def adapter_of(model: PreTrainedModel) -> MaskEmbedding | None:
     """Return the adapter's embeddings, or None if there is no adapter."""
     embedding = model.get_input_embeddings()
     return embedding if isinstance(embedding, MaskEmbedding) else None
+
+
+def bigram_of(model: PreTrainedModel) -> Bigram | None:
+    """Return what ties the guesses of the adapter's masks, as drafts use it, or None if there is none."""
+    embedding = adapter_of(model)
+    if embedding is None or embedding.bigram is None:
+        return None
+    layer, before, after = embedding.bigram, [], []
+    with torch.inference_mode():
+        for ids in torch.arange(embedding.num_text_embeddings, device=embedding.masks.device).split(_ROWS_AT_ONCE):
+            rows = embedding.base(ids.to(embedding.base.weight.device)).float()
+            before.append(layer.of_previous(rows).cpu())
+            after.append(layer.of_following(rows).cpu())
+        gates = layer.gates.detach().float().cpu().numpy()
+    return Bigram(torch.cat(before).numpy(), torch.cat(after).numpy(), gates)
 
 
 def adapter_updates(model: PreTrainedModel) -> Adapter | None:
@@ -172,11 +262,15 @@ def adapter_updates(model: PreTrainedModel) -> Adapter | None:
 
 
 def trained_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return what an adapter adds to its base: low-rank weights and mask embeddings."""
+    """Return what an adapter adds to its base: low-rank weights, mask embeddings and the tie between masks."""
     embedding = adapter_of(model)
     assert embedding is not None
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
-    return state | {_MASKS_KEY: embedding.masks.detach().cpu()}
+    state[_MASKS_KEY] = embedding.masks.detach().cpu()
+    if embedding.bigram is not None:
+        weights = embedding.bigram.state_dict()
+        state |= {_BIGRAM_PREFIX + name: weight.detach().cpu() for name, weight in weights.items()}
+    return state
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
@@ -215,6 +309,9 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise UsageProblem(f"{file}: not a readable adapter: {first_line(error)}") from error
     embeddings = state.pop(_MASKS_KEY, None)
+    bigram = {
+        name.removeprefix(_BIGRAM_PREFIX): state.pop(name) for name in [*state] if name.startswith(_BIGRAM_PREFIX)
+    }
     misfit = UsageProblem(f"{file}: does not fit this base model", hint="load it on the model it was trained on")
     if embeddings is None or embeddings.shape != adapter.masks.shape:
         raise misfit
@@ -224,5 +321,13 @@ def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
         raise misfit from error
     if result.unexpected_keys or any("lora_" in name for name in result.missing_keys):
         raise misfit
+    if bigram and adapter.bigram is None:
+        rank = bigram["gates"].shape[-1] if "gates" in bigram else 0
+        adapter.bigram = BigramLayer(len(adapter.masks), adapter.masks.shape[1], rank).to(adapter.masks.device)
+    try:
+        if adapter.bigram is not None:
+            adapter.bigram.load_state_dict(bigram)
+    except RuntimeError as error:
+        raise misfit from error
     with torch.no_grad():
         adapter.masks.copy_(embeddings)

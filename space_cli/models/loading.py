@@ -21,7 +21,16 @@ from transformers.utils.hub import cached_file
 from space_cli.chat.templates import encode
 from space_cli.core.block import Block
 from space_cli.core.costs import ASSUMED_COSTS, StepCosts
-from space_cli.core.drafting import EVERYTHING, AcceptanceStats, AdaptiveDrafter, ChainDrafter, Drafter, Guide, Strategy
+from space_cli.core.drafting import (
+    EVERYTHING,
+    AcceptanceStats,
+    AdaptiveDrafter,
+    Bigram,
+    ChainDrafter,
+    Drafter,
+    Guide,
+    Strategy,
+)
 from space_cli.core.drafting.ngrams import Source
 from space_cli.core.engine import Compiled, context_length, embedding_rows
 from space_cli.core.quantized import dequantize, num_parameters
@@ -57,6 +66,7 @@ class LoadedModel:
         completes: it is a base model, which goes on with a text, whatever its chat template.
         gguf: the file its weights came from, the first of several shards; None for a folder of safetensors.
         quantization: of its weights when they were loaded, `none` where they are as stored.
+        bigram: ties the masks' guesses; None where none was trained.
         corpora: texts to copy from.
         past: answers of before to copy from, to which new ones are added; None where they are not wanted.
         stats: of its drafts by their strategy, from answer to answer.
@@ -80,6 +90,7 @@ class LoadedModel:
     completes: bool = False
     gguf: Path | None = None
     quantization: str = "none"
+    bigram: Bigram | None = None
     corpora: tuple[Source, ...] = ()
     past: PastAnswers | None = None
     stats: dict[Strategy, AcceptanceStats] = field(default_factory=dict)
@@ -108,7 +119,7 @@ class LoadedModel:
             guide: of a grammar that the answer follows.
         """
         if candidates is not None:
-            return ChainDrafter(Block.chain(candidates, candidates))
+            return ChainDrafter(Block.chain(candidates, candidates), bigram=self.bigram)
         if strategy not in self.stats:
             accepted = () if self.space is None else self.space.accepted_by_depth
             self.stats[strategy] = AcceptanceStats(self.costs, self.masks_per_group, accepted)
@@ -116,6 +127,7 @@ class LoadedModel:
             self.stats[strategy],
             self.masks_per_group,
             strategy,
+            bigram=self.bigram,
             texts=texts,
             sources=self.sources(strategy),
             guide=guide,
@@ -184,8 +196,9 @@ def load_model(
         raise _not_loaded(name, entry, error) from error
     if quantization == "none" and chosen_device != SPREAD:
         model.to(torch.device(chosen_device))  # type: ignore[arg-type]  # wrapped in a way that hides its signature
+    bigram = None
     if space is not None and space.method == "adapter":
-        _put_adapter_on(model, entry, revision, space)
+        bigram = _put_adapter_on(model, entry, revision, space)
     model.eval()
     support.check_block(model, name)
     return LoadedModel(
@@ -202,6 +215,7 @@ def load_model(
         completes=entry.completes or _base_completes(space, models_file),
         gguf=file,
         quantization=quantization,
+        bigram=bigram,
         **_mask_fields(name, model, space, entry),
     )
 
@@ -328,12 +342,15 @@ def _base_completes(space: SpaceConfig | None, models_file: Path | None) -> bool
     return space is not None and space.base_model in known and known[space.base_model].completes
 
 
-def _put_adapter_on(model: PreTrainedModel, entry: ModelEntry, revision: str | None, space: SpaceConfig) -> None:
-    """Load an adapter, from the Hub if needed, onto its base model."""
-    from space_cli.models.adapter import load_adapter  # peft takes half a second to import
+def _put_adapter_on(
+    model: PreTrainedModel, entry: ModelEntry, revision: str | None, space: SpaceConfig
+) -> Bigram | None:
+    """Load an adapter, from the Hub if needed, onto its base model; return the bigram that it has."""
+    from space_cli.models.adapter import bigram_of, load_adapter  # peft takes half a second to import
 
     files = [cached_file(entry.checkpoint, name, revision=revision) for name in ADAPTER_FILES]
     load_adapter(model, Path(str(files[-1])).parent, masks=len(space.mask_token_ids))
+    return bigram_of(model)
 
 
 def _mask_fields(name: str, model: PreTrainedModel, space: SpaceConfig | None, entry: ModelEntry) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
-from space_cli.errors import UsageProblem, first_invalid
+from space_cli.errors import ContextFull, UsageProblem, first_invalid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,8 +69,7 @@ def api_error(error: BaseException) -> ApiError:
         message = f"{found.field or 'the body'}: {found.reason}"
         return ApiError(400, message, param=found.field or None, code="invalid_value")
     if isinstance(error, UsageProblem):
-        too_long = "leaves no room in the context" in error.message
-        code = "context_length_exceeded" if too_long else "invalid_value"
+        code = "context_length_exceeded" if isinstance(error, ContextFull) else "invalid_value"
         return ApiError(400, str(error), code=code)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return ApiError(503, "the machine is out of memory for this request", code="out_of_memory")

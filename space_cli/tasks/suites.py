@@ -68,8 +68,9 @@ def _file_rows(name: str) -> Iterator[SourceRow]:
     if there:
         return read_file(file)
     otherwise = f"known suites: {', '.join(SUITES)}; or a file of prompts"
-    hint = did_you_mean(name.partition("=")[0], SUITES, otherwise=otherwise)
-    raise UsageProblem(f"no suite and no file named {name!r}", hint=hint)
+    suite, equals, _ = name.partition("=")
+    what = f"{name}: no suite named {suite!r}" if equals else f"no suite and no file named {name!r}"
+    raise UsageProblem(what, hint=did_you_mean(suite, SUITES, otherwise=otherwise))
 
 
 def _recognise(rows: Sequence[SourceRow], field: str | None, *, stem: str) -> DatasetFormat:

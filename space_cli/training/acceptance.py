@@ -13,6 +13,7 @@ from space_cli.core.drafting import ChainDrafter
 from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation, is_repetitive
+from space_cli.models.adapter import bigram_of
 
 
 class Acceptance(BaseModel):
@@ -59,7 +60,7 @@ def measure_acceptance(
     """
     generations = []
     for number, prompt_ids in enumerate(prompts, start=1):
-        drafts = ChainDrafter(Block.chain(candidates, candidates))
+        drafts = ChainDrafter(Block.chain(candidates, candidates), bigram=bigram_of(model))
         steps = decode(model, prompt_ids, stop=stop, sampler=Sampler(), drafts=drafts, mask_token_ids=mask_token_ids)
         generations.append(Generation(list(steps)))
         on_progress(number, len(prompts))

@@ -24,6 +24,8 @@ from space_cli.core.cache import cache_arguments
 GROUPED = "space_grouped"
 """Name of `grouped_attention` in transformers' attention interface."""
 _KEY_MULTIPLE = 16
+_PREFILLED = 4096
+"""Slots of prompts computed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,11 @@ class _Row:
     generator: torch.Generator = field(repr=False)
 
     @property
+    def newest(self) -> int:
+        """The token to compute next."""
+        return self.answer[-1] if self.answer else self.request.prompt_ids[-1]
+
+    @property
     def length(self) -> int:
         """Tokens whose keys and values are in the cache."""
         return len(self.request.prompt_ids) + len(self.answer) - 1
@@ -70,38 +77,41 @@ def answer_in_batches(
         rows: most answers written at once.
         eos_token_ids: every id that ends an answer.
     """
-    cache = _RowCache(rows)
+    longest = max((len(each.prompt_ids) + each.max_new_tokens for each in requests), default=0)
+    cache = _RowCache(min(rows, len(requests)), -(-longest // _KEY_MULTIPLE) * _KEY_MULTIPLE)
     waiting = list(enumerate(requests))[::-1]
     running: list[_Row] = []
     with attention_of(model, GROUPED):
         while waiting or running:
-            while waiting and len(running) < rows:
-                row = _Row(*waiting.pop(), [], torch.Generator())
-                row.generator.manual_seed(row.request.seed)
-                logits = cache.prefill(model, len(running), row.request)
-                row.answer.append(_choose(logits, row))
-                running.append(row)
-            ended = [index for index, row in enumerate(running) if _has_ended(row, eos_token_ids)]
-            for index in reversed(ended):
+            new = [_begun(*waiting.pop(), model) for _ in range(min(len(waiting), rows - len(running)))]
+            cache.prefill(model, len(running), [row.request.prompt_ids[:-1] for row in new])
+            running += new
+            for row, token in zip(running, _chosen(cache.step(model, running), running), strict=True):
+                row.answer.append(token)
+            for index in reversed([index for index, row in enumerate(running) if _has_ended(row, eos_token_ids)]):
                 yield running[index].number, running[index].answer
                 cache.move(len(running) - 1, index)
                 running[index] = running[-1]
                 running.pop()
-            if running and not ended:
-                for row, logits in zip(running, cache.step(model, running), strict=True):
-                    row.answer.append(_choose(logits, row))
+
+
+def _begun(number: int, request: Request, model: PreTrainedModel) -> _Row:
+    return _Row(number, request, [], torch.Generator(model.device).manual_seed(request.seed))
 
 
 def _has_ended(row: _Row, eos_token_ids: frozenset[int]) -> bool:
     return row.answer[-1] in eos_token_ids or len(row.answer) >= row.request.max_new_tokens
 
 
-def _choose(logits: torch.Tensor, row: _Row) -> int:
-    """Return the greedy token, or one sampled by the Gumbel-max trick with the row's own noise."""
-    if row.request.temperature == 0:
-        return int(logits.argmax())
-    noise = -torch.empty(logits.shape).exponential_(generator=row.generator).log()
-    return int((logits.float() / row.request.temperature + noise.to(logits.device)).argmax())
+def _chosen(logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
+    """Return each row's greedy token, or one sampled by the Gumbel-max trick with the row's own noise."""
+    sampled = [index for index, row in enumerate(rows) if row.request.temperature]
+    if sampled:
+        logits = logits.float()
+    for index in sampled:
+        noise = torch.empty_like(logits[index]).exponential_(generator=rows[index].generator).log_()
+        logits[index].div_(rows[index].request.temperature).sub_(noise)
+    return cast(list[int], logits.argmax(dim=-1).tolist())
 
 
 class _RowCache:
@@ -114,9 +124,8 @@ class _RowCache:
         shown: slots that a step attends over.
     """
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self.capacity = self.shown = 0
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity, self.shown = rows, capacity, 0
         self.lengths = torch.zeros(0, dtype=torch.int64)
         self._cache = Cache(layer_class_to_replicate=cast(Any, partial(_RowLayer, self)))
 
@@ -124,19 +133,24 @@ class _RowCache:
     def _layers(self) -> list[_RowLayer]:
         return cast(list[_RowLayer], self._cache.layers)
 
-    def prefill(self, model: PreTrainedModel, index: int, request: Request) -> torch.Tensor:
-        """Prefill a prompt into a row; return the (V) logits after it."""
-        prompt = DynamicCache()
-        ids = torch.tensor([request.prompt_ids], device=model.device)
-        logits = model(ids, logits_to_keep=1, **cache_arguments(model, prompt)).logits
-        longest = len(request.prompt_ids) + request.max_new_tokens
-        self.capacity = max(self.capacity, -(-longest // _KEY_MULTIPLE) * _KEY_MULTIPLE)
-        while len(self._layers) < len(prompt.layers):
+    def prefill(self, model: PreTrainedModel, first: int, prompts: Sequence[Sequence[int]]) -> None:
+        """Prefill prompts into consecutive rows, some at a time; what pads the shorter ones is never seen."""
+        at_once = max(1, _PREFILLED // (max((len(ids) for ids in prompts), default=0) or 1))
+        for start in range(0, len(prompts), at_once):
+            some = prompts[start : start + at_once]
+            width = max(len(ids) for ids in some)
+            if width:
+                padded = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in some], device=model.device)
+                computed = DynamicCache()
+                model.base_model(input_ids=padded, **cache_arguments(model.base_model, computed))
+                self._take_in(first + start, computed)
+
+    def _take_in(self, first: int, computed: DynamicCache) -> None:
+        while len(self._layers) < len(computed.layers):
             self._layers.append(_RowLayer(self))
-        for layer, computed in zip(self._layers, prompt.layers, strict=True):
-            of_prompt = cast(DynamicLayer, computed)
-            layer.fill(index, cast(torch.Tensor, of_prompt.keys), cast(torch.Tensor, of_prompt.values))
-        return cast(torch.Tensor, logits[0, -1])
+        for layer, prompts in zip(self._layers, computed.layers, strict=True):
+            of_prompts = cast(DynamicLayer, prompts)
+            layer.fill(first, cast(torch.Tensor, of_prompts.keys), cast(torch.Tensor, of_prompts.values))
 
     def step(self, model: PreTrainedModel, running: Sequence[_Row]) -> torch.Tensor:
         """Compute the newest token of each row; return (B, V) logits."""
@@ -146,7 +160,7 @@ class _RowCache:
         hidden = torch.arange(self.shown, device=device)[None] > self.lengths[:, None]
         mask = torch.zeros(hidden.shape, dtype=model.dtype, device=device)
         mask = mask.masked_fill_(hidden, torch.finfo(model.dtype).min)[:, None, None]
-        ids = torch.tensor([[row.answer[-1]] for row in running], device=device)
+        ids = torch.tensor([[row.newest] for row in running], device=device)
         positions = self.lengths[:, None]
         logits = model(ids, attention_mask=mask, position_ids=positions, **cache_arguments(model, self._cache)).logits
         return cast(torch.Tensor, logits[:, -1])
@@ -177,20 +191,19 @@ class _RowLayer(CacheLayerMixin):
             setattr(self, name, states.new_zeros(shape))
         self.is_initialized = True
 
-    def fill(self, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write a prompt's (1, H, Q, D) states into a row; grow the buffers if necessary."""
+    def fill(self, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write the (B, H, Q, D) states of prompts into consecutive rows."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        missing = self._shared.capacity - self.keys.shape[2]
-        if missing > 0:
-            self.keys, self.values = (functional.pad(states, (0, 0, 0, missing)) for states in (self.keys, self.values))
-        self.keys[row, :, : keys.shape[2]] = keys[0]
-        self.values[row, :, : values.shape[2]] = values[0]
+        for own, states in ((self.keys, keys), (self.values, values)):
+            own[first : first + len(states), :, : states.shape[2]] = states
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write (B, H, 1, D) states, each row at its own position; return views (B, H, shown, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         count = len(key_states)
         rows = torch.arange(count, device=key_states.device)
         self.keys[rows, :, self._shared.lengths] = key_states[:, :, 0]

@@ -47,7 +47,12 @@ def dry_run(loaded: LoadedModel, prepared: Prepared, recipe: Recipe, *, base_mod
     The model given is trained by it.
     """
     mask_ids = prepare_model(
-        loaded, recipe.method, masks=recipe.candidates, distinct=recipe.distinct_masks, rank=recipe.rank
+        loaded,
+        recipe.method,
+        masks=recipe.candidates,
+        distinct=recipe.distinct_masks,
+        rank=recipe.rank,
+        bigram=recipe.bigram,
     )
     parameters = list(loaded.model.parameters())
     rates, seconds, memory = {}, {}, 0

@@ -98,7 +98,9 @@ def prepare_examples(
     )
 
 
-def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: bool, rank: int | None) -> list[int]:
+def prepare_model(
+    loaded: LoadedModel, method: Method, *, masks: int, distinct: bool, rank: int | None, bigram: int = 0
+) -> list[int]:
     """Add masks to a model and make the trained weights trainable, in place; return the mask ids.
 
     Args:
@@ -107,6 +109,7 @@ def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: 
         masks: m.
         distinct: one id per mask of a group rather than one for all.
         rank: of an adapter; None is that of the one the model carries, which is then trained further.
+        bigram: rank of the tie between a new adapter's masks; 0 for none.
 
     Raises:
         UsageProblem: the adapter that the model carries is of another rank or number of masks.
@@ -115,7 +118,7 @@ def prepare_model(loaded: LoadedModel, method: Method, *, masks: int, distinct: 
     if method == "adapter" and adapter_of(loaded.model) is not None:
         ids = _carried(loaded, num_masks, rank)
     elif method == "adapter":
-        ids = attach_adapter(loaded.model, num_masks, low_rank(loaded.model, rank or DEFAULT_RANK))
+        ids = attach_adapter(loaded.model, num_masks, low_rank(loaded.model, rank or DEFAULT_RANK), bigram=bigram)
     else:
         if adapter_of(loaded.model) is not None:
             raise UsageProblem(f"{loaded.name} is an adapter", hint="train its base, or use --method adapter on that")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,6 +35,7 @@ ANSWER_SHARE = 0.25
 _ENDLESS = 10_000  # epochs: the hours end it
 # settings that may change when resuming a training by hours
 _ADDED_WITH_HOURS = {"hours", "data", "distill", "max_steps"}
+_MAX_WORKERS = 12
 _FEW_SHAPES = 64  # many batch shapes fragment the allocator's memory
 
 
@@ -50,6 +52,7 @@ class Recipe:
         answer_batch_size: prompts the base answers at once.
         early_stop: stop when so many evaluations in a row lowered no held-out loss, and keep the best; 0 never stops.
         loss: of an adapter's masks.
+        bigram: rank of the tie between an adapter's masks; 0 for none.
         hours: end the training; None leaves it to epochs and steps.
         arguments: of transformers' TrainingArguments.
     """
@@ -63,6 +66,7 @@ class Recipe:
     mask_loss_weight: float
     loss: Loss
     rank: int | None
+    bigram: int
     distill: int
     temperatures: tuple[float, ...]
     answer_tokens: int
@@ -99,8 +103,19 @@ def train(
     output: Path,
     resume: bool,
     view: TrainingView,
+    began: float | None = None,
 ) -> SpaceConfig:
     """Train, and write a SPACE checkpoint to `output`; return its config.
+
+    Args:
+        loaded: the model.
+        prepared: what it learns from.
+        recipe: how.
+        base_model: what the checkpoint calls its base.
+        output: folder of checkpoints and result.
+        resume: go on from the newest checkpoint there.
+        view: sees it happen.
+        began: when the recipe's hours began to count, by `time.monotonic`; None is when the training begins.
 
     Raises:
         UsageProblem: nothing to resume, or other settings than those of the training to be resumed.
@@ -121,12 +136,24 @@ def train(
         answered = _distilled(loaded, prepared, recipe, settings["base_identity"], output / ANSWERS_FILE, view)
     set_seed(recipe.seed)  # of low-rank weights
     mask_ids = prepare_model(
-        loaded, recipe.method, masks=recipe.candidates, distinct=recipe.distinct_masks, rank=recipe.rank
+        loaded,
+        recipe.method,
+        masks=recipe.candidates,
+        distinct=recipe.distinct_masks,
+        rank=recipe.rank,
+        bigram=recipe.bigram,
     )
     counts = {"base": base_model, "examples": len(prepared.examples), "distilled": len(answered)}
     space = checkpoint_config(recipe, mask_ids, base_model, counts | json.loads(json.dumps(settings)))
     trainer = make_trainer(
-        loaded, recipe, space, [*prepared.examples, *answered], prepared.held_out_examples, output, [_Shows(view)]
+        loaded,
+        recipe,
+        space,
+        [*prepared.examples, *answered],
+        prepared.held_out_examples,
+        output,
+        [_Shows(view)],
+        began=began,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if _last_is_unmeasured(trainer):
@@ -269,6 +296,7 @@ def make_trainer(
     callbacks: list[TrainerCallback],
     *,
     with_masks: bool = True,
+    began: float | None = None,
 ) -> SARTrainer:
     """Return the trainer of a recipe for a model that has its masks.
 
@@ -281,6 +309,7 @@ def make_trainer(
         output: folder of the checkpoints.
         callbacks: of transformers' Trainer.
         with_masks: False trains AR alone, to compare the cost.
+        began: see `train`.
     """
     padding = loaded.tokenizer.pad_token_id
     collator = SARCollator(
@@ -302,6 +331,7 @@ def make_trainer(
         space=space,
         mask_loss_weight=recipe.mask_loss_weight,
         hours=recipe.hours,
+        began=began,
         model=loaded.model,
         args=arguments,
         train_dataset=Epochs(examples, epochs=recipe.epochs if recipe.hours is None else _ENDLESS, seed=recipe.seed),
@@ -319,6 +349,8 @@ def _arguments(loaded: LoadedModel, recipe: Recipe, output: Path, *, evaluates: 
         remove_unused_columns=False,
         disable_tqdm=True,
         use_cpu=loaded.device == "cpu",
+        # laying out the blocks of a batch takes longer than a GPU takes for it
+        dataloader_num_workers=0 if loaded.device == "cpu" else min(_MAX_WORKERS, os.cpu_count() or 1),
         eval_strategy="steps" if evaluates else "no",
         eval_steps=recipe.arguments["save_steps"],
         eval_on_start=evaluates,

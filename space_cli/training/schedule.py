@@ -25,15 +25,17 @@ class HoursSchedule(TrainerCallback):
 
     Args:
         hours: in all.
+        began: when this sitting's began, by `time.monotonic`, answers included; None is when it begins to train.
 
     Attributes:
         spent: hours of earlier sittings.
     """
 
-    def __init__(self, hours: float) -> None:
+    def __init__(self, hours: float, began: float | None = None) -> None:
         self._hours = hours
         self.spent = 0.0
-        self._began = time.monotonic()
+        self._given = began
+        self._began = time.monotonic() if began is None else began
         self._first_step = 0
 
     @property
@@ -52,7 +54,8 @@ class HoursSchedule(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read the hours spent before."""
         self.spent = max((row[SPENT] for row in state.log_history if SPENT in row), default=0.0)
-        self._began, self._first_step = time.monotonic(), state.global_step
+        self._began = time.monotonic() if self._given is None else self._given
+        self._first_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop when the time is up, after evaluating and saving."""

@@ -61,6 +61,7 @@ class SARTrainer(Trainer):
         space: what the checkpoint will say of itself.
         mask_loss_weight: of a mask's loss, beside that of a token; an adapter learns masks alone.
         hours: shape the learning rate and end the training; None leaves that to the arguments.
+        began: when they began to count, by `time.monotonic`; None is when the training begins.
         **given: as transformers' Trainer takes it.
     """
 
@@ -74,10 +75,11 @@ class SARTrainer(Trainer):
         space: SpaceConfig,
         mask_loss_weight: float,
         hours: float | None = None,
+        began: float | None = None,
         **given: Any,
     ) -> None:
         super().__init__(data_collator=collator, **given)
-        self._schedule = None if hours is None else HoursSchedule(hours)
+        self._schedule = None if hours is None else HoursSchedule(hours, began)
         if self._schedule is not None:
             self.add_callback(self._schedule)
         self.remove_callback(PrinterCallback)
@@ -121,7 +123,9 @@ class SARTrainer(Trainer):
     def _measure(self, losses: torch.Tensor, hits: torch.Tensor, index: torch.Tensor) -> None:
         """Add up loss, hits and number of slots, for tokens (0) and each mask of a group."""
         kinds = functional.one_hot(index, self._masks + 1).float()
-        self._sums += torch.stack([losses @ kinds, hits.float() @ kinds, kinds.sum(dim=0)]).cpu()
+        # where they are: fetching them would wait for the device at every step
+        self._sums = self._sums.to(kinds.device)
+        self._sums += torch.stack([losses @ kinds, hits.float() @ kinds, kinds.sum(dim=0)])
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the slots' figures since the last log besides Trainer's."""

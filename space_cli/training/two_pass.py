@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from space_cli.core.cache import cache_arguments
 from space_cli.core.collator import IGNORED, SARCollator
+from space_cli.models.adapter import MaskEmbedding, adapter_of
 from space_cli.training.fused import fuse_low_rank_layers, training_attention_of
 from space_cli.training.trainer import SARTrainer
 
@@ -24,6 +25,7 @@ Loss = Literal["kl", "ce"]
 """kl: a mask learns the base's distribution at its position; ce: the token that stands there."""
 DEPTH_DECAY = 0.8
 """Weight of a mask's loss relative to that of the mask before it: a deep one counts only where all before are right."""
+_EVEN = 8
 # elements of a table of logits worked on at once
 _CPU_ELEMENTS, _DEVICE_ELEMENTS = 400_000, 100_000_000
 
@@ -46,9 +48,10 @@ class TwoPassCollator:
         """Return the batch of `features`, which are those of `SARCollator`."""
         rows = [self.blocks.row(feature) for feature in features]
         tokens = [block.num_tokens for block, _, _ in rows]
-        width = max(tokens)
+        # what pads the text is seen by nothing; attention on a GPU wants tables of even rows
+        width = _rounded_up(max(tokens), _EVEN)
         slots = max(1, *(block.num_slots - block.num_tokens for block, _, _ in rows))
-        slots = -(-slots // self.blocks.pad_to_multiple_of) * self.blocks.pad_to_multiple_of
+        slots = _rounded_up(slots, self.blocks.pad_to_multiple_of)
         own = torch.eye(slots, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
         batch = {
             "text_ids": torch.full((len(rows), width), self.blocks.pad_token_id),
@@ -69,6 +72,10 @@ class TwoPassCollator:
             batch["attention_mask"][row, 0, :size, :count] = visible[:, :count]
             batch["attention_mask"][row, 0, :size, width : width + size] = visible[:, count:]
         return batch
+
+
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 class TwoPassTrainer(SARTrainer):
@@ -116,6 +123,13 @@ class TwoPassTrainer(SARTrainer):
             row = torch.arange(len(learns), device=slots.device)[:, None]
             place = row * len(slots) + torch.searchsorted(slots, positions).clamp_(max=len(slots) - 1)
         total, losses, hits = _mask_loss(logits, labels, weights, teacher.flatten(0, 1), place)
+        embedding = cast(MaskEmbedding, adapter_of(self.model))
+        if embedding.bigram is not None:
+            # half of the loss stays that of masks by themselves: their most probable tokens are the ones that get tied
+            previous = inputs["text_ids"].gather(1, positions.clamp(max=inputs["text_ids"].shape[1] - 1)).flatten()
+            tied = embedding.bigram(logits, embedding.text_embeddings, previous, (depth - 1).clamp(min=0))
+            of_tied, losses, hits = _mask_loss(tied, labels, weights, teacher.flatten(0, 1), place)
+            total = (total + of_tied) / 2
         known = labels != IGNORED
         self._measure(losses[known], hits[known], depth[known])
         loss = total / (num_items_in_batch if num_items_in_batch is not None else max(1, int(learns.sum())))

@@ -251,12 +251,12 @@ class _Watched(AdaptiveDrafter):
 
     def __init__(self, loaded: LoadedModel, predictions: list[Sequence[int]]) -> None:
         stats = AcceptanceStats(ASSUMED_COSTS, loaded.masks_per_group, trials=math.inf)
-        super().__init__(stats, loaded.masks_per_group, sources=loaded.sources())
+        super().__init__(stats, loaded.masks_per_group, bigram=loaded.bigram, sources=loaded.sources())
         self._noted = predictions
 
     def draft(self, tokens: Sequence[int], step_logits: StepLogits | None = None, group: range = range(0)) -> Proposal:
         proposal = super().draft(tokens, step_logits, group)
-        self._noted.append([row[0][0] for row in proposal.predictions])
+        self._noted.append(list(proposal.guesses))
         return proposal
 
     def observe(self, step: Verified) -> None:

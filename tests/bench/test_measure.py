@@ -169,8 +169,15 @@ def test_methods_that_cannot_run_are_left_out_with_a_word(loaded):
     own, peers = ["ar", "space", "space-lookup", "space-memory"], ["hf", "hf-lookup", "hf-early-exit"]
     assert [method.name for method in chosen] == own + peers
     assert "has no masks" in left_out["space-chain"]
+    assert "has no masks" in left_out["space-untied"]
     assert "no layers for multi-token prediction" in left_out["hf-mtp"]
     assert "name one with --draft-model" in left_out["hf-assisted"]
+
+
+def test_without_a_tie_there_is_nothing_to_untie(loaded):
+    _, left_out = choose_methods(methods_named(["all"]), loaded, sampling=Sampling())
+
+    assert left_out["space-untied"] == f"{loaded.name}: its masks are not tied: space is the same"
 
 
 def test_early_exit_needs_a_model_whose_code_leaves_layers_out(loaded, tiny_models):

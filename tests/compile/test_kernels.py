@@ -251,9 +251,11 @@ def test_the_most_probable_tokens_and_their_probabilities(kernels, dtype, width)
 
     own = wide(logits).astype(np.float64)
     order = np.argsort(-own, axis=1, kind="stable")[:, :TOP_K]
-    assert np.array_equal(tokens, order)
+    known = order.shape[1]
+    assert np.array_equal(tokens[:, :known], order)
     softmax = np.exp(own) / np.exp(own).sum(axis=1, keepdims=True)
-    assert np.allclose(probs, np.take_along_axis(softmax, order, axis=1), rtol=1e-5)
+    assert not probs[:, known:].any()  # a vocabulary smaller than that
+    assert np.allclose(probs[:, :known], np.take_along_axis(softmax, order, axis=1), rtol=1e-5)
 
 
 def blocks_of(weight_type, outputs, width, random):

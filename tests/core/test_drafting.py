@@ -145,7 +145,7 @@ def test_where_drafts_never_pay_what_they_lose_is_a_bounded_share_of_time(dearer
     for _ in range(4000):
         proposal = drafter.draft([1])
         took = 1.0 if proposal.block.num_slots == 1 else dearer
-        drafter.observe(Verified(replace(proposal, predictions=[[(5, 0.9)]] * 3), [0], [1], took))
+        drafter.observe(Verified(replace(proposal, guesses=[5, 5, 5]), [0], [1], took))
         plain, seconds = plain + 1, seconds + took
 
     # half a hundredth, what may be lost at first, and the steps that tell how dear they are

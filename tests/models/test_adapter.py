@@ -1,6 +1,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from tiny import in_all, tiny_configs, tiny_model
@@ -11,17 +12,25 @@ from space_cli.core.drafting import ChainDrafter
 from space_cli.core.sampling import Sampler
 from space_cli.core.stopping import StopRule
 from space_cli.errors import UsageProblem
-from space_cli.models.adapter import adapter_of, attach_adapter, load_adapter, low_rank, save_adapter
+from space_cli.models.adapter import (
+    adapter_of,
+    attach_adapter,
+    bigram_of,
+    load_adapter,
+    load_adapter_weights,
+    low_rank,
+    save_adapter,
+)
 from space_cli.models.checkpoint import ADAPTER_FILE
 
 FAMILIES = (*tiny_configs(), "Falcon", "Gemma2", "GptOss", "Cohere2")
 PROMPT = [17, 3, 250, 44, 91, 8]
 
 
-def trained(model):
+def trained(model, bigram=0):
     """A copy of a model with an adapter whose every weight has moved."""
     adapted = copy.deepcopy(model)
-    ids = attach_adapter(adapted, 3, low_rank(adapted, 4))
+    ids = attach_adapter(adapted, 3, low_rank(adapted, 4), bigram=bigram)
     generator = torch.Generator().manual_seed(3)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -58,6 +67,44 @@ def test_what_is_no_mask_is_bit_for_bit_the_base(base):
     if type(base).__name__ not in ("MixtralForCausalLM", "GptOssForCausalLM"):
         assert torch.equal(mixed[:, : len(PROMPT)], expected[:, : len(PROMPT)])
     assert not torch.allclose(mixed[:, len(PROMPT) :], expected[:, len(PROMPT) :])
+
+
+def test_a_bigram_is_saved_loaded_and_changes_drafts_alone(tmp_path):
+    base = tiny_model("llama")
+    adapted, ids = trained(base, bigram=5)
+    previous, following = bigram_of(adapted).previous, bigram_of(adapted).following
+    expected = answer(base, AR_BLOCK)
+
+    save_adapter(adapted, tmp_path)
+    loaded = copy.deepcopy(base)
+    load_adapter(loaded, tmp_path, masks=3)
+
+    assert np.array_equal(bigram_of(loaded).previous, previous)
+    assert np.array_equal(bigram_of(loaded).following, following)
+    drafted = [[], []]
+    for seen, bigram in zip(drafted, (None, bigram_of(loaded)), strict=True):
+        steps = list(
+            decode(
+                loaded.eval(),
+                PROMPT,
+                stop=StopRule(24),
+                sampler=Sampler(),
+                drafts=ChainDrafter(Block.chain(3, 3), bigram=bigram),
+                mask_token_ids=ids,
+            )
+        )
+        seen += [step.candidates for step in steps]
+        assert [token for step in steps for token in step.tokens] == expected
+    assert drafted[0] != drafted[1]
+
+
+def test_a_bigram_of_another_vocabulary_is_refused(tmp_path):
+    adapted, _ = trained(tiny_model("llama"), bigram=5)
+    save_adapter(adapted, tmp_path)
+    other, _ = trained(tiny_model("llama"), bigram=4)
+
+    with pytest.raises(UsageProblem, match="does not fit this base model"):
+        load_adapter_weights(other, tmp_path)
 
 
 def test_space_with_an_adapter_gives_the_output_of_the_untouched_base(base):

@@ -380,7 +380,7 @@ def test_a_malformed_row_of_a_known_suite_is_reported_with_line_and_field(tmp_pa
 def test_an_unknown_suite_is_reported_with_a_suggestion(tmp_path):
     with pytest.raises(UsageProblem, match="did you mean humaneval"):
         load_suite("humanevl")
-    with pytest.raises(UsageProblem, match=r"no suite and no file named 'gsm8=a\.jsonl'; did you mean gsm8k"):
+    with pytest.raises(UsageProblem, match=r"gsm8=a\.jsonl: no suite named 'gsm8'; did you mean gsm8k"):
         load_suite("gsm8=a.jsonl")
     with pytest.raises(UsageProblem, match="Is a directory"):
         load_suite(str(tmp_path))

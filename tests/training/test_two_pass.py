@@ -18,9 +18,9 @@ EXAMPLES = [
 ]
 
 
-def adapted(family="llama"):
+def adapted(family="llama", bigram=0):
     model = lively(AutoModelForCausalLM.from_config(tiny_configs()[family], dtype=torch.float32))
-    ids = attach_adapter(model, MASKS, low_rank(model, 4))
+    ids = attach_adapter(model, MASKS, low_rank(model, 4), bigram=bigram)
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -50,8 +50,9 @@ def gradients(model):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("loss", ["kl", "ce"])
-def test_loss_and_gradients_are_those_of_one_pass_over_the_block(tmp_path, family, loss):
-    model, ids = adapted(family)
+@pytest.mark.parametrize("bigram", [0, 3])
+def test_loss_and_gradients_are_those_of_one_pass_over_the_block(tmp_path, family, loss, bigram):
+    model, ids = adapted(family, bigram)
     two_pass = trainer(model, ids, tmp_path, loss)
 
     model.eval()
@@ -75,7 +76,16 @@ def test_loss_and_gradients_are_those_of_one_pass_over_the_block(tmp_path, famil
                 continue
             depth = (slot - tokens) % MASKS
             wanted = logits[row, position].detach().softmax(-1) if loss == "kl" else torch.tensor(label)
-            total = total + 0.8**depth * functional.cross_entropy(logits[row, slot][None], wanted[None])
+            guess = logits[row, slot]
+            loss_of_mask = functional.cross_entropy(guess[None], wanted[None])
+            if bigram:
+                layer = model.get_input_embeddings().bigram
+                rows = model.get_input_embeddings()(torch.arange(VOCABULARY)).detach()
+                rows = rows / (rows.pow(2).mean(-1, keepdim=True) + torch.finfo(rows.dtype).eps).sqrt()
+                before = functional.silu(rows[example["input_ids"][position]] @ layer.inner) @ layer.previous
+                tied = guess + rows @ layer.following @ (before * layer.gates[depth])
+                loss_of_mask = (loss_of_mask + functional.cross_entropy(tied[None], wanted[None])) / 2
+            total = total + 0.8**depth * loss_of_mask
             count += 1
     expected = total / count
     expected.backward()
@@ -86,7 +96,7 @@ def test_loss_and_gradients_are_those_of_one_pass_over_the_block(tmp_path, famil
 
 
 def test_only_what_is_trained_gets_a_gradient(tmp_path):
-    model, ids = adapted()
+    model, ids = adapted(bigram=2)
 
     trainer(model, ids, tmp_path, "kl").compute_loss(model, TwoPassCollator(collator(ids))(EXAMPLES)).backward()
 

@@ -44,7 +44,7 @@ SPACE_LINEAR(space_linear_float32);
 SPACE_LINEAR(space_linear_bfloat16);
 
 // logits (rows, width); tokens and probs (rows, kSpaceLikely), the most probable first; as many as `sampling.TOP_K`
-constexpr int kSpaceLikely = 4;
+constexpr int kSpaceLikely = 16;
 #define SPACE_LIKELY(NAME) void NAME(const void* logits, int64_t* tokens, float* probs, int64_t rows, int64_t width)
 SPACE_LIKELY(space_likely_float32);
 SPACE_LIKELY(space_likely_bfloat16);

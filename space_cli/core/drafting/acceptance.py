@@ -56,7 +56,7 @@ class Credit:
         self._fraction, self._left, self.is_good = fraction, _FIRST_CREDIT, True
 
     def add(self, plain_steps: float, gain: float = 0.0) -> None:
-        """Take in a step by its time, and what it gained where it had masks or what they predicted."""
+        """Take in a step by its time, and what it gained where it had masks or what they guessed."""
         self._left = min(_MAX_CREDIT, self._left + self._fraction * plain_steps + gain)
         self.is_good = self._left > (0 if self.is_good else _TRIAL_CREDIT)
 
@@ -67,7 +67,7 @@ class AcceptanceStats:
     Args:
         costs: of steps, as measured beforehand.
         masks: m, the longest mask group.
-        accepted: how often 1, 2, ... predictions of a group were accepted before; assumed where it is not known.
+        accepted: how often 1, 2, ... guesses of a group were accepted before; assumed where it is not known.
         trials: the fraction of time that masks may lose.
 
     Attributes:
@@ -104,7 +104,7 @@ class AcceptanceStats:
     def add(self, step: Verified) -> None:
         """Take in what a proposal brought and what it cost."""
         self._add_copies(step.proposal.texts, step.tokens)
-        self._add_predictions(step.proposal, step.tokens)
+        self._add_guesses(step.proposal, step.tokens)
         self._add_costs(step)
         self._steps += 1
         if self._steps % _REFRESH == 0:
@@ -118,12 +118,12 @@ class AcceptanceStats:
             for depth in range(min(right + 1, len(came), len(text.tokens))):
                 averages[_BUCKETS[min(text.match + depth, LONGEST_MATCH) - 1]].add(depth < right)
 
-    def _add_predictions(self, proposal: Proposal, came: Sequence[int]) -> None:
+    def _add_guesses(self, proposal: Proposal, came: Sequence[int]) -> None:
         """Count how far the masks were right, beyond what a copy brings too."""
-        right = common_prefix_length([row[0][0] for row in proposal.predictions], came)
+        right = common_prefix_length(proposal.guesses, came)
         copied = max((common_prefix_length(text.tokens, came) for text in proposal.texts), default=0)
         for depth, accepted in enumerate(self._accepted, start=1):
-            if not proposal.predictions:
+            if not proposal.guesses:
                 accepted.add(0, 0)
             elif depth <= len(came) or right < len(came):
                 accepted.add(copied < depth <= right)
@@ -143,7 +143,7 @@ class AcceptanceStats:
             self._plain_ratio.add(seconds / self._seconds[1])
         self._since_plain = 0 if slots == 1 else self._since_plain + 1
         plain_steps = seconds / (self._seconds[1] * self._plain_ratio.value)
-        has_masks = slots > 1 and (block.anchors or step.proposal.predictions)
+        has_masks = slots > 1 and (block.anchors or step.proposal.guesses)
         self.masks.add(plain_steps, len(step.tokens) - plain_steps if has_masks else 0.0)
 
     def _expected_seconds(self, slots: int) -> float:

@@ -1,4 +1,4 @@
-"""The paper's drafts: the same block at every step, a mask group behind each of its tokens, one prediction per mask.
+"""The paper's drafts: the same block at every step, a mask group behind each of its tokens, one guess per mask.
 
 Source: SPACE paper (arXiv 2402.11809), section 3.3.
 """
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from space_cli.core.block import Block
+from space_cli.core.drafting.guesses import Bigram, Guesses
 from space_cli.core.drafting.ngrams import Continuation
-from space_cli.core.sampling import StepLogits
+from space_cli.core.sampling import TOP_K, StepLogits
 
 Substitute = Callable[[Sequence[int], Sequence[int]], Sequence[int]]
 """Gets all tokens so far and the candidate of each slot, returns the candidates to use."""
@@ -22,13 +23,13 @@ class Proposal:
     """A block and the token in each of its candidate slots.
 
     Attributes:
-        predictions: by mask of the group before, its likeliest tokens with their probabilities.
+        guesses: the most probable token of each mask of the group before.
         texts: what could be copied, the longest match first. Neither need have become candidates.
     """
 
     block: Block
     candidates: Sequence[int]
-    predictions: Sequence[Sequence[tuple[int, float]]] = ()
+    guesses: Sequence[int] = ()
     texts: Sequence[Continuation] = ()
 
 
@@ -58,21 +59,28 @@ class Drafter(Protocol):
 
 
 class ChainDrafter:
-    """One block for all steps, one prediction per mask; `substitute` puts other candidates in place of them."""
+    """One block for all steps, one guess per mask.
 
-    def __init__(self, block: Block, substitute: Substitute | None = None) -> None:
+    Args:
+        block: of each step.
+        substitute: puts other candidates in place of the guesses.
+        bigram: ties the guesses; the paper has none.
+    """
+
+    def __init__(self, block: Block, substitute: Substitute | None = None, bigram: Bigram | None = None) -> None:
         self.max_slots = block.num_slots
-        self._block, self._substitute = block, substitute
+        self._block, self._substitute, self._bigram = block, substitute, bigram
 
     def draft(self, tokens: Sequence[int], step_logits: StepLogits | None = None, group: range = range(0)) -> Proposal:
-        """Propose what the masks predict; a slot beyond them repeats the head."""
-        history = list(tokens)
-        for row in group:
-            assert step_logits is not None
-            history.append(step_logits.token(row, history))
-        predictions = history[len(tokens) :]
+        """Propose what the masks guess; a slot beyond them repeats the head."""
+        guesses: list[int] = []
+        if step_logits is not None and self._bigram is not None and group:
+            guesses = Guesses(*step_logits.top_k(group, tokens, TOP_K), 1, self._bigram).chain(tokens[-1])
+        elif step_logits is not None:
+            for row in group:
+                guesses.append(step_logits.token(row, [*tokens, *guesses]))
         depths = self._block.offsets[1 : self._block.num_tokens]
-        candidates = [predictions[depth - 1] if depth <= len(predictions) else tokens[-1] for depth in depths]
+        candidates = [guesses[depth - 1] if depth <= len(guesses) else tokens[-1] for depth in depths]
         return Proposal(self._block, candidates if self._substitute is None else self._substitute(tokens, candidates))
 
     def observe(self, step: Verified) -> None:

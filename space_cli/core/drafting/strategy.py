@@ -15,9 +15,10 @@ from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.costs import MAX_BLOCK_SLOTS, SIZES
 from space_cli.core.drafting.acceptance import AcceptanceStats
 from space_cli.core.drafting.chain import Proposal, Verified
+from space_cli.core.drafting.guesses import Bigram, Guesses
 from space_cli.core.drafting.ngrams import LONGEST_MATCH, MAX_COPIED, Continuation, NgramIndex, Source
 from space_cli.core.drafting.tree import Node, TokenTree, most_worth
-from space_cli.core.sampling import StepLogits
+from space_cli.core.sampling import TOP_K, StepLogits
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Strategy:
 
     Attributes:
         width: how many tokens of each mask may become candidates; 0 does without masks.
+        tie: whether guesses are tied to the token in front of them, where a bigram was trained.
         copies: whether text is copied.
         memory: whether past answers are copied.
     """
 
     width: int = 4
+    tie: bool = True
     copies: bool = True
     memory: bool = True
 
@@ -55,6 +58,7 @@ class AdaptiveDrafter:
         stats: of generations before, which this one goes on from and adds to.
         masks: m, the longest mask group; 0 for none.
         strategy: what drafts are made of.
+        bigram: ties the masks' guesses; None where none was trained.
         texts: token ids to copy from besides the context, as an answer that is expected.
         sources: of more text to copy from.
         guide: candidates are what it allows; None allows everything.
@@ -68,12 +72,14 @@ class AdaptiveDrafter:
         masks: int,
         strategy: Strategy = EVERYTHING,
         *,
+        bigram: Bigram | None = None,
         texts: Iterable[Sequence[int]] = (),
         sources: Sequence[Source] = (),
         guide: Guide | None = None,
     ) -> None:
         self._stats, self._strategy = stats, strategy
         self._masks = masks if strategy.width else 0
+        self._bigram = bigram if strategy.tie else None
         self._context, self._sources, self._guide = NgramIndex(texts), sources, guide
 
     def draft(self, tokens: Sequence[int], step_logits: StepLogits | None = None, group: range = range(0)) -> Proposal:
@@ -85,12 +91,11 @@ class AdaptiveDrafter:
             texts, allows = self._guided(self._guide, tokens, texts)
         if self._stats.is_plain_due or not (masks or texts):
             return Proposal(AR_BLOCK, (), texts=texts)
-        asked = (
-            step_logits.top_k(group, tokens, self._strategy.width)
-            if step_logits is not None and masks and group
-            else []
-        )
-        tree = TokenTree(asked, texts, self._stats.copy_probability, allows)
+        guesses = None
+        if step_logits is not None and masks and group:
+            count = self._strategy.width if self._bigram is None else TOP_K
+            guesses = Guesses(*step_logits.top_k(group, tokens, count), self._strategy.width, self._bigram)
+        tree = TokenTree(tokens[-1], guesses, texts, self._stats.copy_probability, allows)
         # a node whose gain is below the cheapest slot's cost may only fill a free padding slot
         tree.grow(self._stats.cheapest, MAX_BLOCK_SLOTS - 1)
         taken, masks, anchors = most_worth(
@@ -101,7 +106,9 @@ class AdaptiveDrafter:
         tree.grow(0.0, taken)
         nodes = tree.nodes[:taken] + [Node(tokens[-1], 0, 1, 0.0)] * (taken - len(tree.nodes))
         block = _block(tuple(node.parent for node in nodes), masks, tuple(anchors))
-        return Proposal(block, [node.token for node in nodes], asked, texts)
+        return Proposal(
+            block, [node.token for node in nodes], () if guesses is None else guesses.chain(tokens[-1]), texts
+        )
 
     def _guided(
         self, guide: Guide, tokens: Sequence[int], texts: Sequence[Continuation]

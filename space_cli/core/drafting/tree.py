@@ -1,4 +1,4 @@
-"""The token tree of a step: what masks predict and what texts go on with, and how much of it a block is worth.
+"""The token tree of a step: what masks guess and what texts go on with, and how much of it a block is worth.
 
 Source: token trees as in Medusa (arXiv 2401.10774), section 2.1.2.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import NamedTuple
 
+from space_cli.core.drafting.guesses import Guesses
 from space_cli.core.drafting.ngrams import Continuation
 
 
@@ -26,7 +27,8 @@ class TokenTree:
     """Candidates in order of their probability, each behind its parent: node i is to stand in slot i + 1.
 
     Args:
-        predictions: by depth, tokens that a mask predicts with their probabilities.
+        head: the newest token.
+        guesses: of the masks; None without any.
         texts: to copy, the longest match first.
         copy_probability: of a text's token, by its depth and its rank among the texts that have gone along so far.
         allows: whether the tokens from the head on to a node may come; None where all may.
@@ -34,13 +36,14 @@ class TokenTree:
 
     def __init__(
         self,
-        predictions: Sequence[Sequence[tuple[int, float]]],
+        head: int,
+        guesses: Guesses | None,
         texts: Sequence[Continuation],
         copy_probability: Callable[[Continuation, int, int], float],
         allows: Callable[[list[int]], bool] | None = None,
     ) -> None:
         self.nodes: list[Node] = []
-        self._predictions, self._copy_probability, self._allows = predictions, copy_probability, allows
+        self._head, self._guesses, self._copy_probability, self._allows = head, guesses, copy_probability, allows
         self._queue: list[tuple[float, int, Node, Sequence[Continuation]]] = []
         self._order = count()
         self._add_children(0, 0, 1.0, texts)
@@ -53,7 +56,9 @@ class TokenTree:
             self._add_children(len(self.nodes), node.depth, node.probability, texts)
 
     def _add_children(self, slot: int, depth: int, probability: float, texts: Sequence[Continuation]) -> None:
-        children = dict(self._predictions[depth]) if depth < len(self._predictions) else {}
+        children: dict[int, float] = {}
+        if self._guesses is not None and depth < len(self._guesses):
+            children |= self._guesses.after(depth, self.nodes[slot - 1].token if slot else self._head)
         along: dict[int, list[Continuation]] = {}
         for text in texts:
             if depth < len(text.tokens):
