@@ -253,7 +253,7 @@ def _with_engine(
     from space_cli.models.engines import measured, prepare
 
     ours = sum(not method.name.startswith(("hf", "llama")) for method in methods)
-    loaded = prepare(loaded, engine=engine, tokens=ours * tokens, on_compile=view.compiling)
+    loaded = prepare(loaded, engine=engine, tokens=ours * tokens, on_compile=view.compiling, on_eager=view.eager)
     # always measured again: costs from a busy hour must not decide
     loaded = measured(loaded, fresh=True) if any(method.adaptive for method in methods) else loaded
     # only answers of this run: those of earlier runs must not count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -65,11 +66,17 @@ class ChatModelOptions(options.LoadOptions):
     def prepared(self, name: str, *, revision: str | None, quiet: bool) -> LoadedModel:
         """Load a model with its engine and texts; the first answer measures step costs, so the prompt comes sooner."""
         from space_cli.cli.console import note
-        from space_cli.cli.live import COMPILING
+        from space_cli.cli.live import COMPILING, EAGER
         from space_cli.models.engines import prepare
 
         loaded = self.load(name, revision=revision)
-        loaded = prepare(loaded, engine=self.engine, on_compile=lambda: note(COMPILING, quiet=quiet))
+        tell = partial(note, quiet=quiet)
+        loaded = prepare(
+            loaded,
+            engine=self.engine,
+            on_compile=lambda: tell(COMPILING),
+            on_eager=lambda reason: tell(f"{EAGER}: {reason}"),
+        )
         return with_corpora(with_past_answers(loaded, kept=True) if self.memory else loaded, self.corpus, quiet=quiet)
 
 

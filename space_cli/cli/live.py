@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from space_cli.models.loading import LoadedModel
 
 COMPILING = "compiling it for this machine, once: about 90 s for smollm2 on two cores (--engine eager does without)"
+EAGER = "the eager engine runs, which is slower"
 _SECONDS_PER_FRAME = 0.1
 _TEXT_LINES = 9
 
@@ -116,6 +117,10 @@ class RunView(View):
     def compiling(self) -> None:
         """Say that a model is being compiled, which takes its time."""
         self.note(COMPILING)
+
+    def eager(self, reason: str) -> None:
+        """Say why a model runs eager that would be faster compiled."""
+        self.note(f"{EAGER}: {reason}")
 
     def left_out(self, reasons: dict[str, str]) -> None:
         """Say what is not done, and why."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -104,12 +104,14 @@ def serve(
     access = place.access()
 
     from space_cli.cli.console import err, loading, note, quiet_libraries
-    from space_cli.cli.live import COMPILING
+    from space_cli.cli.live import COMPILING, EAGER
     from space_cli.server.guard import listen
 
     # bind the address before the slow imports, so that a busy one fails at once
     listening = listen(place.host, place.port)
     tell = partial(note, quiet=quiet)
+    # once, whatever number of models is loaded
+    tell_eager = cache(lambda reason: tell(f"{EAGER}: {reason}"))
 
     def loaded_by(name: str) -> Model:
         from space_cli import api
@@ -120,6 +122,7 @@ def serve(
                 **models.model_dump(),
                 cache_bytes=limit.cache_mib * 2**20,
                 on_compile=lambda: tell(COMPILING),
+                on_eager=tell_eager,
                 on_progress=show,
                 on_problem=tell,
             )

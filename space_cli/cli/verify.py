@@ -147,6 +147,7 @@ def verify_lossless(
         engine=engine if against.numerics == "auto" else "eager",
         tokens=2 * against.seeds * most_tokens(suites, settings, limit=prompts.limit),
         on_compile=view.compiling,
+        on_eager=view.eager,
     )
     loaded = with_corpora(with_past_answers(loaded, kept=False), corpus, quiet=quiet)
     planned = plan(loaded, suites, settings, limit=prompts.limit)

@@ -9,7 +9,6 @@ import warnings
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,12 +19,14 @@ from transformers.masking_utils import sdpa_mask
 from space_cli.compile import torch_private
 from space_cli.compile.operators import SHIMS
 from space_cli.compile.packing import LANES, Adapter, fused_groups, packed_layers
+from space_cli.compile.workplace import workplace
 from space_cli.core.attention import check_arguments, has_replaceable_attention
 from space_cli.errors import RunFailed, first_line
 
 MAX_CALL_SLOTS = 512
 """Q of the largest block that a compiled model takes."""
 _ATTENTION = "space_compiled"
+_COMPILING_BYTES = 64 * 2**20
 _KERNEL_TYPES = (torch.float32, torch.bfloat16)
 INDUCTOR_CONFIGS = {
     # a loop over a few rows is done before a second thread has woken up
@@ -33,6 +34,8 @@ INDUCTOR_CONFIGS = {
     # else every layer computes the cosines of its positions anew
     "realize_cpu_opcount_threshold": 6,
     "aot_inductor.package_constants_in_so": False,
+    # 280 MB in the folder for temporary files, which stay there
+    "aot_inductor.precompile_headers": False,
 }
 STATES, GROUPS = "space_states", "space_groups"
 
@@ -67,6 +70,7 @@ def compile_model(model: PreTrainedModel, package: Path, adapter: Adapter | None
     shapes = ({1: size}, {1: size}, {2: size, 3: size}, {0: logits_to_keep})
     try:
         with ExitStack() as stack:
+            place = stack.enter_context(workplace(package.parent, _COMPILING_BYTES))
             stack.enter_context(torch.no_grad())
             stack.enter_context(warnings.catch_warnings(action="ignore"))  # torch warns of its own parts
             groups = fused_groups(model, adapter, own)
@@ -76,16 +80,17 @@ def compile_model(model: PreTrainedModel, package: Path, adapter: Adapter | None
             exported = torch.export.export(
                 CompiledCall(model), (*example, first_slots(slots - 1)), dynamic_shapes=shapes, strict=False
             )
-            scratch = stack.enter_context(TemporaryDirectory(dir=package.parent))
-            stack.enter_context(torch_private.inductor_cache_in(scratch))
+            stack.enter_context(torch_private.inductor_cache_in(str(place)))
             metadata = {STATES: json.dumps(_states_of(exported)), GROUPS: json.dumps(groups)}
             settings = {
                 **INDUCTOR_CONFIGS,
                 "aot_inductor.custom_ops_to_c_shims": SHIMS,
                 "aot_inductor.metadata": metadata,
             }
-            unfinished = torch_private.compile_package(exported, Path(scratch, "program.pt2"), settings)
+            unfinished = torch_private.compile_package(exported, place / "program.pt2", settings)
             unfinished.replace(package)
+    except RunFailed:
+        raise
     except Exception as error:  # whatever in a foreign model defeats a compiler, the eager engine runs it
         raise RunFailed(f"the model could not be compiled: {type(error).__name__}: {first_line(error)}") from error
     finally:

@@ -6,18 +6,21 @@ import ctypes
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
 import torch
 import transformers
 
+from space_cli.compile.workplace import used, workplace
 from space_cli.core.quantized import use_kernels
 from space_cli.errors import RunFailed, writing
 
 KERNELS = Path(__file__).parent / "kernels"
 LEVELS = {"x86-64-v3": ("avx2", "fma", "bmi2"), "x86-64-v4": ("avx512f", "avx512bw", "avx512dq", "avx512vl")}
 """Instruction sets that `SPACE_CPU` may name, with what they have beyond others of their kind, as Linux lists it."""
+_KERNELS_BYTES = 4 * 2**20
 _loaded: dict[str, ctypes.CDLL] = {}
 
 
@@ -43,12 +46,33 @@ def _check_processor() -> None:
         )
 
 
+def compiler() -> str:
+    """Return the C++ compiler's name: `CXX`, or `c++`."""
+    return os.environ.get("CXX") or "c++"
+
+
+def check_compiler() -> None:
+    """Raise what a user without a C++ compiler has to know.
+
+    Raises:
+        RunFailed: there is none.
+    """
+    if shutil.which(compiler()) is not None:
+        return
+    if os.environ.get("CXX"):
+        raise RunFailed(f"no C++ compiler that works: CXX={compiler()} is not there", hint="set CXX to one that is")
+    raise RunFailed(
+        f"no C++ compiler that works: there is no {compiler()}",
+        hint="apt install g++ (Debian), dnf install gcc-c++ (Fedora) or xcode-select --install (macOS) brings one",
+    )
+
+
 def compiler_command(processor: str) -> list[str]:
     """Return how a library of kernels is compiled for a processor, sources and output apart."""
     # contracted or not as the compiler likes, a row could round one way alone and another way in a block
     exact = "-ffp-contract=off"
     return [
-        *(os.environ.get("CXX", "c++"), "-O3", f"-march={processor}", exact, "-fopenmp", "-fPIC", "-shared"),
+        *(compiler(), "-O3", f"-march={processor}", exact, "-fopenmp", "-fPIC", "-shared"),
         "-std=c++20",
     ]
 
@@ -57,28 +81,35 @@ def build_kernels(folder: Path) -> Path:
     """Return the library of our kernels; compile it into a folder if it is not there.
 
     Raises:
-        RunFailed: there is no C++ compiler, or it fails; or the processor is none that `SPACE_CPU` names.
+        RunFailed: there is no C++ compiler, no room, or the compiler fails; or the processor is none that `SPACE_CPU`
+            names.
     """
     _check_processor()
     library = folder / f"kernels-{toolchain_digest()[:16]}.so"
     seal = library.with_suffix(".sha256")
     if (digest := _digest(library)) is not None and digest == _content(seal):
+        used(library, seal)
         return library
-    unfinished = library.with_suffix(f".{os.getpid()}")
+    check_compiler()
+    with workplace(folder, _KERNELS_BYTES) as place:
+        unfinished = place / library.name
+        _compile_kernels(unfinished)
+        with writing(library):
+            seal.write_bytes(_digest(unfinished) or b"")
+            unfinished.replace(library)
+    return library
+
+
+def _compile_kernels(library: Path) -> None:
     torch_folder = Path(torch.__file__).parent
-    command = [*compiler_command(instructions()), f"-I{torch_folder / 'include'}", "-o", str(unfinished)]
+    command = [*compiler_command(instructions()), f"-I{torch_folder / 'include'}", "-o", str(library)]
     command += [*map(str, sorted(KERNELS.glob("*.cpp"))), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or _how_it_ended(command[0], error)).strip().splitlines()
         first = next((line for line in said if "error" in line), said[0])
-        unfinished.unlink(missing_ok=True)
         raise RunFailed(f"no C++ compiler that works: {first}") from error
-    with writing(library):
-        seal.write_bytes(_digest(unfinished) or b"")
-        unfinished.replace(library)
-    return library
 
 
 def _how_it_ended(compiler: str, error: OSError | subprocess.CalledProcessError) -> str:
@@ -109,7 +140,10 @@ def load_kernels(library: Path) -> ctypes.CDLL:
         try:
             _loaded["kernels"] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
-            raise RunFailed(f"the kernels cannot be loaded: {error}", hint="use --engine eager") from error
+            raise RunFailed(
+                f"the kernels cannot be loaded: {error}",
+                hint="let XDG_CACHE_HOME name a folder that libraries may be loaded from",
+            ) from error
         use_kernels(_loaded["kernels"])
     return _loaded["kernels"]
 

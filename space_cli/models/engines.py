@@ -18,7 +18,8 @@ import torch
 from space_cli.compile.compiled_model import CompiledModel
 from space_cli.compile.export import compile_model, unsupported_reason
 from space_cli.compile.fingerprint import fingerprint
-from space_cli.compile.toolchain import build_kernels, load_kernels, machine
+from space_cli.compile.toolchain import build_kernels, check_compiler, load_kernels, machine
+from space_cli.compile.workplace import used
 from space_cli.core.costs import MAX_BLOCK_SLOTS, SIZES, StepCosts, measure_costs
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import AcceptanceStats, AdaptiveDrafter, Drafter
@@ -32,10 +33,10 @@ from space_cli.files import atomic_write
 from space_cli.models.adapter import adapter_updates
 from space_cli.models.agreement import agrees
 from space_cli.models.graphs import cuda_graph_model
-from space_cli.models.kernels import engine_folder
+from space_cli.models.kernels import engine_folder, problem_met
 from space_cli.models.loading import LoadedModel
 from space_cli.models.memory import available_memory
-from space_cli.models.refusals import is_refused, note_refusal
+from space_cli.models.refusals import note_refusal, refusal_of
 from space_cli.models.speeds import PROMPT, ROUNDS, Speed, Speeds, measure_speed, read_speeds, write_speeds
 
 EngineName = Literal["auto", "eager", "compiled"]
@@ -55,6 +56,7 @@ def prepare(
     engine: EngineName = "auto",
     tokens: int = 0,
     on_compile: Callable[[], None] = lambda: None,
+    on_eager: Callable[[str], None] = lambda _: None,
 ) -> LoadedModel:
     """Return the model with its engine; adaptive drafting needs `measured` as well.
 
@@ -63,12 +65,20 @@ def prepare(
         engine: which one.
         tokens: to be generated in this run at most, for `auto`.
         on_compile: called before a compilation, which takes a minute or more (docs/engines.md).
+        on_eager: called where `auto` would have a compiled model and has to do without, with the reason.
 
     Raises:
         UsageProblem: engine is compiled and the model cannot be.
         RunFailed: engine is compiled and there is no compiler, no room for it, or it computes something else.
     """
-    return replace(loaded, compiled=_compiled(loaded, engine, tokens, on_compile), stats={})
+    try:
+        compiled = _compiled(loaded, engine, tokens, on_compile)
+    except RunFailed as error:
+        if engine == "compiled":
+            raise
+        on_eager(str(error))
+        compiled = None
+    return replace(loaded, compiled=compiled, stats={})
 
 
 def measured(loaded: LoadedModel, *, fresh: bool = False) -> LoadedModel:
@@ -125,19 +135,21 @@ def _compiled(loaded: LoadedModel, engine: EngineName, tokens: int, on_compile: 
     model_key = fingerprint(loaded.model)
     package = engine_folder() / f"program-{model_key}.pt2"
     refused, timed = package.with_suffix(".refused"), engine_folder() / f"speeds-{_speed_key(loaded, model_key)}.json"
-    is_asked_for = engine == "compiled"
-    may_compile = is_asked_for or (_is_worth_compiling(loaded, tokens) and not is_refused(refused))
-    if not is_asked_for:
-        known = read_speeds(timed)
-        if not (package.exists() or may_compile) or (known is not None and not known.compiled_is_faster):
-            return None
-    try:
-        compiled = _ready(loaded, package, refused, on_compile=on_compile if may_compile else None)
-    except RunFailed:
-        if is_asked_for:
-            raise
+    if engine == "compiled":
+        return _ready(loaded, package, refused, on_compile=on_compile)
+    # without kernels a GGUF file was unpacked
+    problem = None if loaded.gguf is None else problem_met()
+    if problem is not None:
+        raise RunFailed(problem)
+    is_worth_it, known = _is_worth_compiling(loaded, tokens), read_speeds(timed)
+    if not (package.exists() or is_worth_it) or (known is not None and not known.compiled_is_faster):
         return None
-    return compiled if is_asked_for or _is_faster(loaded, compiled, timed) else None
+    refusal = refusal_of(refused)
+    if refusal is not None and not package.exists():
+        raise RunFailed(refusal)
+    may_compile = is_worth_it and refusal is None
+    compiled = _ready(loaded, package, refused, on_compile=on_compile if may_compile else None)
+    return compiled if _is_faster(loaded, compiled, timed) else None
 
 
 def _is_worth_compiling(loaded: LoadedModel, tokens: int) -> bool:
@@ -187,6 +199,7 @@ def _ready(
     if on_compile is None:
         raise RunFailed(f"{package}: there is none")
     _check_room(loaded)
+    check_compiler()
     with writing(package.parent):
         package.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     on_compile()
@@ -207,7 +220,7 @@ def _check_room(loaded: LoadedModel) -> None:
     if needed > free:
         raise RunFailed(
             f"compiling {loaded.name} needs {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free",
-            hint="use --engine eager",
+            hint="close other programs, or use --engine eager",
         )
 
 
@@ -227,6 +240,7 @@ def _checked(loaded: LoadedModel, package: Path) -> CompiledModel:
     if not same:
         package.unlink(missing_ok=True)
         raise RunFailed(f"{loaded.name}, compiled, computes something else", hint="use --engine eager")
+    used(package)
     return compiled
 
 

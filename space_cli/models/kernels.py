@@ -26,3 +26,8 @@ def kernels_problem() -> str | None:
     except (OSError, RunFailed) as error:
         return str(error)
     return None
+
+
+def problem_met() -> str | None:
+    """Return why the kernels could not be had when a model of this process needed them, or None."""
+    return kernels_problem() if kernels_problem.cache_info().currsize else None

@@ -6,11 +6,11 @@ A refusal's file is named for the model, the versions and the sources; in it is 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
 
+from space_cli.compile.toolchain import compiler
 from space_cli.files import atomic_write
 from space_cli.models.memory import available_memory
 
@@ -28,22 +28,22 @@ def note_refusal(file: Path, reason: str) -> None:
         return
 
 
-def is_refused(file: Path) -> bool:
-    """Return whether a failure is on record and nothing relevant has improved since."""
+def refusal_of(file: Path) -> str | None:
+    """Return the reason on record why a model could not be compiled, if nothing relevant has improved since."""
     try:
         refusal = json.loads(file.read_bytes())
         then = [int(free) for free in refusal["room"]]
         is_recent = 0 <= time.time() - float(refusal["time"]) < _SECONDS
-        same = refusal["compiler"] == _compiler()
+        same, reason = refusal["compiler"] == _compiler(), str(refusal["reason"])
     except (OSError, ValueError, TypeError, KeyError):  # not there, or not ours
-        return False
+        return None
     has_more = any(now >= 2 * before + _MORE_ROOM for now, before in zip(_room(file.parent), then, strict=False))
-    return is_recent and same and not has_more
+    return reason if is_recent and same and not has_more else None
 
 
 def _compiler() -> list[str | int]:
     """Return the compiler and its modification time."""
-    name = os.environ.get("CXX", "c++")
+    name = compiler()
     found = shutil.which(name)
     if found is None:
         return [name]

@@ -1,5 +1,6 @@
 import os
 import re
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -210,3 +211,15 @@ def test_known_attacks_become_visible():
 
 def test_package_runs_as_a_module(run_space_apart):
     assert run_space_apart("--version").stdout.startswith("space ")
+
+
+def test_ctrl_c_while_python_leaves_shows_no_traceback(clean_env):
+    code = (
+        "import atexit, os, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT);"
+        "from space_cli.cli.app import main; main(['--version'])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean_env, check=False)
+
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

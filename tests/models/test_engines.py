@@ -1,5 +1,6 @@
 import ctypes
 import json
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ from tiny import MASK_IDS, lively
 from space_cli.compile import toolchain
 from space_cli.compile.compiled_model import CompiledEngine
 from space_cli.compile.toolchain import build_kernels
+from space_cli.compile.workplace import tidy
 from space_cli.core.block import Block
 from space_cli.core.costs import ASSUMED_COSTS, SIZES
 from space_cli.core.decoder import decode
@@ -302,6 +304,63 @@ def test_a_close_loss_is_not_remembered(filled, monkeypatch):
     assert kinds
 
 
+def test_what_is_in_use_is_never_too_old_to_keep(filled):
+    folder = filled("program").parent
+    for file in folder.iterdir():
+        os.utime(file, (0, 0))
+
+    assert prepare(loaded_model(), engine="compiled", on_compile=never).compiled is not None
+    tidy(folder)
+
+    assert sorted(file.suffix for file in folder.iterdir()) == [".pt2", ".sha256", ".so"]
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A machine without a C++ compiler."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+
+
+@pytest.mark.usefixtures("empty", "no_compiler")
+def test_without_a_compiler_auto_says_each_time_what_is_missing_and_how_to_get_it():
+    said = []
+
+    runs = [prepare(loaded_model(), tokens=ENOUGH, on_compile=never, on_eager=said.append) for _ in range(2)]
+
+    assert [run.compiled for run in runs] == [None, None]
+    assert (
+        said
+        == [
+            "no C++ compiler that works: there is no c++; apt install g++ (Debian), dnf install gcc-c++ (Fedora) "
+            "or xcode-select --install (macOS) brings one"
+        ]
+        * 2
+    )
+
+
+@pytest.mark.usefixtures("empty", "no_compiler")
+def test_where_no_compiler_is_needed_its_absence_is_not_told():
+    prepare(loaded_model(), tokens=10, on_eager=never)
+    prepare(loaded_model(), engine="eager", tokens=ENOUGH, on_eager=never)
+
+
+@pytest.mark.usefixtures("filled", "no_compiler")
+def test_what_is_compiled_already_needs_no_compiler():
+    assert prepare(loaded_model(), on_compile=never, on_eager=never).compiled is not None
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_failure_on_record_is_told_without_another_try(monkeypatch):
+    tried, said = failing_compiler(monkeypatch), []
+
+    for _ in range(2):
+        prepare(loaded_model(), tokens=ENOUGH, on_eager=said.append)
+
+    assert said == ["no C++ compiler"] * 2
+    assert tried == [1]
+
+
 def failing_compiler(monkeypatch):
     """Make compilations fail; return a list of those tried."""
     tried = []
@@ -342,7 +401,7 @@ def test_what_was_refused_is_tried_again_once_something_has_changed(monkeypatch,
     assert tried == [1]
 
     if change == "compiler":
-        monkeypatch.setenv("CXX", "another-c++")
+        monkeypatch.setenv("CXX", "true")
     elif change == "memory":
         monkeypatch.setattr(refusals, "available_memory", lambda: 2**32)
     elif change == "time":

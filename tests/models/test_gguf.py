@@ -18,6 +18,7 @@ from space_cli.errors import UsageProblem
 from space_cli.models.gguf_file import TENSOR_TYPES, read_gguf
 from space_cli.models.gguf_names import gguf_path, is_gguf
 from space_cli.models.inventory import inventory
+from space_cli.models.kernels import kernels_problem
 from space_cli.models.loading import load_model
 from space_cli.models.registry import default_model, resolve
 
@@ -339,6 +340,37 @@ def test_an_unreachable_hub_is_the_same_line(monkeypatch):
 
 
 # Commands
+
+
+@pytest.fixture
+def kernels_anew():
+    """Kernels are looked for as by a process that has just begun."""
+    kernels_problem.cache_clear()
+    yield
+    kernels_problem.cache_clear()
+
+
+@pytest.mark.usefixtures("kernels_anew")
+@pytest.mark.parametrize(
+    ("command", "notes"),
+    [
+        (["chat", "--prompt", "for x in"], 1),
+        (["chat", "--prompt", "for x in", "--engine", "eager"], 0),
+        (["chat", "--prompt", "for x in", "--quiet"], 0),
+        (["bench", "--limit", "1", "--methods", "ar,space"], 1),
+    ],
+)
+def test_without_a_compiler_a_line_says_that_it_is_missing(run_space, file, tmp_path, command, notes):
+    machine = {"PATH": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    done = run_space(*command, "--model", file, "--max-new-tokens", 4, **machine)
+
+    told = [line for line in done.stderr.splitlines() if "compiler" in line]
+    assert done.returncode == 0, done.stderr
+    assert told == notes * [
+        "the eager engine runs, which is slower: no C++ compiler that works: there is no c++; "
+        "apt install g++ (Debian), dnf install gcc-c++ (Fedora) or xcode-select --install (macOS) brings one"
+    ]
 
 
 def test_a_file_is_named_checked_and_answered_with(run_space, file, tmp_path):
