@@ -18,6 +18,8 @@ _DECAY, _PRIOR_WEIGHT = 0.97, 4.0
 _REFRESH = 16
 """Steps between two snapshots of the averages: taking one costs as much as the rest of planning."""
 _LONGEST_HICCUP = 3.0
+_FEW = 4
+"""Slots of a block such as masks fill: what one more costs is taken from it."""
 _MAX_WITHOUT_PLAIN = 64
 """Steps after which a plain one is timed again: what drafts gain is held against it."""
 # in plain steps: what masks may lose before they rest, at first, for a trial after a rest, and at most
@@ -72,8 +74,8 @@ class AcceptanceStats:
 
     Attributes:
         masks: their credit.
-        values: by depth, how often a mask brought a token that a copy would not have brought; this and the following
-            are of the last refresh.
+        values: by depth, how often a mask brought a token that a copy would not have brought, less what the slot of its
+            guess costs; this and the following are of the last refresh.
         prices: of a step by its slots: the tokens that its time brings at the rate of late.
         mask_factor: how many times as much a step takes if some of its slots are masks.
         cheapest: the least that another slot costs, in tokens.
@@ -156,7 +158,9 @@ class AcceptanceStats:
         self.prices = [rate * each for each in seconds]
         self.cheapest = min((self.prices[more] - self.prices[size]) / (more - size) for size, more in pairwise(SIZES))
         self.mask_factor = self._mask_ratio.value
-        self.values = [accepted.value for accepted in self._accepted]
+        # a guess takes a slot of the next block
+        slot = (self.prices[_FEW] - self.prices[1]) / (_FEW - 1)
+        self.values = [max(0.0, accepted.value - slot) for accepted in self._accepted]
         self._probabilities = [[averages[length].value for length in _BUCKETS] for averages in self._copied]
 
 
