@@ -256,7 +256,9 @@ class _Watched(AdaptiveDrafter):
 
     def draft(self, tokens: Sequence[int], step_logits: StepLogits | None = None, group: range = range(0)) -> Proposal:
         proposal = super().draft(tokens, step_logits, group)
-        self._noted.append(list(proposal.guesses))
+        # by themselves: what ties them to the token before is no part of the model
+        own = step_logits.top_k(group, tokens, 1)[0][:, 0].tolist() if step_logits and proposal.guesses else []
+        self._noted.append(own)
         return proposal
 
     def observe(self, step: Verified) -> None:
