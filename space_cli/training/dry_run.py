@@ -13,8 +13,8 @@ import torch
 from transformers import TrainerCallback
 
 from space_cli.models.loading import LoadedModel
-from space_cli.training.prepare import Prepared, prepare_model
-from space_cli.training.run import Recipe, checkpoint_config, make_trainer
+from space_cli.training.prepare import Prepared
+from space_cli.training.run import Recipe, add_masks, checkpoint_config, make_trainer
 from space_cli.training.trainer import memory_in_use
 
 _STEPS = 4
@@ -46,14 +46,7 @@ def dry_run(loaded: LoadedModel, prepared: Prepared, recipe: Recipe, *, base_mod
 
     The model given is trained by it.
     """
-    mask_ids = prepare_model(
-        loaded,
-        recipe.method,
-        masks=recipe.candidates,
-        distinct=recipe.distinct_masks,
-        rank=recipe.rank,
-        bigram=recipe.bigram,
-    )
+    mask_ids = add_masks(loaded, recipe)
     parameters = list(loaded.model.parameters())
     rates, seconds, memory = {}, {}, 0
     few = {"max_steps": _STEPS, "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}

@@ -135,14 +135,7 @@ def train(
         # the others then find all answers in the file
         answered = _distilled(loaded, prepared, recipe, settings["base_identity"], output / ANSWERS_FILE, view)
     set_seed(recipe.seed)  # of low-rank weights
-    mask_ids = prepare_model(
-        loaded,
-        recipe.method,
-        masks=recipe.candidates,
-        distinct=recipe.distinct_masks,
-        rank=recipe.rank,
-        bigram=recipe.bigram,
-    )
+    mask_ids = add_masks(loaded, recipe)
     counts = {"base": base_model, "examples": len(prepared.examples), "distilled": len(answered)}
     space = checkpoint_config(recipe, mask_ids, base_model, counts | json.loads(json.dumps(settings)))
     trainer = make_trainer(
@@ -200,6 +193,18 @@ def _write(space: SpaceConfig, history: list[dict[str, float]], output: Path, vi
     atomic_write(output / CARD_FILE, card(space, output.name))
     if not draw_curves(history, output / CURVES_FILE):
         view.note(f"no {CURVES_FILE}: pip install 'space-decoding[plot]'")
+
+
+def add_masks(loaded: LoadedModel, recipe: Recipe) -> list[int]:
+    """Add a recipe's masks to a model, in place; return the mask ids."""
+    return prepare_model(
+        loaded,
+        recipe.method,
+        masks=recipe.candidates,
+        distinct=recipe.distinct_masks,
+        rank=recipe.rank,
+        bigram=recipe.bigram,
+    )
 
 
 def checkpoint_config(recipe: Recipe, mask_ids: list[int], base_model: str, training: dict[str, Any]) -> SpaceConfig:

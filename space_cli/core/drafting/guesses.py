@@ -42,7 +42,6 @@ class Guesses:
     def __init__(self, tokens: np.ndarray, probs: np.ndarray, width: int, bigram: Bigram | None = None) -> None:
         self._tokens, self._probs, self._width, self._bigram = tokens, probs, width, bigram
         self._known: dict[tuple[int, int], list[tuple[int, float]]] = {}
-        self._following = None if bigram is None else bigram.following[tokens]
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -63,11 +62,11 @@ class Guesses:
 
     def _weighed(self, depth: int, token: int) -> list[tuple[int, float]]:
         tokens, probs = self._tokens[depth], self._probs[depth]
-        if self._bigram is None or self._following is None:
+        if self._bigram is None:
             tokens, probs = tokens[: self._width], probs[: self._width]
         else:
             before = self._bigram.previous[token] * self._bigram.gates[min(depth, len(self._bigram.gates) - 1)]
-            weights = probs * np.exp(self._following[depth] @ before)
+            weights = probs * np.exp(self._bigram.following[tokens] @ before)
             order = (-weights).argsort(kind="stable")[: self._width]
             # what is not on the shortlist keeps its weight
             tokens, probs = tokens[order], weights[order] / (weights.sum() + 1 - probs.sum())
