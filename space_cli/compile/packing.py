@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from space_cli.compile.large_pages import LargePages
 from space_cli.core.quantized import QuantizedLinear, WeightType, quantize
 
 LANES = 16
@@ -110,10 +111,11 @@ def packed_layers(
         meta: the layers have shapes, but no weights.
     """
     updates = {} if adapter is None else adapter.updates
+    pages = LargePages()
     own = {path: model.get_submodule(path) for path in chain(*groups)}
     for group in groups:
         bases = [_base(model, path) for path in group]
-        layers = _PackedLinears(bases, [updates[path] for path in group if path in updates], meta=meta)
+        layers = _PackedLinears(bases, [updates[path] for path in group if path in updates], pages, meta=meta)
         for index, path in enumerate(group):
             model.set_submodule(path, _PackedLinear(layers, index))
     if adapter is not None:
@@ -130,17 +132,19 @@ def packed_layers(
 class _PackedLinears(nn.Module):
     """Linear layers over one input, their weights in the tiles of `kernels/linear.cpp` or `kernels/quantized.cpp`."""
 
-    def __init__(self, linears: Sequence[nn.Linear], updates: Sequence[LowRank], *, meta: bool) -> None:
+    def __init__(
+        self, linears: Sequence[nn.Linear], updates: Sequence[LowRank], pages: LargePages, *, meta: bool
+    ) -> None:
         super().__init__()
         self._type = _weight_type(linears[0])
         if self._type != _PLAIN:
-            packed = _one_tensor(linears, meta=meta)
+            packed = _one_tensor(linears, pages, meta=meta)
         elif meta:  # memory that is not written to takes no room
             weight, depth = linears[0].weight, _DEPTH[linears[0].weight.dtype]
             tiles = sum(linear.out_features for linear in linears) // LANES
             packed = weight.new_empty(tiles, weight.shape[1] // depth, LANES, depth)
         else:
-            packed = torch.cat([_tiles(linear.weight.detach(), _DEPTH[linear.weight.dtype]) for linear in linears])
+            packed = _tiles([linear.weight.detach() for linear in linears], pages)
         self.register_buffer("packed", packed)
         biases = [linear.bias.detach() for linear in linears if _has_bias(linear)]
         self.register_buffer("bias", torch.cat(biases) if biases else None)
@@ -221,20 +225,24 @@ def _has_bias(linear: nn.Linear) -> bool:
     return bias is not None
 
 
-def _tiles(weight: torch.Tensor, depth: int) -> torch.Tensor:
-    """Return (outputs / 16, width / depth, 16, depth) of (outputs, width) weights."""
-    return weight.view(-1, LANES, weight.shape[1] // depth, depth).transpose(1, 2).contiguous()
+def _tiles(weights: Sequence[torch.Tensor], pages: LargePages) -> torch.Tensor:
+    """Return (outputs / 16, width / depth, 16, depth) of (outputs, width) weights of one width and dtype."""
+    width, dtype = weights[0].shape[1], weights[0].dtype
+    depth = _DEPTH[dtype]
+    tiles = pages.empty((sum(map(len, weights)) // LANES, width // depth, LANES, depth), dtype)
+    for weight, to in zip(weights, tiles.split([len(weight) // LANES for weight in weights]), strict=True):
+        to.copy_(weight.view(-1, LANES, width // depth, depth).transpose(1, 2))
+    return tiles
 
 
-def _one_tensor(linears: Sequence[nn.Linear], *, meta: bool) -> torch.Tensor:
+def _one_tensor(linears: Sequence[nn.Linear], pages: LargePages, *, meta: bool) -> torch.Tensor:
     """Return the packed weights of quantised layers as one tensor, of which each layer's own becomes a part."""
-    if len(linears) == 1:
-        return linears[0].weight.detach()
+    sizes = [linear.weight.numel() for linear in linears]
     if meta:
-        return torch.empty(sum(linear.weight.numel() for linear in linears), dtype=torch.uint8)
-    packed = torch.cat([linear.weight.detach() for linear in linears])
-    parts = packed.split([linear.weight.numel() for linear in linears])
-    for linear, part in zip(linears, parts, strict=True):
+        return torch.empty(sum(sizes), dtype=torch.uint8)
+    packed = pages.empty((sum(sizes),), torch.uint8)
+    for linear, part in zip(linears, packed.split(sizes), strict=True):
+        part.copy_(linear.weight.detach())
         linear.weight.data = part
     return packed
 

@@ -15,6 +15,7 @@ from space_cli.compile import packing, toolchain
 from space_cli.compile.compiled_model import CompiledEngine, CompiledModel
 from space_cli.compile.export import MAX_CALL_SLOTS, compile_model, unsupported_reason
 from space_cli.compile.fingerprint import fingerprint, weights_digest
+from space_cli.compile.large_pages import LargePages
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
@@ -195,7 +196,7 @@ def test_packed_weights_multiply_as_torch_does_and_each_row_as_if_alone(
     torch.manual_seed(seed)
     # two layers over one input
     linears = [torch.nn.Linear(2 * width, 16 * count, bias=has_bias).to(dtype) for count in (tiles, 3)]
-    packed, outputs = packing._PackedLinears(linears, [], meta=False), 16 * (tiles + 3)
+    packed, outputs = packing._PackedLinears(linears, [], LargePages(), meta=False), 16 * (tiles + 3)
     call = kernels.space_linear_bfloat16 if dtype == torch.bfloat16 else kernels.space_linear_float32
 
     def multiply(states):

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "lanes.h"
+#include "tiles.h"
 
 namespace {
 
@@ -319,6 +319,9 @@ int64_t chained(const int32_t* parents, int64_t rows) {
     return found;
 }
 
+// queries of a key head from which on they are not simply cut into as many parts as there are threads
+constexpr int64_t kManyQueries = 64;
+
 template <typename T>
 void attend(States<T> query, States<T> key, States<T> value, T* keys, T* values, T* output, const int32_t* parents,
             const Sizes& sizes) {
@@ -330,34 +333,41 @@ void attend(States<T> query, States<T> key, States<T> value, T* keys, T* values,
             std::memcpy(values + head * values_of_head + (sizes.length + row) * sizes.value_width, value.at(head, row),
                         sizes.value_width * sizeof(T));
         }
-    // pairs are mixed four vectors at a time; few queries are better shared among threads
-    constexpr int kMostTogether = std::is_same_v<Factor<T>, Bfloat16> ? 4 : 8;
-    const int64_t queries = sizes.rows * sizes.heads / sizes.key_heads, together = queries < 64 ? 4 : kMostTogether;
-    const int64_t calls = (queries + together - 1) / together;
+    // pairs are mixed four vectors at a time
+    constexpr int kTogether = std::is_same_v<Factor<T>, Bfloat16> ? 4 : 8;
+    const int64_t queries = sizes.rows * sizes.heads / sizes.key_heads;
     const int64_t seen = sizes.heads * sizes.rows * (sizes.length + sizes.rows);
     // exponentials and sums take longer than the products
     const bool pays = seen * (sizes.width + sizes.value_width) > kWorthThreads / 3;
+    const auto work = [&](int64_t head, int64_t first, int64_t last) {
+        const auto run = [&](auto count) {
+            constexpr int kQueries = decltype(count)::value;
+            const T *own_keys = keys + head * keys_of_head, *own_values = values + head * values_of_head;
+            // the usual widths, known to the compiler
+            const auto some = sizes.width == 64    ? attend_some<kQueries, 64, T>
+                              : sizes.width == 128 ? attend_some<kQueries, 128, T>
+                                                   : attend_some<kQueries, 0, T>;
+            some(query, own_keys, own_values, output, parents, sizes, head, first);
+            first += kQueries;
+        };
+        while (last - first >= kTogether) run(std::integral_constant<int, kTogether>());
+        if (last - first >= 4) run(std::integral_constant<int, 4>());
+        if (last - first >= 2) run(std::integral_constant<int, 2>());
+        if (last - first >= 1) run(std::integral_constant<int, 1>());
+    };
+    if (queries < kManyQueries) {
+        for_tiles(sizes.key_heads * queries, pays, [&](int64_t first, int64_t last) {
+            for (int64_t at = first; at < last; at = std::min(last, (at / queries + 1) * queries))
+                work(at / queries, at % queries, std::min(last - at / queries * queries, queries));
+        });
+        return;
+    }
     // later queries see more keys: threads take turns
+    const int64_t calls = (queries + kTogether - 1) / kTogether;
 #pragma omp parallel for collapse(2) schedule(static, 1) if (pays)
     for (int64_t head = 0; head < sizes.key_heads; ++head)
-        for (int64_t call = 0; call < calls; ++call) {
-            int64_t first = call * together;
-            const int64_t last = std::min(first + together, queries);
-            const auto run = [&](auto count) {
-                constexpr int kQueries = decltype(count)::value;
-                const T *own_keys = keys + head * keys_of_head, *own_values = values + head * values_of_head;
-                // the usual widths, known to the compiler
-                const auto some = sizes.width == 64    ? attend_some<kQueries, 64, T>
-                                  : sizes.width == 128 ? attend_some<kQueries, 128, T>
-                                                       : attend_some<kQueries, 0, T>;
-                some(query, own_keys, own_values, output, parents, sizes, head, first);
-                first += kQueries;
-            };
-            if (last - first == kMostTogether) run(std::integral_constant<int, kMostTogether>());
-            if (last - first >= 4) run(std::integral_constant<int, 4>());
-            if (last - first >= 2) run(std::integral_constant<int, 2>());
-            if (last - first >= 1) run(std::integral_constant<int, 1>());
-        }
+        for (int64_t call = 0; call < calls; ++call)
+            work(head, call * kTogether, std::min<int64_t>((call + 1) * kTogether, queries));
 }
 
 }  // namespace

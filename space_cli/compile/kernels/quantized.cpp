@@ -42,6 +42,7 @@ constexpr int kLanes = 8;
 constexpr int kParts = kTile / kLanes;
 
 typedef uint8_t Bytes __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Pairs __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef uint8_t SmallBytes __attribute__((vector_size(kLanes)));
@@ -55,7 +56,15 @@ T load(const void* from) {
 }
 
 // not a sum with zeros, which would be an instruction of its own, for the sake of the sign of zero
-Floats broadcast(float value) { return value - Floats{}; }
+Floats broadcast(float value) {
+#if defined(__AVX512BW__)
+    return (Floats)_mm512_set1_ps(value);
+#elif defined(__AVX__)
+    return (Floats)_mm256_set1_ps(value);
+#else
+    return value - Floats{};
+#endif
+}
 Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 
 // one rounding, whatever the compiler makes of the code around
@@ -86,8 +95,14 @@ auto reduced(V values, const Combine& combine) {
         return reduced<kBy / 2>(combine(values, rotated<kBy>(values, std::make_integer_sequence<int, kLanes>())), combine);
 }
 
-float largest_of(Floats values) {
-    return reduced(values, [](Floats a, Floats b) { return b > a ? b : a; });
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512BW__)
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
 }
 
 int32_t sum_of(Ints values) {
@@ -139,154 +154,221 @@ Floats load_halves(const uint8_t* from) {
 Ints widen(SmallBytes values) { return __builtin_convertvector(values, Ints); }
 Ints widen(SmallInts values) { return __builtin_convertvector(values, Ints); }
 
-// sums of codes (below 2^kBits) times activations over `kCount` vectors; codes of 8 bits stand for themselves less 128
-template <int kBits, int kCount>
-Ints dot(const Bytes* codes, const int8_t* inputs, int32_t input_sum) {
-    [[maybe_unused]] const auto four = [&](int vector) { return load<int32_t>(inputs + 4 * vector); };
+// Vector `vector` of a chunk's codes, of one part of a tile.
+template <int kBits>
+inline __attribute__((always_inline)) Bytes codes_at(const uint8_t* own, int vector) {
+    if constexpr (kBits == 8) return load<Bytes>(own + 64 * vector);
+    const Bytes both = load<Bytes>(own + 64 * (vector % 4));
+    Bytes codes = (vector < 4 ? both : both >> 4) & uint8_t(15);
+    if constexpr (kBits == 5) codes |= (Bytes)((Pairs)((load<Bytes>(own + 256) >> uint8_t(vector)) & uint8_t(1)) << 4);
+    if constexpr (kBits == 6)
+        codes |= (Bytes)((Pairs)((load<Bytes>(own + 256 + 64 * (vector / 4)) >> uint8_t(2 * (vector % 4))) & uint8_t(3)) << 4);
+    return codes;
+}
+
+// whether codes of 8 bits are multiplied as what they stand for, themselves less 128
+#if (defined(__AVX512VNNI__) && defined(__AVX512BW__)) || defined(__AVXVNNI__)
+constexpr bool kSubtracts = false;
+#else
+constexpr bool kSubtracts = true;
+#endif
+
+// Sums of codes (below 2^kBits) times activations over `kCount` vectors, added to what `totals` are, of `kRows` rows that lie
+// kChunk apart. Row by row stands inside, so that no sum waits for itself. Codes of 8 bits stand for themselves less 128:
+// where they are multiplied so, totals begin with that offset (`kDotHasOffset`).
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    __m512i total = _mm512_set1_epi32(kBits == 8 ? -128 * input_sum : 0);
-#pragma GCC unroll 8
-    for (int vector = 0; vector < kCount; ++vector)
-        total = _mm512_dpbusd_epi32(total, (__m512i)codes[vector], _mm512_set1_epi32(four(vector)));
-    return (Ints)total;
+inline Ints dot_four(Ints total, Bytes codes, Ints inputs) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)inputs);
+}
+#define SPACE_DOT_FOUR 1
 #elif defined(__AVXVNNI__)
-    __m256i total = _mm256_set1_epi32(kBits == 8 ? -128 * input_sum : 0);
+inline Ints dot_four(Ints total, Bytes codes, Ints inputs) {
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)codes, (__m256i)inputs);
+}
+#define SPACE_DOT_FOUR 1
+#endif
+
+inline Ints broadcast(int32_t value) {
+#if defined(__AVX512BW__)
+    return (Ints)_mm512_set1_epi32(value);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_set1_epi32(value);
+#else
+    return value - Ints{};
+#endif
+}
+
+template <int kBits, int kRows, int kFirst = 0, int kLast = kVectors>
+inline __attribute__((always_inline)) void dots(const uint8_t* codes, const int8_t* inputs, Ints* totals) {
+    [[maybe_unused]] const auto four = [&](int row, int vector) __attribute__((always_inline)) {
+        return broadcast(load<int32_t>(inputs + row * kChunk + 4 * vector));
+    };
+#if defined(SPACE_DOT_FOUR)
 #pragma GCC unroll 8
-    for (int vector = 0; vector < kCount; ++vector)
-        total = _mm256_dpbusd_avx_epi32(total, (__m256i)codes[vector], _mm256_set1_epi32(four(vector)));
-    return (Ints)total;
+    for (int vector = kFirst; vector < kLast; ++vector) {
+        const Bytes code = codes_at<kBits>(codes, vector);
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) totals[row] = dot_four(totals[row], code, four(row, vector));
+    }
 #elif defined(__AVX2__)
     // pairs of products are summed in 16 bits as long as they fit
-    constexpr int kFit = std::min(kCount, kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1);
+    constexpr int kFit = std::min(kLast - kFirst, kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1);
 #if defined(__AVX512BW__)
     typedef __m512i Register;
-    const auto products = [](Register code, int32_t input) {
-        const Register x = _mm512_set1_epi32(input);
-        if constexpr (kBits < 8) return _mm512_maddubs_epi16(code, x);
-        const Register own = _mm512_xor_si512(code, _mm512_set1_epi8(-128));
-        const Register signs = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(own), _mm512_setzero_si512(), x);
-        return _mm512_maddubs_epi16(_mm512_abs_epi8(own), signs);
-    };
+    const auto size_of = [](Register own) { return _mm512_abs_epi8(own); };
+    const auto signed_as = [](Register x, Register own) { return _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(own), _mm512_setzero_si512(), x); };
+    const auto products = [](Register code, Register x) { return _mm512_maddubs_epi16(code, x); };
     const auto add16 = [](Register a, Register b) { return _mm512_add_epi16(a, b); };
     const auto pairs = [](Register a) { return (Ints)_mm512_madd_epi16(a, _mm512_set1_epi16(1)); };
 #else
     typedef __m256i Register;
-    const auto products = [](Register code, int32_t input) {
-        const Register x = _mm256_set1_epi32(input);
-        if constexpr (kBits < 8) return _mm256_maddubs_epi16(code, x);
-        const Register own = _mm256_xor_si256(code, _mm256_set1_epi8(-128));
-        return _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(x, own));
-    };
+    const auto size_of = [](Register own) { return _mm256_abs_epi8(own); };
+    const auto signed_as = [](Register x, Register own) { return _mm256_sign_epi8(x, own); };
+    const auto products = [](Register code, Register x) { return _mm256_maddubs_epi16(code, x); };
     const auto add16 = [](Register a, Register b) { return _mm256_add_epi16(a, b); };
     const auto pairs = [](Register a) { return (Ints)_mm256_madd_epi16(a, _mm256_set1_epi16(1)); };
 #endif
-    Ints total{};
 #pragma GCC unroll 8
-    for (int start = 0; start < kCount; start += kFit) {
-        Register sum = products((Register)codes[start], four(start));
+    for (int start = kFirst; start < kLast; start += kFit) {
+        Register sums[kRows];
 #pragma GCC unroll 8
-        for (int vector = start + 1; vector < start + kFit; ++vector)
-            sum = add16(sum, products((Register)codes[vector], four(vector)));
-        total = start ? total + pairs(sum) : pairs(sum);
+        for (int vector = start; vector < start + kFit; ++vector) {
+            const Bytes code = codes_at<kBits>(codes, vector);
+            const Register own = (Register)(kBits == 8 ? code ^ uint8_t(128) : code);
+            const Register sized = kBits == 8 ? size_of(own) : own;
+#pragma GCC unroll 8
+            for (int row = 0; row < kRows; ++row) {
+                const Register x = (Register)four(row, vector);
+                const Register some = products(sized, kBits == 8 ? signed_as(x, own) : x);
+                sums[row] = vector == start ? some : add16(sums[row], some);
+                asm("" : "+v"(sums[row]));  // in this order, which needs the fewest registers
+            }
+        }
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) totals[row] += pairs(sums[row]);
     }
-    return total;
 #elif defined(__ARM_FEATURE_DOTPROD)
-    int32x4_t total = vdupq_n_s32(0);
 #pragma GCC unroll 8
-    for (int vector = 0; vector < kCount; ++vector) {
-        const Bytes own = kBits == 8 ? codes[vector] ^ uint8_t(128) : codes[vector];
-        total = vdotq_s32(total, (int8x16_t)own, vreinterpretq_s8_s32(vdupq_n_s32(four(vector))));
+    for (int vector = kFirst; vector < kLast; ++vector) {
+        const Bytes code = codes_at<kBits>(codes, vector), own = kBits == 8 ? code ^ uint8_t(128) : code;
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row)
+            totals[row] = (Ints)vdotq_s32((int32x4_t)totals[row], (int8x16_t)own, (int8x16_t)four(row, vector));
     }
-    return (Ints)total;
 #else
-    Ints total{};
-    for (int vector = 0; vector < kCount; ++vector)
-        for (int lane = 0; lane < kLanes; ++lane)
-            for (int each = 0; each < 4; ++each)
-                total[lane] += int32_t(codes[vector][4 * lane + each]) * inputs[4 * vector + each];
-    return kBits == 8 ? total - 128 * input_sum : total;
+    for (int row = 0; row < kRows; ++row)
+        for (int vector = kFirst; vector < kLast; ++vector)
+            for (int lane = 0; lane < kLanes; ++lane)
+                for (int each = 0; each < 4; ++each)
+                    totals[row][lane] += (int32_t(codes_at<kBits>(codes, vector)[4 * lane + each]) - (kBits == 8 ? 128 : 0)) *
+                                         inputs[row * kChunk + 4 * vector + each];
 #endif
 }
 
-// Rows of activations in int8.
-//
-// codes (rows, width) int8; scales and sums (rows, width / 32): a chunk's scale, and scale times sum of codes; halves
-// (rows, width / 16): sums of the codes of 16 inputs.
-struct Activations {
-    std::vector<int8_t> codes;
-    std::vector<float> scales, sums;
-    std::vector<int32_t> halves;
+// rows that each thread rounds for itself: to wait for another's takes longer
+constexpr int64_t kRowsForEach = 16;
+// rows whose chunks lie beside each other
+constexpr int64_t kBlockRows = 16;
+// chunks of rows that are rounded together
+constexpr int64_t kBatch = 16;
 
-    void reserve(int64_t rows, int64_t width) {
-        const size_t size = rows * width;
-        if (codes.size() >= size) return;
-        codes.resize(size);
-        scales.resize(size / kChunk);
-        sums.resize(size / kChunk);
-        halves.resize(2 * size / kChunk);
-    }
+// What a chunk of some rows is: their codes kChunk apart, and a number of each for each row; of halves there are two.
+struct Chunk {
+    const int8_t* codes;
+    const float *scales, *sums, *wholes, *halves[2];
 
-    void quantize_row(const float* values_of, int64_t row, int64_t width) {
-        constexpr int kRegisters = kChunk / kLanes;
-        for (int64_t chunk = 0; chunk < width / kChunk; ++chunk) {
-            const int64_t at = row * (width / kChunk) + chunk;
-            Floats values[kRegisters], most{};
-            for (int part = 0; part < kRegisters; ++part) {
-                values[part] = load<Floats>(values_of + chunk * kChunk + part * kLanes);
-                const Floats size = values[part] < 0.0f ? -values[part] : values[part];
-                most = size > most ? size : most;
-            }
-            const float largest = largest_of(most);
-            const float factor = largest > 0 ? 127.0f / largest : 0.0f;
-            Ints sums_of_half[2] = {};
-            for (int part = 0; part < kRegisters; ++part) {
-                // added and taken away, it leaves whole numbers, rounded to nearest
-                constexpr float kWhole = 12582912.0f;
-                const Floats whole = (values[part] * factor + kWhole) - kWhole;
-                const Ints code = __builtin_convertvector(whole, Ints);
-                store_small(codes.data() + row * width + chunk * kChunk + part * kLanes, code);
-                sums_of_half[part * kLanes / 16] += code;
-            }
-            const int32_t sum[2] = {sum_of(sums_of_half[0]), sum_of(sums_of_half[1])};
-            scales[at] = largest / 127.0f;
-            sums[at] = scales[at] * float(sum[0] + sum[1]);
-            halves[2 * at] = sum[0];
-            halves[2 * at + 1] = sum[1];
-        }
+    void advance(int64_t rows) {
+        codes += rows * kChunk;
+        scales += rows;
+        sums += rows;
+        wholes += rows;
+        halves[0] += rows;
+        halves[1] += rows;
     }
 };
 
-// A chunk's codes of one part of a tile.
-template <int kBits>
-void unpack(const uint8_t* from, int part, Bytes* codes) {
-    const uint8_t* own = from + part * sizeof(Bytes);
-    if constexpr (kBits == 8) {
+// Rows of activations in int8, chunk by chunk, all rows of a chunk beside each other.
+//
+// codes (width / 32, rows, 32) int8; by (width / 32, rows): scales; wholes, sums of codes; sums, of codes times scale;
+// halves (width / 32, rows, 2): sums of 16 codes.
+struct Activations {
+    std::vector<int8_t> codes;
+    std::vector<float> scales, sums, wholes, halves[2];
+    int64_t rows = 0, chunks = 0, together = 0;
+
+    void reserve(int64_t count, int64_t width) {
+        rows = count;
+        chunks = width / kChunk;
+        together = std::min(rows, kBlockRows);
+        const size_t size = (rows + together - 1) / together * together * width;
+        if (codes.size() >= size && !scales.empty()) return;
+        codes.resize(size);
+        for (std::vector<float>* each : {&scales, &sums, &wholes, halves, halves + 1}) each->resize(size / kChunk + kBatch);
+    }
+
+    int64_t place_of(int64_t chunk, int64_t row) const {
+        return (row / kBlockRows * chunks + chunk) * together + row % kBlockRows;
+    }
+
+    Chunk at(int64_t chunk, int64_t row) const {
+        const int64_t place = place_of(chunk, row);
+        return {codes.data() + place * kChunk, scales.data() + place, sums.data() + place, wholes.data() + place,
+                {halves[0].data() + place, halves[1].data() + place}};
+    }
+
+    // how many places there are, some of them behind the last row
+    int64_t places() const { return (rows + kBlockRows - 1) / kBlockRows * chunks * together; }
+
+    // Round a batch of places, of which `input(row)` are the values.
+    template <typename Input>
+    void quantize(int64_t batch, const Input& input) {
+        constexpr int kRegisters = kChunk / kLanes;
+        const int64_t first = batch * kBatch, last = std::min(first + kBatch, places());
+        alignas(64) float largest[kBatch] = {}, factors[kBatch];
+        alignas(64) int32_t both[kBatch] = {};
+        const float* from[kBatch];
+        int64_t block = first / (chunks * together), chunk = first / together % chunks, row = first % together;
+        for (int64_t place = first; place < last; ++place) {
+            const int64_t at = std::min(block * kBlockRows + row, rows - 1);
+            from[place - first] = input(at) + chunk * kChunk;
+            Floats most{};
 #pragma GCC unroll 8
-        for (int vector = 0; vector < kVectors; ++vector) codes[vector] = load<Bytes>(own + 64 * vector);
-        return;
-    }
-#pragma GCC unroll 4
-    for (int vector = 0; vector < 4; ++vector) {
-        const Bytes both = load<Bytes>(own + 64 * vector);
-        codes[vector] = both & uint8_t(15);
-        codes[vector + 4] = (both >> 4) & uint8_t(15);
-    }
-    if constexpr (kBits == 5) {
-        const Bytes plane = load<Bytes>(own + 256);
+            for (int part = 0; part < kRegisters; ++part)
+                most = larger(most, (Floats)(load<Ints>(from[place - first] + part * kLanes) & 0x7fffffff));
+            largest[place - first] = reduced(most, larger);
+            if (++row == together) row = 0, ++chunk;
+            if (chunk == chunks) chunk = 0, ++block;
+        }
+        for (int each = 0; each < kBatch; ++each) {
+            scales[first + each] = largest[each] / 127.0f;
+            factors[each] = largest[each] > 0 ? 127.0f / largest[each] : 0.0f;
+        }
+        for (int64_t place = first; place < last; ++place) {
+            const Floats factor = broadcast(factors[place - first]);
+            // sums of both halves in one number, the second 2^16 times
+            Ints of_both{};
 #pragma GCC unroll 8
-        for (int vector = 0; vector < kVectors; ++vector)
-            codes[vector] |= ((plane >> uint8_t(vector)) & uint8_t(1)) << 4;
-    }
-    if constexpr (kBits == 6) {
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            const Bytes plane = load<Bytes>(own + 256 + 64 * half);
-#pragma GCC unroll 4
-            for (int vector = 0; vector < 4; ++vector)
-                codes[4 * half + vector] |= ((plane >> uint8_t(2 * vector)) & uint8_t(3)) << 4;
+            for (int part = 0; part < kRegisters; ++part) {
+                // added and taken away, it leaves whole numbers, rounded to nearest
+                constexpr float kWhole = 12582912.0f;
+                const Floats whole = (load<Floats>(from[place - first] + part * kLanes) * factor + kWhole) - kWhole;
+                const Ints code = __builtin_convertvector(whole, Ints);
+                store_small(codes.data() + place * kChunk + part * kLanes, code);
+                of_both += part * kLanes < 16 ? code : code << 16;
+            }
+            both[place - first] = sum_of(of_both);
+        }
+        for (int each = 0; each < kBatch; ++each) {
+            const int32_t second = (both[each] + 0x8000) >> 16;
+            halves[0][first + each] = float(both[each] - second * 0x10000);
+            halves[1][first + each] = float(second);
+            wholes[first + each] = halves[0][first + each] + halves[1][first + each];
+            sums[first + each] = scales[first + each] * wholes[first + each];
         }
     }
-}
+
+    int64_t batches() const { return (places() + kBatch - 1) / kBatch; }
+};
 
 template <int kBits>
 void pack(const uint8_t* values, int lane, uint8_t* to) {
@@ -332,8 +414,8 @@ struct Plain {
     static constexpr int kHead = kHasMin ? 4 : 2;
     static constexpr int kRawBytes = kHead + (kBits == 8 ? 32 : kBits == 5 ? 20 : 16);
     static constexpr int kScaleBytes = kHasMin ? 4 * kTile : 2 * kTile;
-    // codes stand for themselves less this; of 8 bits the dot product does it
-    static constexpr int kOffset = kHasMin || kBits == 8 ? 0 : 1 << (kBits - 1);
+    // codes stand for themselves less this, unless the products see to it
+    static constexpr int kOffset = kHasMin || (kBits == 8 && kSubtracts) ? 0 : 1 << (kBits - 1);
 
     static int64_t scale_bytes(int64_t chunks) { return chunks * kScaleBytes; }
 
@@ -366,19 +448,23 @@ struct Plain {
         }
     };
 
-    static Floats add(Floats total, const Bytes* codes, const Scales& own, const int8_t* inputs, float scale, float sum,
-                      const int32_t* halves) {
-        const int32_t input_sum = halves[0] + halves[1];
-        Ints products = dot<kBits, kVectors>(codes, inputs, input_sum);
-        if (kOffset) products -= kOffset * input_sum;
-        total = fused(to_floats(products), own.scale * scale, total);
-        return kHasMin ? fused(own.least, broadcast(sum), total) : total;
+    template <int kRows>
+    static inline __attribute__((always_inline)) void add(Floats* totals, const uint8_t* codes, const Scales& own, const Chunk& input) {
+        Ints products[kRows] = {};
+        dots<kBits, kRows>(codes, input.codes, products);
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+            Floats product = to_floats(products[row]);
+            if (kOffset) product = fused(broadcast(-float(kOffset)), broadcast(input.wholes[row]), product);
+            totals[row] = fused(product, own.scale * broadcast(input.scales[row]), totals[row]);
+            if (kHasMin) totals[row] = fused(own.least, broadcast(input.sums[row]), totals[row]);
+        }
     }
 
     static float value(const uint8_t* scales, int64_t at, int lane, int, int code) {
         const float scale = half_to_float(half_at(scales + at * kScaleBytes + 2 * lane));
         const float least = kHasMin ? half_to_float(half_at(scales + at * kScaleBytes + 2 * (kTile + lane))) : 0.0f;
-        return scale * float(code - (kBits == 8 ? 128 : kOffset)) + least;
+        return scale * float(code - (kHasMin ? 0 : 1 << (kBits - 1))) + least;
     }
 };
 
@@ -420,10 +506,15 @@ struct Scaled {
         }
     };
 
-    static Floats add(Floats total, const Bytes* codes, const Scales& own, const int8_t* inputs, float scale, float sum,
-                      const int32_t*) {
-        total = fused(to_floats(dot<kBits, kVectors>(codes, inputs, 0)), own.scale * scale, total);
-        return fused(own.least, broadcast(-sum), total);
+    template <int kRows>
+    static inline __attribute__((always_inline)) void add(Floats* totals, const uint8_t* codes, const Scales& own, const Chunk& input) {
+        Ints products[kRows] = {};
+        dots<kBits, kRows>(codes, input.codes, products);
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+            totals[row] = fused(to_floats(products[row]), own.scale * broadcast(input.scales[row]), totals[row]);
+            totals[row] = fused(own.least, broadcast(-input.sums[row]), totals[row]);
+        }
     }
 
     static float value(const uint8_t* scales, int64_t at, int lane, int, int code) {
@@ -458,21 +549,30 @@ struct Sixteens {
 
     struct Scales {
         Floats scale;
-        Ints halves[2];
+        Floats halves[2];
         Scales(const uint8_t* scales, int64_t at, int part) {
             const uint8_t* own = scales + at / kRawChunks * kSuperBytes;
             scale = load_halves(own + 2 * kLanes * part);
             for (int half = 0; half < 2; ++half)
-                halves[half] = widen(load<SmallInts>(own + 2 * kTile + (2 * (at % kRawChunks) + half) * kTile +
-                                                     kLanes * part));
+                halves[half] = to_floats(widen(load<SmallInts>(own + 2 * kTile + (2 * (at % kRawChunks) + half) * kTile +
+                                                               kLanes * part)));
         }
     };
 
-    static Floats add(Floats total, const Bytes* codes, const Scales& own, const int8_t* inputs, float scale, float,
-                      const int32_t* halves) {
-        const Ints first = dot<kBits, kVectors / 2>(codes, inputs, 0) - 32 * halves[0];
-        const Ints second = dot<kBits, kVectors / 2>(codes + kVectors / 2, inputs + 16, 0) - 32 * halves[1];
-        return fused(to_floats(first * own.halves[0] + second * own.halves[1]), own.scale * scale, total);
+    // All numbers up to the last sum are whole and below 2^24, so floats are exact.
+    template <int kRows>
+    static inline __attribute__((always_inline)) void add(Floats* totals, const uint8_t* codes, const Scales& own, const Chunk& input) {
+        Ints products[2][kRows] = {};
+        dots<kBits, kRows, 0, kVectors / 2>(codes, input.codes, products[0]);
+        dots<kBits, kRows, kVectors / 2, kVectors>(codes, input.codes, products[1]);
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+            const auto of = [&](int half) {
+                return fused(broadcast(-32.0f), broadcast(input.halves[half][row]), to_floats(products[half][row]));
+            };
+            const Floats both = fused(of(1), own.halves[1], of(0) * own.halves[0]);
+            totals[row] = fused(both, own.scale * broadcast(input.scales[row]), totals[row]);
+        }
     }
 
     static float value(const uint8_t* scales, int64_t at, int lane, int input, int code) {
@@ -504,29 +604,24 @@ void multiply(const Activations& input, int64_t row, const uint8_t* tile, int pa
               int64_t outputs, int lanes, bool asks) {
     const int64_t chunks = width / kChunk;
     const uint8_t* scales = tile + chunks * code_bytes(Format::kBits);
-    const int8_t* codes_of = input.codes.data() + row * width;
-    const float *scales_of = input.scales.data() + row * chunks, *sums_of = input.sums.data() + row * chunks;
-    const int32_t* halves_of = input.halves.data() + row * chunks * 2;
     Floats totals[kRows];
 #pragma GCC unroll 8
     for (int each = 0; each < kRows; ++each) {
-        totals[each] = Floats{};
-        if (kAdds) std::memcpy(&totals[each], output + each * outputs, lanes * sizeof(float));
+        Floats before{};
+        if (kAdds) std::memcpy(&before, output + each * outputs, lanes * sizeof(float));
+        totals[each] = before;
     }
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    Chunk at = input.at(0, row);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk, at.advance(input.together)) {
         if (asks) ask_ahead<Format>(tile, chunk, chunks);
-        Bytes codes[kVectors];
-        unpack<Format::kBits>(tile + chunk * code_bytes(Format::kBits), part, codes);
-        const typename Format::Scales own(scales, chunk, part);
-#pragma GCC unroll 8
-        for (int each = 0; each < kRows; ++each) {
-            const int64_t at = each * chunks + chunk;
-            totals[each] = Format::add(totals[each], codes, own, codes_of + each * width + chunk * kChunk, scales_of[at],
-                                       sums_of[at], halves_of + 2 * at);
-        }
+        const uint8_t* codes = tile + chunk * code_bytes(Format::kBits) + part * sizeof(Bytes);
+        Format::template add<kRows>(totals, codes, typename Format::Scales(scales, chunk, part), at);
     }
-    for (int each = 0; each < kRows; ++each)
-        std::memcpy(output + each * outputs, &totals[each], lanes * sizeof(float));
+#pragma GCC unroll 8
+    for (int each = 0; each < kRows; ++each) {
+        const Floats total = totals[each];
+        std::memcpy(output + each * outputs, &total, lanes * sizeof(float));
+    }
 }
 
 // the 16 outputs of a tile for the rows of the input from `first` on, of which `output` has the first
@@ -545,11 +640,22 @@ void multiply_tile(const Activations& input, int64_t first, int64_t rows, const 
                                                             row == 0 && part == 0);
             row += decltype(count)::value;
         };
-        while (rows - row >= kMost) run(std::integral_constant<int, kMost>());
-        if (kMost > 4 && rows - row >= 4) run(std::integral_constant<int, 4>());
-        if (rows - row == 3) run(std::integral_constant<int, 3>());
-        if (rows - row == 2) run(std::integral_constant<int, 2>());
-        if (rows - row == 1) run(std::integral_constant<int, 1>());
+        while (row < rows) {
+            const int64_t left = std::min(rows - row, kBlockRows - (first + row) % kBlockRows);
+            const auto with = [&](auto count) {
+                if constexpr (decltype(count)::value <= kMost) run(count);
+            };
+            switch (std::min<int64_t>(left, kMost)) {
+                case 1: with(std::integral_constant<int, 1>()); break;
+                case 2: with(std::integral_constant<int, 2>()); break;
+                case 3: with(std::integral_constant<int, 3>()); break;
+                case 4: with(std::integral_constant<int, 4>()); break;
+                case 5: with(std::integral_constant<int, 5>()); break;
+                case 6: with(std::integral_constant<int, 6>()); break;
+                case 7: with(std::integral_constant<int, 7>()); break;
+                default: with(std::integral_constant<int, 8>());
+            }
+        }
     }
 }
 
@@ -577,8 +683,8 @@ class Update {
         // each thread for itself: they are few
         static thread_local Activations own;
         own.reserve(layers * masks_, rank);
-        for (int64_t row = 0; row < layers * masks_; ++row)
-            own.quantize_row(between_ + (row % masks_ * layers + row / masks_) * rank, row, rank);
+        const auto row_of = [&](int64_t row) { return between_ + (row % masks_ * layers + row / masks_) * rank; };
+        for (int64_t batch = 0; batch < own.batches(); ++batch) own.quantize(batch, row_of);
 #pragma omp for schedule(static) nowait
         for (int64_t tile = 0; tile < outputs_ / kTile; ++tile) {
             const int64_t* end = std::upper_bound(update_->ends, update_->ends + layers, tile * kTile);
@@ -624,16 +730,21 @@ struct Quantized {
     static void linear(const float* input, const uint8_t* packed, float* output, int64_t rows, int64_t width,
                        int64_t outputs, const SpaceUpdate* update) {
         static thread_local Activations own;
-        Activations& activations = own;
-        activations.reserve(rows, width);
+        Activations& shared = own;
+        const bool is_shared = rows > kRowsForEach;
+        const auto row_of = [&](int64_t row) { return input + row * width; };
+        if (is_shared) shared.reserve(rows, width);
         const int64_t tiles = (outputs + kTile - 1) / kTile, bytes = tile_bytes<Format>(width);
-        if (rows == 1) activations.quantize_row(input, 0, width);
         const Update added(update, rows, outputs);
 #pragma omp parallel if (is_worth_threads(rows, width, outputs))
         {
-            if (rows > 1) {
+            Activations& activations = is_shared ? shared : own;
+            if (is_shared) {
 #pragma omp for schedule(static)
-                for (int64_t row = 0; row < rows; ++row) activations.quantize_row(input + row * width, row, width);
+                for (int64_t batch = 0; batch < activations.batches(); ++batch) activations.quantize(batch, row_of);
+            } else {
+                activations.reserve(rows, width);
+                for (int64_t batch = 0; batch < activations.batches(); ++batch) activations.quantize(batch, row_of);
             }
 #pragma omp for schedule(static) nowait
             for (int64_t tile = 0; tile < tiles; ++tile)
@@ -794,7 +905,8 @@ void space_update(const float* input, float* output, int64_t rows, int64_t width
 #pragma omp parallel if (is_worth_threads(masks, padded, outputs))
     {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < masks; ++row) activations.quantize_row(states + row * padded, row, padded);
+        for (int64_t batch = 0; batch < activations.batches(); ++batch)
+            activations.quantize(batch, [&](int64_t row) { return states + row * padded; });
         added.add(activations, 0, padded, output + update->first * outputs);
     }
 }
