@@ -283,7 +283,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, masks: int) -> None:
-    """Load the adapter of a folder onto its base model, in place.
+    """Load the adapter of a folder onto its base model, in place and in the model's dtype.
 
     Raises:
         UsageProblem: the adapter's files are absent or damaged, or belong to another model.
@@ -292,8 +292,13 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, masks: int) -> None:
         lora = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError) as error:
         raise UsageProblem(f"{folder}: not a readable adapter: {first_line(error)}") from error
+    dtype = model.dtype
     attach_adapter(model, masks, cast(LoraConfig, lora))
     load_adapter_weights(model, folder)
+    # float32, as peft leaves them, would pass for the dtype of the model
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def load_adapter_weights(model: PreTrainedModel, folder: Path) -> None:
