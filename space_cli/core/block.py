@@ -74,17 +74,17 @@ class Block:
         everywhere = range(len(candidate_parents) + 1) if masks else ()
         return cls(candidate_parents, masks, tuple(everywhere if anchors is None else anchors))
 
-    @property
+    @cached_property
     def num_candidates(self) -> int:
         """Number of candidate slots; they are slots 1 to this number."""
         return len(self.candidate_parents)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Number of slots that hold tokens (head and candidates)."""
         return self.num_candidates + 1
 
-    @property
+    @cached_property
     def num_slots(self) -> int:
         """Q, the number of slots."""
         return self.num_tokens + len(self.anchors) * self.masks

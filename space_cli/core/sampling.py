@@ -278,7 +278,8 @@ def largest(logits: torch.Tensor) -> list[int]:
 
 def _first(top_k: TopK) -> list[int]:
     """Return the most probable token of each row, -1 where the probabilities are NaN."""
-    return cast(list[int], torch.where(top_k.probs[:, 0].isfinite(), top_k.tokens[:, 0], _NONE).tolist())
+    tokens, probs = (each[:, 0].numpy() for each in top_k)
+    return cast(list[int], np.where(np.isfinite(probs), tokens, _NONE).tolist())
 
 
 class _Noise:
