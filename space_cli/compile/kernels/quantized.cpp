@@ -159,34 +159,13 @@ template <int kBits>
 inline __attribute__((always_inline)) Bytes codes_at(const uint8_t* own, int vector) {
     if constexpr (kBits == 8) return load<Bytes>(own + 64 * vector);
     const Bytes both = load<Bytes>(own + 64 * (vector % 4));
-    Bytes codes = (vector < 4 ? both : both >> 4) & uint8_t(15);
-    if constexpr (kBits == 5) codes |= (Bytes)((Pairs)((load<Bytes>(own + 256) >> uint8_t(vector)) & uint8_t(1)) << 4);
-    if constexpr (kBits == 6)
-        codes |= (Bytes)((Pairs)((load<Bytes>(own + 256 + 64 * (vector / 4)) >> uint8_t(2 * (vector % 4))) & uint8_t(3)) << 4);
-    return codes;
+    const Bytes low = (vector < 4 ? both : both >> 4) & uint8_t(15);
+    if constexpr (kBits == 4) return low;
+    const Bytes plane = load<Bytes>(own + 256 + (kBits == 6 ? 64 * (vector / 4) : 0));
+    const Bytes high = kBits == 5 ? plane >> uint8_t(vector) & uint8_t(1) : plane >> uint8_t(2 * (vector % 4)) & uint8_t(3);
+    // of bytes compilers make four additions
+    return low | (Bytes)((Pairs)high << 4);
 }
-
-// whether codes of 8 bits are multiplied as what they stand for, themselves less 128
-#if (defined(__AVX512VNNI__) && defined(__AVX512BW__)) || defined(__AVXVNNI__)
-constexpr bool kSubtracts = false;
-#else
-constexpr bool kSubtracts = true;
-#endif
-
-// Sums of codes (below 2^kBits) times activations over `kCount` vectors, added to what `totals` are, of `kRows` rows that lie
-// kChunk apart. Row by row stands inside, so that no sum waits for itself. Codes of 8 bits stand for themselves less 128:
-// where they are multiplied so, totals begin with that offset (`kDotHasOffset`).
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-inline Ints dot_four(Ints total, Bytes codes, Ints inputs) {
-    return (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)inputs);
-}
-#define SPACE_DOT_FOUR 1
-#elif defined(__AVXVNNI__)
-inline Ints dot_four(Ints total, Bytes codes, Ints inputs) {
-    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)codes, (__m256i)inputs);
-}
-#define SPACE_DOT_FOUR 1
-#endif
 
 inline Ints broadcast(int32_t value) {
 #if defined(__AVX512BW__)
@@ -198,6 +177,19 @@ inline Ints broadcast(int32_t value) {
 #endif
 }
 
+// kSubtracts: codes of 8 bits are multiplied as what they stand for, themselves less 128; else that is left to the caller
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define SPACE_DOT_FOUR(total, codes, inputs) _mm512_dpbusd_epi32((__m512i)total, (__m512i)codes, (__m512i)inputs)
+constexpr bool kSubtracts = false;
+#elif defined(__AVXVNNI__)
+#define SPACE_DOT_FOUR(total, codes, inputs) _mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)codes, (__m256i)inputs)
+constexpr bool kSubtracts = false;
+#else
+constexpr bool kSubtracts = true;
+#endif
+
+// Add the products of a chunk's vectors `kFirst` to `kLast` of codes and of `kRows` rows, kChunk apart, to their totals.
+// Rows stand inside, so that no sum waits for itself.
 template <int kBits, int kRows, int kFirst = 0, int kLast = kVectors>
 inline __attribute__((always_inline)) void dots(const uint8_t* codes, const int8_t* inputs, Ints* totals) {
     [[maybe_unused]] const auto four = [&](int row, int vector) __attribute__((always_inline)) {
@@ -208,7 +200,7 @@ inline __attribute__((always_inline)) void dots(const uint8_t* codes, const int8
     for (int vector = kFirst; vector < kLast; ++vector) {
         const Bytes code = codes_at<kBits>(codes, vector);
 #pragma GCC unroll 8
-        for (int row = 0; row < kRows; ++row) totals[row] = dot_four(totals[row], code, four(row, vector));
+        for (int row = 0; row < kRows; ++row) totals[row] = (Ints)SPACE_DOT_FOUR(totals[row], code, four(row, vector));
     }
 #elif defined(__AVX2__)
     // pairs of products are summed in 16 bits as long as they fit
@@ -216,7 +208,9 @@ inline __attribute__((always_inline)) void dots(const uint8_t* codes, const int8
 #if defined(__AVX512BW__)
     typedef __m512i Register;
     const auto size_of = [](Register own) { return _mm512_abs_epi8(own); };
-    const auto signed_as = [](Register x, Register own) { return _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(own), _mm512_setzero_si512(), x); };
+    const auto signed_as = [](Register x, Register own) {
+        return _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(own), _mm512_setzero_si512(), x);
+    };
     const auto products = [](Register code, Register x) { return _mm512_maddubs_epi16(code, x); };
     const auto add16 = [](Register a, Register b) { return _mm512_add_epi16(a, b); };
     const auto pairs = [](Register a) { return (Ints)_mm512_madd_epi16(a, _mm512_set1_epi16(1)); };
@@ -259,9 +253,10 @@ inline __attribute__((always_inline)) void dots(const uint8_t* codes, const int8
     for (int row = 0; row < kRows; ++row)
         for (int vector = kFirst; vector < kLast; ++vector)
             for (int lane = 0; lane < kLanes; ++lane)
-                for (int each = 0; each < 4; ++each)
-                    totals[row][lane] += (int32_t(codes_at<kBits>(codes, vector)[4 * lane + each]) - (kBits == 8 ? 128 : 0)) *
-                                         inputs[row * kChunk + 4 * vector + each];
+                for (int each = 0; each < 4; ++each) {
+                    const int32_t code = codes_at<kBits>(codes, vector)[4 * lane + each];
+                    totals[row][lane] += (code - (kBits == 8 ? 128 : 0)) * inputs[row * kChunk + 4 * vector + each];
+                }
 #endif
 }
 
@@ -289,8 +284,8 @@ struct Chunk {
 
 // Rows of activations in int8, chunk by chunk, all rows of a chunk beside each other.
 //
-// codes (width / 32, rows, 32) int8; by (width / 32, rows): scales; wholes, sums of codes; sums, of codes times scale;
-// halves (width / 32, rows, 2): sums of 16 codes.
+// Of kBlockRows rows, or of fewer where there are no more: codes (width / 32, rows, 32) int8, and floats (width / 32, rows):
+// scales; wholes, the sums of codes; sums, these times the scale; halves, the sums of the first and the last 16 codes.
 struct Activations {
     std::vector<int8_t> codes;
     std::vector<float> scales, sums, wholes, halves[2];
@@ -301,9 +296,10 @@ struct Activations {
         chunks = width / kChunk;
         together = std::min(rows, kBlockRows);
         const size_t size = (rows + together - 1) / together * together * width;
-        if (codes.size() >= size && !scales.empty()) return;
+        if (codes.size() >= size) return;
         codes.resize(size);
-        for (std::vector<float>* each : {&scales, &sums, &wholes, halves, halves + 1}) each->resize(size / kChunk + kBatch);
+        for (std::vector<float>* each : {&scales, &sums, &wholes, halves, halves + 1})
+            each->resize(size / kChunk + kBatch);
     }
 
     int64_t place_of(int64_t chunk, int64_t row) const {
@@ -404,7 +400,7 @@ uint16_t half_at(const uint8_t* from) { return load<uint16_t>(from); }
 //   scale_bytes(chunks): of a tile's scales;
 //   raw(block, chunk, codes): the codes of a chunk of a block;
 //   pack_scales(block, chunk, lane, scales, at): put scales of chunk `at` of the row where the kernel wants them;
-//   add(total, codes, row, ...): the chunk's share of an output;
+//   add<kRows>(totals, codes, scales, input): a chunk's share of a part's outputs, for so many rows;
 //   value(scales, at, lane, input, code): one weight.
 
 // scale, and where `kHasMin` a least value, per chunk: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
@@ -449,7 +445,8 @@ struct Plain {
     };
 
     template <int kRows>
-    static inline __attribute__((always_inline)) void add(Floats* totals, const uint8_t* codes, const Scales& own, const Chunk& input) {
+    static inline __attribute__((always_inline)) void add(Floats* totals, const uint8_t* codes, const Scales& own,
+                                                          const Chunk& input) {
         Ints products[kRows] = {};
         dots<kBits, kRows>(codes, input.codes, products);
 #pragma GCC unroll 8
@@ -507,7 +504,8 @@ struct Scaled {
     };
 
     template <int kRows>
-    static inline __attribute__((always_inline)) void add(Floats* totals, const uint8_t* codes, const Scales& own, const Chunk& input) {
+    static inline __attribute__((always_inline)) void add(Floats* totals, const uint8_t* codes, const Scales& own,
+                                                          const Chunk& input) {
         Ints products[kRows] = {};
         dots<kBits, kRows>(codes, input.codes, products);
 #pragma GCC unroll 8
@@ -561,7 +559,8 @@ struct Sixteens {
 
     // All numbers up to the last sum are whole and below 2^24, so floats are exact.
     template <int kRows>
-    static inline __attribute__((always_inline)) void add(Floats* totals, const uint8_t* codes, const Scales& own, const Chunk& input) {
+    static inline __attribute__((always_inline)) void add(Floats* totals, const uint8_t* codes, const Scales& own,
+                                                          const Chunk& input) {
         Ints products[2][kRows] = {};
         dots<kBits, kRows, 0, kVectors / 2>(codes, input.codes, products[0]);
         dots<kBits, kRows, kVectors / 2, kVectors>(codes, input.codes, products[1]);
