@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from space_cli.compile.large_pages import LargePages
+from space_cli.core.pages import LargePages
 from space_cli.core.quantized import QuantizedLinear, WeightType, quantize
 
 LANES = 16

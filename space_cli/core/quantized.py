@@ -14,6 +14,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from space_cli.core.pages import mapped
+
 
 class WeightType(IntEnum):
     """The types of a GGUF file's weights that have kernels, by ggml's numbers."""
@@ -166,7 +168,8 @@ def pack(blocks: torch.Tensor, weight_type: WeightType, width: int, order: torch
         order: (outputs) int64, which of the file's rows each output takes; None takes them as they lie.
     """
     outputs = blocks.shape[0]
-    packed = torch.empty(_kernels().space_packed_bytes(weight_type, outputs, width), dtype=torch.uint8)
+    # a compiled model takes a copy, piece by piece
+    packed = mapped(_kernels().space_packed_bytes(weight_type, outputs, width))
     at = None if order is None else order.data_ptr()
     _kernels().space_pack(weight_type, blocks.data_ptr(), at, packed.data_ptr(), outputs, width)
     return packed

@@ -15,11 +15,11 @@ from space_cli.compile import packing, toolchain
 from space_cli.compile.compiled_model import CompiledEngine, CompiledModel
 from space_cli.compile.export import MAX_CALL_SLOTS, compile_model, unsupported_reason
 from space_cli.compile.fingerprint import fingerprint, weights_digest
-from space_cli.compile.large_pages import LargePages
 from space_cli.core.block import AR_BLOCK, Block
 from space_cli.core.decoder import decode
 from space_cli.core.drafting import ChainDrafter
 from space_cli.core.engine import EagerEngine, engine_for
+from space_cli.core.pages import LargePages
 from space_cli.core.sampling import Sampler, Sampling
 from space_cli.core.stopping import StopRule
 from space_cli.core.stream import Generation

@@ -1,4 +1,4 @@
-"""Memory in large pages, for weights.
+"""Memory of its own for weights, in large pages where the system has them.
 
 A call reads all weights once. In pages of 4 KiB a part of that time is spent on finding the pages; in pages of 2 MiB,
 which Linux gives to whoever asks, weights are read as fast as the memory allows (docs/engines.md has the times).
@@ -17,6 +17,15 @@ _BLOCK = 64 * 2**20
 _CACHE_LINE = 64
 
 
+def mapped(size: int, *, large: bool = False) -> torch.Tensor:
+    """Return bytes that go back to the system as soon as they are free; an allocator may keep them."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    memory = mmap.mmap(-1, size, **private)
+    if large and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 class LargePages:
     """Makes tensors that lie beside each other; what they leave of a block's last page is all that is lost."""
 
@@ -24,7 +33,7 @@ class LargePages:
         self._left = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor on the CPU, not filled. Where there are no large pages it lies in ordinary memory."""
+        """Return a tensor on the CPU, not filled. Where there are no large pages it lies in ordinary ones."""
         size = prod(shape) * dtype.itemsize
         taken = -(-size // _CACHE_LINE) * _CACHE_LINE
         if taken > len(self._left):
@@ -35,10 +44,6 @@ class LargePages:
 
 def _block(size: int) -> torch.Tensor:
     """Return bytes in large pages; what is not written to takes no room."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    block = torch.frombuffer(memory, dtype=torch.uint8)
+    block = mapped(size + _PAGE, large=True)
     start = -block.data_ptr() % _PAGE
     return block[start : start + size]

@@ -5,8 +5,8 @@ import mmap
 import pytest
 import torch
 
-from space_cli.compile import large_pages
-from space_cli.compile.large_pages import LargePages
+from space_cli.core import pages as module
+from space_cli.core.pages import LargePages
 
 SHAPES = [(3,), (5, 7, 2), (1000, 1000), (0,)]
 
@@ -15,7 +15,7 @@ SHAPES = [(3,), (5, 7, 2), (1000, 1000), (0,)]
 def pages(request, monkeypatch):
     if request.param == "ordinary":  # as on macOS and Windows
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    monkeypatch.setattr(large_pages, "_BLOCK", 1_000_000)
+    monkeypatch.setattr(module, "_BLOCK", 1_000_000)
     return LargePages()
 
 
