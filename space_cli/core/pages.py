@@ -18,9 +18,16 @@ _CACHE_LINE = 64
 
 
 def mapped(size: int, *, large: bool = False) -> torch.Tensor:
-    """Return bytes that go back to the system as soon as they are free; an allocator may keep them."""
+    """Return bytes that go back to the system as soon as they are free; an allocator may keep them.
+
+    Raises:
+        MemoryError: there is not so much.
+    """
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    memory = mmap.mmap(-1, size, **private)
+    try:
+        memory = mmap.mmap(-1, size, **private)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes") from error
     if large and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

@@ -37,3 +37,8 @@ def test_tensors_lie_apart_and_outlive_what_made_them(pages):
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="there are no large pages")
 def test_large_blocks_begin_where_a_large_page_begins():
     assert LargePages().empty((3,), torch.uint8).data_ptr() % (2 * 2**20) == 0
+
+
+def test_more_than_there_is_is_a_memory_error():
+    with pytest.raises(MemoryError):
+        LargePages().empty((2**61,), torch.uint8)
