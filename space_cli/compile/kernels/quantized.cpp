@@ -627,7 +627,7 @@ void multiply(const Activations& input, int64_t row, const uint8_t* tile, int pa
 template <typename Format, bool kAdds = false>
 void multiply_tile(const Activations& input, int64_t first, int64_t rows, const uint8_t* tile, int64_t width,
                    float* output, int64_t outputs, int64_t tile_index) {
-    constexpr int kMost = kParts == 1 ? 8 : 4;
+    constexpr int kMost = 8;
     for (int part = 0; part < kParts; ++part) {
         const int64_t at = tile_index * kTile + part * kLanes;
         const int lanes = int(std::min<int64_t>(kLanes, outputs - at));
@@ -641,18 +641,15 @@ void multiply_tile(const Activations& input, int64_t first, int64_t rows, const 
         };
         while (row < rows) {
             const int64_t left = std::min(rows - row, kBlockRows - (first + row) % kBlockRows);
-            const auto with = [&](auto count) {
-                if constexpr (decltype(count)::value <= kMost) run(count);
-            };
             switch (std::min<int64_t>(left, kMost)) {
-                case 1: with(std::integral_constant<int, 1>()); break;
-                case 2: with(std::integral_constant<int, 2>()); break;
-                case 3: with(std::integral_constant<int, 3>()); break;
-                case 4: with(std::integral_constant<int, 4>()); break;
-                case 5: with(std::integral_constant<int, 5>()); break;
-                case 6: with(std::integral_constant<int, 6>()); break;
-                case 7: with(std::integral_constant<int, 7>()); break;
-                default: with(std::integral_constant<int, 8>());
+                case 1: run(std::integral_constant<int, 1>()); break;
+                case 2: run(std::integral_constant<int, 2>()); break;
+                case 3: run(std::integral_constant<int, 3>()); break;
+                case 4: run(std::integral_constant<int, 4>()); break;
+                case 5: run(std::integral_constant<int, 5>()); break;
+                case 6: run(std::integral_constant<int, 6>()); break;
+                case 7: run(std::integral_constant<int, 7>()); break;
+                default: run(std::integral_constant<int, kMost>());
             }
         }
     }
