@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from space_cli.core.costs import SIZES, StepCosts, filled_up
+from space_cli.core.costs import MAX_BLOCK_SLOTS, SIZES, StepCosts, filled_up
 from space_cli.core.drafting.chain import Proposal, Verified
 from space_cli.core.drafting.ngrams import LONGEST_MATCH, Continuation
 from space_cli.core.stream import common_prefix_length
@@ -14,15 +14,11 @@ from space_cli.core.stream import common_prefix_length
 _FIRST_ACCEPTED, _FIRST_TOKENS = 0.35, 1.2
 _FIRST_COPIED = (0.2, 0.4, 0.7, 0.85, 0.95)
 _DECAY, _PRIOR_WEIGHT = 0.97, 4.0
-_REFRESH = 16
-"""Steps between two looks at the costs: one takes as long as the rest of planning."""
 _LONGEST_HICCUP = 3.0
-_FEW = 4
-"""Slots of a block such as masks fill: what one more costs is taken from it."""
 _MAX_WITHOUT_PLAIN = 64
 """Steps after which a plain one is timed again: what drafts gain is held against it."""
-# in plain steps: what masks may lose before they rest, at first, for a trial after a rest, and at most
-_FIRST_CREDIT, _TRIAL_CREDIT, _MAX_CREDIT = 8.0, 3.0, 32.0
+_CREDIT = 8.0
+"""Plain steps that masks may lose before they rest until it has been saved up again."""
 
 
 class Ema:
@@ -58,7 +54,7 @@ class AcceptanceStats:
     Attributes:
         has_credit: whether masks may be tried.
         values: by depth, how often a mask brought a token that a copy would not have brought, less what the slot of its
-            guess costs; this and the following are of the last refresh.
+            guess costs.
         prices: of a step by its slots: the tokens that its time brings at the rate of late.
         mask_factor: how many times as much a step takes if some of its slots are masks.
         cheapest: the least that another slot costs, in tokens.
@@ -72,8 +68,8 @@ class AcceptanceStats:
         self._copied = [[Ema(prior) for prior in _FIRST_COPIED] for _ in range(4)]
         self._tokens, self._mask_ratio = Ema(_FIRST_TOKENS), Ema(1.0)
         self._ratio, self._ratios = Ema(1.0), {size: Ema(1.0) for size in SIZES}
-        self._credit, self.has_credit = _FIRST_CREDIT, True
-        self._steps, self._since_plain = 0, _MAX_WITHOUT_PLAIN
+        self._credit, self.has_credit = _CREDIT, True
+        self._since_plain = _MAX_WITHOUT_PLAIN
         self._refresh()
 
     @property
@@ -95,9 +91,7 @@ class AcceptanceStats:
         self._add_copies(step.proposal.texts, step.tokens)
         self._add_guesses(step.proposal, step.tokens)
         self._add_costs(step)
-        self._steps += 1
-        if self._steps % _REFRESH == 0:
-            self._refresh()
+        self._refresh()
 
     def _add_copies(self, texts: Sequence[Continuation], came: Sequence[int]) -> None:
         """Compare what could be copied with what came; it need not have been a candidate, so this costs no slot."""
@@ -131,8 +125,8 @@ class AcceptanceStats:
         plain_steps = seconds / self._expected_seconds(1)
         has_masks = slots > 1 and (block.anchors or step.proposal.guesses)
         gain = len(step.tokens) - plain_steps if has_masks else 0.0
-        self._credit = min(_MAX_CREDIT, self._credit + self._trials * plain_steps + gain)
-        self.has_credit = self._credit > (0 if self.has_credit else _TRIAL_CREDIT)
+        self._credit = min(_CREDIT, self._credit + self._trials * plain_steps + gain)
+        self.has_credit = self._credit > 0 if self.has_credit else self._credit == _CREDIT
 
     def _expected_seconds(self, slots: int) -> float:
         return self._seconds[slots] * self._ratios[slots].towards(self._ratio.value)
@@ -143,6 +137,6 @@ class AcceptanceStats:
         self.prices = filled_up({size: rate * self._expected_seconds(size) for size in SIZES})
         self.cheapest = min((self.prices[more] - self.prices[size]) / (more - size) for size, more in pairwise(SIZES))
         self.mask_factor = self._mask_ratio.value
-        # a guess takes a slot of the next block
-        slot = (self.prices[_FEW] - self.prices[1]) / (_FEW - 1)
+        # a guess takes a slot of the next block, at the mean price of one
+        slot = (self.prices[-1] - self.prices[1]) / (MAX_BLOCK_SLOTS - 1)
         self.values = [max(0.0, accepted.value - slot) for accepted in self._accepted]
