@@ -11,7 +11,7 @@ from space_cli.core.drafting.ngrams import LONGEST_MATCH, Continuation
 from space_cli.core.stream import common_prefix_length
 
 # assumed before the first step: a mask is right in a third of cases, a copied token by its match of 1, 2, 4, 8, 16
-_FIRST_ACCEPTED, _FIRST_TOKENS = 0.35, 1.2
+_FIRST_ACCEPTED = 0.35
 _FIRST_COPIED = (0.2, 0.4, 0.7, 0.85, 0.95)
 _DECAY, _PRIOR_WEIGHT = 0.97, 4.0
 _LONGEST_HICCUP = 3.0
@@ -66,7 +66,7 @@ class AcceptanceStats:
         self._accepted = [Ema(value) for value in expected[:masks]]
         # of the longest match and of others, of the context and of other text
         self._copied = [[Ema(prior) for prior in _FIRST_COPIED] for _ in range(4)]
-        self._tokens, self._mask_ratio = Ema(_FIRST_TOKENS), Ema(1.0)
+        self._tokens, self._mask_ratio = Ema(1.0), Ema(1.0)
         self._ratio, self._ratios = Ema(1.0), {size: Ema(1.0) for size in SIZES}
         self._credit, self.has_credit = _CREDIT, True
         self._since_plain = _MAX_WITHOUT_PLAIN
