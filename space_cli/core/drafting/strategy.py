@@ -77,66 +77,55 @@ class AdaptiveDrafter:
         sources: Sequence[Source] = (),
         guide: Guide | None = None,
     ) -> None:
-        self._stats, self._strategy = stats, strategy
+        self._stats, self._width, self._guide = stats, strategy.width, guide
         self._masks = masks if strategy.width else 0
         self._bigram = bigram if strategy.tie else None
-        self._context, self._sources, self._guide = NgramIndex(texts), sources, guide
+        self._context = NgramIndex(texts)
+        self._sources: Sequence[Source] = [self._context, *sources] if strategy.copies else []
 
     def draft(self, tokens: Sequence[int], step_logits: StepLogits | None = None, group: range = range(0)) -> Proposal:
         """Propose what is worth its time behind `tokens`; see `Drafter`."""
-        texts = self._texts(tokens) if self._strategy.copies else []
-        masks = self._masks if self._stats.masks.is_good else 0
-        allows: Callable[[list[int]], bool] | None = None
-        if self._guide is not None:
-            texts, allows = self._guided(self._guide, tokens, texts)
-        if self._stats.is_plain_due or not (masks or texts):
+        stats, texts = self._stats, self._texts(tokens)
+        masks = self._masks if stats.has_credit else 0
+        if stats.is_plain_due or not (masks or texts):
             return Proposal(AR_BLOCK, (), texts=texts)
         guesses = None
         if step_logits is not None and masks and group:
-            count = self._strategy.width if self._bigram is None else TOP_K
-            guesses = Guesses(*step_logits.top_k(group, tokens, count), self._strategy.width, self._bigram)
-        tree = TokenTree(tokens[-1], guesses, texts, self._stats.copy_probability, allows)
+            count = self._width if self._bigram is None else TOP_K
+            guesses = Guesses(*step_logits.top_k(group, tokens, count), self._width, self._bigram)
+        tree = TokenTree(tokens[-1], guesses, texts, stats.copy_probability, self._allows(tokens))
         # a node whose gain is below the cheapest slot's cost may only fill a free padding slot
-        tree.grow(self._stats.cheapest, MAX_BLOCK_SLOTS - 1)
-        taken, masks, anchors = most_worth(
-            tree.nodes, self._stats.values[:masks], self._stats.prices, self._stats.mask_factor
-        )
-        slots = 1 + taken + masks * len(anchors)
+        tree.grow(stats.cheapest, MAX_BLOCK_SLOTS)
+        taken, masks, anchors = most_worth(tree.nodes, stats.values[:masks], stats.prices, stats.mask_factor)
+        slots = taken + masks * len(anchors)
         taken += next(size for size in SIZES if size >= slots) - slots
         tree.grow(0.0, taken)
-        nodes = tree.nodes[:taken] + [Node(tokens[-1], 0, 1, 0.0)] * (taken - len(tree.nodes))
-        block = _block(tuple(node.parent for node in nodes), masks, tuple(anchors))
-        return Proposal(
-            block, [node.token for node in nodes], () if guesses is None else guesses.chain(tokens[-1]), texts
-        )
-
-    def _guided(
-        self, guide: Guide, tokens: Sequence[int], texts: Sequence[Continuation]
-    ) -> tuple[list[Continuation], Callable[[list[int]], bool]]:
-        """Return the texts as far as the guide allows them, or what it forces, and its verdict on paths."""
-        forced = guide.forced(tokens)
-        if forced:
-            texts = [Continuation(LONGEST_MATCH, forced[:MAX_COPIED])]
-        else:
-            held = [guide.allowed(tokens, text.tokens) for text in texts]
-            texts = [
-                text._replace(tokens=text.tokens[:count]) for text, count in zip(texts, held, strict=True) if count
-            ]
-        return list(texts), lambda path: guide.allowed(tokens, path) == len(path)
+        candidates = (tree.nodes + [Node(tokens[-1])] * taken)[1:taken]
+        block = _block(tuple(node.parent for node in candidates), masks, tuple(anchors))
+        chain = () if guesses is None else guesses.chain(tokens[-1])
+        return Proposal(block, [node.token for node in candidates], chain, texts)
 
     def observe(self, step: Verified) -> None:
         """Learn from a step."""
         self._stats.add(step)
 
     def _texts(self, tokens: Sequence[int]) -> list[Continuation]:
+        """Return what could be copied, the longest match first: what a guide forces, or as far as it allows."""
         self._context.extend(tokens)
-        found = self._context.lookup(tokens)
-        for source in self._sources:
-            found += source.lookup(tokens)
-        return sorted(found, key=lambda text: -text.match)
+        found = [text for source in self._sources for text in source.lookup(tokens)]
+        found.sort(key=lambda text: -text.match)
+        if self._guide is None:
+            return found
+        if forced := self._guide.forced(tokens):
+            return [Continuation(LONGEST_MATCH, forced[:MAX_COPIED])]
+        allowed = [text._replace(tokens=text.tokens[: self._guide.allowed(tokens, text.tokens)]) for text in found]
+        return [text for text in allowed if text.tokens]
+
+    def _allows(self, tokens: Sequence[int]) -> Callable[[list[int]], bool] | None:
+        """Return whether the guide, if any, allows what would follow `tokens`."""
+        guide = self._guide
+        return None if guide is None else lambda path: guide.allowed(tokens, path) == len(path)
 
 
-@lru_cache(maxsize=4096)
-def _block(parents: tuple[int, ...], masks: int, anchors: tuple[int, ...]) -> Block:
-    """Return a block; the same shapes come again and again, and their tables with them."""
-    return Block(parents, masks, anchors) if parents or anchors else AR_BLOCK
+_block = lru_cache(maxsize=4096)(Block)
+"""The same shapes come again and again, and their tables with them."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from itertools import count
+from itertools import accumulate, count
 from typing import NamedTuple
 
 from space_cli.core.drafting.guesses import Guesses
@@ -15,16 +15,16 @@ from space_cli.core.drafting.ngrams import Continuation
 
 
 class Node(NamedTuple):
-    """A candidate behind the slot `parent`, with the probability that it and all above it are accepted."""
+    """The head or a candidate: its parent's slot, and the probability that it and all above it are accepted."""
 
     token: int
-    parent: int
-    depth: int
-    probability: float
+    parent: int = 0
+    depth: int = 0
+    probability: float = 1.0
 
 
 class TokenTree:
-    """Candidates in order of their probability, each behind its parent: node i is to stand in slot i + 1.
+    """The head, then candidates in order of their probability, each behind its parent: node i is to stand in slot i.
 
     Args:
         head: the newest token.
@@ -43,73 +43,68 @@ class TokenTree:
         allows: Callable[[list[int]], bool] | None = None,
     ) -> None:
         self.nodes: list[Node] = []
-        self._head, self._guesses, self._copy_probability, self._allows = head, guesses, copy_probability, allows
+        self._guesses, self._copy_probability, self._allows = guesses, copy_probability, allows
         self._queue: list[tuple[float, int, Node, Sequence[Continuation]]] = []
         self._order = count()
-        self._add_children(0, 0, 1.0, texts)
+        self._add(Node(head), texts)
 
     def grow(self, least: float, most: int) -> None:
         """Add nodes down to the probability `least`, up to `most` in all."""
         while self._queue and len(self.nodes) < most and -self._queue[0][0] >= least:
-            *_, node, texts = heapq.heappop(self._queue)
-            self.nodes.append(node)
-            self._add_children(len(self.nodes), node.depth, node.probability, texts)
+            self._add(*heapq.heappop(self._queue)[2:])
 
-    def _add_children(self, slot: int, depth: int, probability: float, texts: Sequence[Continuation]) -> None:
+    def _add(self, node: Node, texts: Sequence[Continuation]) -> None:
+        """Add a node, up to which `texts` have gone along, and queue its children."""
+        slot, depth = len(self.nodes), node.depth
+        self.nodes.append(node)
         children: dict[int, float] = {}
         if self._guesses is not None and depth < len(self._guesses):
-            children |= self._guesses.after(depth, self.nodes[slot - 1].token if slot else self._head)
+            children |= self._guesses.after(depth, node.token)
         along: dict[int, list[Continuation]] = {}
         for text in texts:
             if depth < len(text.tokens):
                 along.setdefault(text.tokens[depth], []).append(text)
         for rank, (token, those) in enumerate(along.items()):
             children[token] = max(children.get(token, 0.0), self._copy_probability(those[0], depth, rank))
-        if self._allows is not None:
-            path = self._path(slot)
-            children = {token: conditional for token, conditional in children.items() if self._allows([*path, token])}
+        path = [] if self._allows is None else self._path(slot)
         for token, conditional in children.items():
-            node = Node(token, slot, depth + 1, probability * conditional)
-            heapq.heappush(self._queue, (-node.probability, next(self._order), node, along.get(token, ())))
+            if self._allows is None or self._allows([*path, token]):
+                child = Node(token, slot, depth + 1, node.probability * conditional)
+                heapq.heappush(self._queue, (-child.probability, next(self._order), child, along.get(token, ())))
 
     def _path(self, slot: int) -> list[int]:
-        """Return the tokens from the head on to a slot."""
+        """Return the tokens behind the head, on to a slot."""
         path: list[int] = []
         while slot:
-            node = self.nodes[slot - 1]
-            path.insert(0, node.token)
-            slot = node.parent
+            path.insert(0, self.nodes[slot].token)
+            slot = self.nodes[slot].parent
         return path
 
 
 def most_worth(
-    nodes: Sequence[Node], values: Sequence[float], prices: Sequence[float], mask_factor: float = 1.0
+    nodes: Sequence[Node], values: Sequence[float], prices: Sequence[float], mask_factor: float
 ) -> tuple[int, int, list[int]]:
     """Return how many nodes, m and mask groups behind which slots bring most tokens beyond the price of their slots.
 
     Args:
-        nodes: the most probable first.
+        nodes: the head first, then the most probable.
         values: by depth, the tokens that a mask brings to the next step behind the last accepted slot.
         prices: by slots, in tokens.
         mask_factor: how many times as much slots cost if some are masks.
     """
-    gains = [1.0]
-    for node in nodes:
-        gains.append(gains[-1] + node.probability)
-    taken = max(range(len(gains)), key=lambda many: gains[many] - prices[1 + many])
-    best, masks, groups = gains[taken] - prices[1 + taken], 0, 0
+    gains = [0.0, *accumulate(node.probability for node in nodes)]
+    taken = max(range(1, len(gains)), key=lambda many: gains[many] - prices[many])
+    best, masks, groups = gains[taken] - prices[taken], 0, 0
     # probability that a slot is the last one accepted
-    last = [1.0] + [node.probability for node in nodes[:taken]]
-    for node in nodes[:taken]:
+    last = [node.probability for node in nodes[:taken]]
+    for node in nodes[1:taken]:
         last[node.parent] -= node.probability
-    order = sorted(range(taken + 1), key=lambda slot: -last[slot])
-    value = 0.0
-    for size, added in enumerate(values, start=1):
-        value += added
+    order = sorted(range(taken), key=lambda slot: -last[slot])
+    for size, value in enumerate(accumulate(values), start=1):
         gain = gains[taken]
-        for many, slot in enumerate(order[: (len(prices) - 2 - taken) // size], start=1):
+        for many, slot in enumerate(order[: (len(prices) - 1 - taken) // size], start=1):
             gain += last[slot] * value
-            price = prices[1 + taken + many * size] * mask_factor
-            if gain - price > best:
-                best, masks, groups = gain - price, size, many
+            worth = gain - prices[taken + many * size] * mask_factor
+            if worth > best:
+                best, masks, groups = worth, size, many
     return taken, masks, sorted(order[:groups])
