@@ -86,9 +86,8 @@ class CompiledModel:
         self._kernels.space_begin(ctypes.byref(call))
         inputs = [input_ids, position_ids, _mask_like(block.num_slots), first_slots(logits_to_keep)]
         logits, tokens, probs = self._package.boxed_run(inputs)
-        length = cache.length + block.num_slots
         for layer in cache.layers:
-            layer.length = length
+            layer.length += block.num_slots
         return logits, TopK(tokens, probs)
 
     def engine(self, model: PreTrainedModel, **arguments: Any) -> EagerEngine:

@@ -98,6 +98,17 @@ def test_a_bigram_is_saved_loaded_and_changes_drafts_alone(tmp_path):
     assert drafted[0] != drafted[1]
 
 
+def test_an_adapter_takes_the_dtype_of_its_base(tmp_path):
+    adapted, _ = trained(tiny_model("llama"), bigram=5)
+    save_adapter(adapted, tmp_path)
+    base = tiny_model("llama").to(torch.bfloat16)
+
+    load_adapter(base, tmp_path, masks=3)
+
+    assert base.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.bfloat16}
+
+
 def test_a_bigram_of_another_vocabulary_is_refused(tmp_path):
     adapted, _ = trained(tiny_model("llama"), bigram=5)
     save_adapter(adapted, tmp_path)

@@ -56,15 +56,8 @@ T load(const void* from) {
 }
 
 // not a sum with zeros, which would be an instruction of its own, for the sake of the sign of zero
-Floats broadcast(float value) {
-#if defined(__AVX512BW__)
-    return (Floats)_mm512_set1_ps(value);
-#elif defined(__AVX__)
-    return (Floats)_mm256_set1_ps(value);
-#else
-    return value - Floats{};
-#endif
-}
+Floats broadcast(float value) { return value - Floats{}; }
+Ints broadcast(int32_t value) { return value - Ints{}; }
 Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 
 // one rounding, whatever the compiler makes of the code around
@@ -165,16 +158,6 @@ inline __attribute__((always_inline)) Bytes codes_at(const uint8_t* own, int vec
     const Bytes high = kBits == 5 ? plane >> uint8_t(vector) & uint8_t(1) : plane >> uint8_t(2 * (vector % 4)) & uint8_t(3);
     // of bytes compilers make four additions
     return low | (Bytes)((Pairs)high << 4);
-}
-
-inline Ints broadcast(int32_t value) {
-#if defined(__AVX512BW__)
-    return (Ints)_mm512_set1_epi32(value);
-#elif defined(__AVX2__)
-    return (Ints)_mm256_set1_epi32(value);
-#else
-    return value - Ints{};
-#endif
 }
 
 // kSubtracts: codes of 8 bits are multiplied as what they stand for, themselves less 128; else that is left to the caller
