@@ -74,20 +74,6 @@ Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
-template <int kBy, typename V, int... kLane>
-V rotated(V values, std::integer_sequence<int, kLane...>) {
-    return __builtin_shufflevector(values, values, (kLane + kBy) % kLanes...);
-}
-
-// one value of all lanes, halves with halves by `combine`
-template <int kBy = kLanes / 2, typename V, typename Combine>
-auto reduced(V values, const Combine& combine) {
-    if constexpr (kBy == 0)
-        return values[0];
-    else
-        return reduced<kBy / 2>(combine(values, rotated<kBy>(values, std::make_integer_sequence<int, kLanes>())), combine);
-}
-
 inline Floats larger(Floats a, Floats b) {
 #if defined(__AVX512BW__)
     return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
@@ -98,8 +84,34 @@ inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
-int32_t sum_of(Ints values) {
-    return reduced(values, [](Ints a, Ints b) { return a + b; });
+// Of kLanes vectors one whose lane i has all lanes of vector i combined, halves with halves.
+template <int kHalf = kLanes / 2, typename V, typename Combine, int... kLane>
+inline __attribute__((always_inline)) V folded(V* of, const Combine& combine, std::integer_sequence<int, kLane...> lanes) {
+#pragma GCC unroll 8
+    for (int at = 0; at < kHalf; ++at) {
+        const V one = of[at], other = of[at + kHalf];
+        of[at] = combine(__builtin_shufflevector(one, other, (kLane % (2 * kHalf) % kHalf + kLane / (2 * kHalf) * 2 * kHalf +
+                                                              (kLane % (2 * kHalf) < kHalf ? 0 : kLanes))...),
+                         __builtin_shufflevector(one, other,
+                                                 (kLane % (2 * kHalf) % kHalf + kLane / (2 * kHalf) * 2 * kHalf + kHalf +
+                                                  (kLane % (2 * kHalf) < kHalf ? 0 : kLanes))...));
+    }
+    if constexpr (kHalf == 1)
+        return of[0];
+    else
+        return folded<kHalf / 2>(of, combine, lanes);
+}
+
+// the nearest whole numbers, of two as near the even one, of numbers below 2^22
+Ints rounded(Floats values) {
+#if defined(__AVX512BW__)
+    return (Ints)_mm512_cvtps_epi32((__m512)values);
+#elif defined(__AVX__)
+    return (Ints)_mm256_cvtps_epi32((__m256)values);
+#else
+    constexpr float kWhole = 12582912.0f;  // added and taken away, it leaves whole numbers
+    return __builtin_convertvector((values + kWhole) - kWhole, Ints);
+#endif
 }
 
 // numbers of 8 bits; compilers take them apart one by one
@@ -243,8 +255,8 @@ inline __attribute__((always_inline)) void dots(const uint8_t* codes, const int8
 #endif
 }
 
-// rows that each thread rounds for itself: to wait for another's takes longer
-constexpr int64_t kRowsForEach = 16;
+// rows that the calling thread rounds: the others would wait for its floats, which are four times as many bytes
+constexpr int64_t kFewRows = 16;
 // rows whose chunks lie beside each other
 constexpr int64_t kBlockRows = 16;
 // chunks of rows that are rounded together
@@ -278,11 +290,11 @@ struct Activations {
         rows = count;
         chunks = width / kChunk;
         together = std::min(rows, kBlockRows);
-        const size_t size = (rows + together - 1) / together * together * width;
+        const size_t size = (rows + together - 1) / together * together * width + kBatch * kChunk;
         if (codes.size() >= size) return;
         codes.resize(size);
         for (std::vector<float>* each : {&scales, &sums, &wholes, halves, halves + 1})
-            each->resize(size / kChunk + kBatch);
+            each->resize(size / kChunk);
     }
 
     int64_t place_of(int64_t chunk, int64_t row) const {
@@ -302,47 +314,50 @@ struct Activations {
     template <typename Input>
     void quantize(int64_t batch, const Input& input) {
         constexpr int kRegisters = kChunk / kLanes;
+        constexpr auto kAll = std::make_integer_sequence<int, kLanes>();
+        const auto plus = [](Ints a, Ints b) { return a + b; };
         const int64_t first = batch * kBatch, last = std::min(first + kBatch, places());
-        alignas(64) float largest[kBatch] = {}, factors[kBatch];
-        alignas(64) int32_t both[kBatch] = {};
         const float* from[kBatch];
         int64_t block = first / (chunks * together), chunk = first / together % chunks, row = first % together;
         for (int64_t place = first; place < last; ++place) {
-            const int64_t at = std::min(block * kBlockRows + row, rows - 1);
-            from[place - first] = input(at) + chunk * kChunk;
-            Floats most{};
-#pragma GCC unroll 8
-            for (int part = 0; part < kRegisters; ++part)
-                most = larger(most, (Floats)(load<Ints>(from[place - first] + part * kLanes) & 0x7fffffff));
-            largest[place - first] = reduced(most, larger);
+            from[place - first] = input(std::min(block * kBlockRows + row, rows - 1)) + chunk * kChunk;
             if (++row == together) row = 0, ++chunk;
             if (chunk == chunks) chunk = 0, ++block;
         }
-        for (int each = 0; each < kBatch; ++each) {
-            scales[first + each] = largest[each] / 127.0f;
-            factors[each] = largest[each] > 0 ? 127.0f / largest[each] : 0.0f;
-        }
-        for (int64_t place = first; place < last; ++place) {
-            const Floats factor = broadcast(factors[place - first]);
-            // sums of both halves in one number, the second 2^16 times
-            Ints of_both{};
+        for (int64_t place = last; place < first + kBatch; ++place) from[place - first] = from[0];
+        for (int start = 0; start < kBatch; start += kLanes) {
+            Floats most[kLanes];
+#pragma GCC unroll 16
+            for (int each = 0; each < kLanes; ++each) {
+                most[each] = Floats{};
 #pragma GCC unroll 8
-            for (int part = 0; part < kRegisters; ++part) {
-                // added and taken away, it leaves whole numbers, rounded to nearest
-                constexpr float kWhole = 12582912.0f;
-                const Floats whole = (load<Floats>(from[place - first] + part * kLanes) * factor + kWhole) - kWhole;
-                const Ints code = __builtin_convertvector(whole, Ints);
-                store_small(codes.data() + place * kChunk + part * kLanes, code);
-                of_both += part * kLanes < 16 ? code : code << 16;
+                for (int part = 0; part < kRegisters; ++part)
+                    most[each] = larger(most[each], (Floats)(load<Ints>(from[start + each] + part * kLanes) & 0x7fffffff));
             }
-            both[place - first] = sum_of(of_both);
-        }
-        for (int each = 0; each < kBatch; ++each) {
-            const int32_t second = (both[each] + 0x8000) >> 16;
-            halves[0][first + each] = float(both[each] - second * 0x10000);
-            halves[1][first + each] = float(second);
-            wholes[first + each] = halves[0][first + each] + halves[1][first + each];
-            sums[first + each] = scales[first + each] * wholes[first + each];
+            const Floats largest = folded(most, larger, kAll);
+            const Floats scale = largest / 127.0f, factors = largest > 0 ? 127.0f / largest : Floats{};
+            Ints both[kLanes];
+#pragma GCC unroll 16
+            for (int each = 0; each < kLanes; ++each) {
+                // sums of both halves in one number, the second 2^16 times
+                both[each] = Ints{};
+#pragma GCC unroll 8
+                for (int part = 0; part < kRegisters; ++part) {
+                    const Ints code = rounded(load<Floats>(from[start + each] + part * kLanes) * factors[each]);
+                    store_small(codes.data() + (first + start + each) * kChunk + part * kLanes, code);
+                    both[each] += part * kLanes < 16 ? code : code << 16;
+                }
+            }
+            const Ints sum = folded(both, plus, kAll), second = (sum + 0x8000) >> 16;
+            const Floats one = to_floats(sum - (second << 16)), other = to_floats(second);
+            const auto keep = [&](std::vector<float>& to, Floats values) {
+                std::memcpy(to.data() + first + start, &values, sizeof values);
+            };
+            keep(scales, scale);
+            keep(halves[0], one);
+            keep(halves[1], other);
+            keep(wholes, one + other);
+            keep(sums, scale * (one + other));
         }
     }
 
@@ -573,37 +588,35 @@ int64_t tile_bytes(int64_t width) {
 // bytes ahead of their use at which weights are asked for: up to a half faster than what processors foresee
 constexpr int kAhead = 16384;
 
-template <typename Format>
-void ask_ahead(const uint8_t* tile, int64_t chunk, int64_t chunks) {
-    const int64_t bytes = tile_bytes<Format>(chunks * kChunk);
-    const char* from = reinterpret_cast<const char*>(tile) + chunk * bytes / chunks + kAhead;
-    for (int line = 0; line < code_bytes(Format::kBits) + 64; line += 64) __builtin_prefetch(from + line, 0, 3);
-}
-
 // one part of a tile of outputs for `kRows` rows; `kAdds` to what the outputs are
 template <typename Format, int kRows, bool kAdds>
 void multiply(const Activations& input, int64_t row, const uint8_t* tile, int part, int64_t width, float* output,
               int64_t outputs, int lanes, bool asks) {
     const int64_t chunks = width / kChunk;
     const uint8_t* scales = tile + chunks * code_bytes(Format::kBits);
-    Floats totals[kRows];
-#pragma GCC unroll 8
-    for (int each = 0; each < kRows; ++each) {
-        Floats before{};
-        if (kAdds) std::memcpy(&before, output + each * outputs, lanes * sizeof(float));
-        totals[each] = before;
+    Floats totals[kRows] = {};
+    if (kAdds) {
+        if (lanes == kLanes)
+            for (int each = 0; each < kRows; ++each) totals[each] = load<Floats>(output + each * outputs);
+        else
+            for (int each = 0; each < kRows; ++each) std::memcpy(&totals[each], output + each * outputs, lanes * sizeof(float));
     }
     Chunk at = input.at(0, row);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk, at.advance(input.together)) {
-        if (asks) ask_ahead<Format>(tile, chunk, chunks);
-        const uint8_t* codes = tile + chunk * code_bytes(Format::kBits) + part * sizeof(Bytes);
+    const uint8_t* codes = tile + part * sizeof(Bytes);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk, codes += code_bytes(Format::kBits), at.advance(input.together)) {
+        if (asks)
+            for (int line = 0; line < code_bytes(Format::kBits); line += 64) __builtin_prefetch(codes + kAhead + line, 0, 3);
         Format::template add<kRows>(totals, codes, typename Format::Scales(scales, chunk, part), at);
     }
+    if (asks)
+        for (int64_t line = 0; line < Format::scale_bytes(chunks); line += 64) __builtin_prefetch(codes + kAhead + line, 0, 3);
+    // a length that compilers know is a store, any other a call
+    if (lanes == kLanes) {
 #pragma GCC unroll 8
-    for (int each = 0; each < kRows; ++each) {
-        const Floats total = totals[each];
-        std::memcpy(output + each * outputs, &total, lanes * sizeof(float));
+        for (int each = 0; each < kRows; ++each) std::memcpy(output + each * outputs, &totals[each], sizeof totals[each]);
+        return;
     }
+    for (int each = 0; each < kRows; ++each) std::memcpy(output + each * outputs, &totals[each], lanes * sizeof(float));
 }
 
 // the 16 outputs of a tile for the rows of the input from `first` on, of which `output` has the first
@@ -709,21 +722,21 @@ struct Quantized {
     static void linear(const float* input, const uint8_t* packed, float* output, int64_t rows, int64_t width,
                        int64_t outputs, const SpaceUpdate* update) {
         static thread_local Activations own;
-        Activations& shared = own;
-        const bool is_shared = rows > kRowsForEach;
-        const auto row_of = [&](int64_t row) { return input + row * width; };
-        if (is_shared) shared.reserve(rows, width);
+        Activations& activations = own;
+        activations.reserve(rows, width);
+        const auto quantize = [&](int64_t batch) {
+            activations.quantize(batch, [&](int64_t row) { return input + row * width; });
+        };
+        const bool is_many = rows > kFewRows;
+        if (!is_many)
+            for (int64_t batch = 0; batch < activations.batches(); ++batch) quantize(batch);
         const int64_t tiles = (outputs + kTile - 1) / kTile, bytes = tile_bytes<Format>(width);
         const Update added(update, rows, outputs);
 #pragma omp parallel if (is_worth_threads(rows, width, outputs))
         {
-            Activations& activations = is_shared ? shared : own;
-            if (is_shared) {
+            if (is_many) {
 #pragma omp for schedule(static)
-                for (int64_t batch = 0; batch < activations.batches(); ++batch) activations.quantize(batch, row_of);
-            } else {
-                activations.reserve(rows, width);
-                for (int64_t batch = 0; batch < activations.batches(); ++batch) activations.quantize(batch, row_of);
+                for (int64_t batch = 0; batch < activations.batches(); ++batch) quantize(batch);
             }
 #pragma omp for schedule(static) nowait
             for (int64_t tile = 0; tile < tiles; ++tile)
