@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -34,6 +34,7 @@ class TrainView(View):
         self._last_line = 0.0
         self._phase = ("", 0, 0.0)
         self._begun = time.monotonic()
+        self._hours: float | None = None
         self._first_step: int | None = None
         self._rows: list[tuple[str, ...]] = []
         self._held_out: list[list[float]] = []
@@ -51,6 +52,7 @@ class TrainView(View):
 
     def begin(self, loaded: LoadedModel, prepared: Prepared, recipe: Recipe) -> None:
         """Print the model, the data and the method."""
+        self._hours = recipe.hours
         where = f"{loaded.name}, {loaded.num_parameters:,} parameters, {loaded.dtype} {loaded.device}"
         self.note(f"{where}; method {recipe.method}, k = {recipe.candidates}")
         left_out = f", {prepared.empty} without anything to learn left out" if prepared.empty else ""
@@ -73,8 +75,8 @@ class TrainView(View):
         left = (time.monotonic() - began) / (done - first) * (total - done)
         return f", {rate:.0f} tok/s, {_clock(left)} left"
 
-    def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
-        """Show figures of the last steps, or of the held-out examples."""
+    def logged(self, step: int, steps: int | None, logs: dict[str, float]) -> None:
+        """Show figures of the last steps, or of the held-out examples; `steps` in all, None where hours end them."""
         if "eval_mask_loss" in logs:
             self._held_out.append(_accuracies(logs, "eval_"))
             self._show_held_out(step, logs)
@@ -99,21 +101,27 @@ class TrainView(View):
         pairs = zip(_HEADINGS, cells, strict=True)
         self.note("  ".join(f"{heading} {cell}" for heading, cell in pairs if cell))
 
-    def _cells(self, step: int, steps: int, logs: dict[str, Any]) -> tuple[str, ...]:
-        done = step - (self._first_step or 0)
-        left = (time.monotonic() - self._begun) / done * (steps - step) if done else None
+    def _cells(self, step: int, steps: int | None, logs: dict[str, float]) -> tuple[str, ...]:
+        left = self._left(step, steps, logs)
         accuracies = _accuracies(logs, "")
         expected = logs.get("expected_tokens_per_step")
         return (
-            f"{step}/{steps}",
+            str(step) if steps is None else f"{step}/{steps}",
             _figure(logs.get("ar_loss")),
             _figure(logs.get("mask_loss")),
-            " ".join(f"{accuracy:.0%}" for accuracy in accuracies),
+            " ".join(f"{100 * accuracy:.0f}" for accuracy in accuracies),
             "" if expected is None else f"{expected:.2f}",
             f"{logs.get('tokens_per_second', 0):.0f}",
             f"{logs.get('memory_bytes', 0) / 2**30:.1f} GiB",
             "" if left is None else _clock(left),
         )
+
+    def _left(self, step: int, steps: int | None, logs: dict[str, float]) -> float | None:
+        """Return the seconds left, None while they are not known."""
+        if steps is None:
+            return None if self._hours is None else max(0.0, self._hours - logs["hours"]) * 3600
+        done = step - (self._first_step or 0)
+        return (time.monotonic() - self._begun) / done * (steps - step) if done else None
 
     def saved(self, folder: Path) -> None:
         """Say that a checkpoint is there."""
@@ -146,7 +154,7 @@ class TrainView(View):
         console.print(plain(f"{output}: try `space bench --model {output}`"), soft_wrap=True)
 
 
-_HEADINGS = ("step", "AR loss", "mask loss", "masks right", "expected tokens per step", "tok/s", "memory", "left")
+_HEADINGS = ("step", "AR loss", "mask loss", "masks right %", "expected tokens per step", "tok/s", "memory", "left")
 
 
 class LiveTrainView(TrainView):
@@ -171,10 +179,12 @@ class LiveTrainView(TrainView):
         plot = self._plot()
         if not self._rows:
             return Group(plot, self._bar) if self._held_out else self._bar
-        rows = table(*_HEADINGS)
+        # an adapter has no AR loss
+        shown = [column for column in range(len(_HEADINGS)) if any(row[column] for row in self._rows)]
+        rows = table(*(_HEADINGS[column].replace(" loss", "\nloss") for column in shown))
         rows.columns[0].justify = "right"
         for row in self._rows:
-            rows.add_row(*row)
+            rows.add_row(*(row[column] for column in shown))
         return Group(rows, plot, self._bar)
 
     def _plot(self) -> Table:

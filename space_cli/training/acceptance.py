@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel
@@ -46,6 +47,7 @@ def measure_acceptance(
     mask_token_ids: Sequence[int],
     candidates: int,
     stop: StopRule,
+    seconds: float | None = None,
     on_progress: Callable[[int, int], None],
 ) -> Acceptance | None:
     """Answer prompts greedily with SPACE and measure acceptance; None without prompts.
@@ -56,16 +58,21 @@ def measure_acceptance(
         mask_token_ids: one shared id, or one per mask.
         candidates: k, and masks of a group; 0 is plain AR.
         stop: when an answer ends.
+        seconds: after which no further prompt is begun; None is without end.
         on_progress: gets prompts answered and prompts in all.
     """
-    generations = []
+    generations: list[Generation] = []
+    began = time.monotonic()
     for number, prompt_ids in enumerate(prompts, start=1):
+        if generations and seconds is not None and time.monotonic() - began >= seconds:
+            break
         drafts = ChainDrafter(Block.chain(candidates, candidates), bigram=bigram_of(model))
         steps = decode(model, prompt_ids, stop=stop, sampler=Sampler(), drafts=drafts, mask_token_ids=mask_token_ids)
         generations.append(Generation(list(steps)))
         on_progress(number, len(prompts))
     if not generations:
         return None
+    on_progress(len(prompts), len(prompts))
     plain = [generation for generation in generations if not is_repetitive(generation.tokens)]
     return Acceptance(
         candidates=candidates,

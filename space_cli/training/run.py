@@ -32,6 +32,7 @@ OWN_FILE = "self.jsonl"
 CARD_FILE, CURVES_FILE = "README.md", "training.png"
 ANSWER_SHARE = 0.25
 """Of the hours of a training: the most that answers take, those to the data's prompts and to its own each."""
+_MEASURED_SHARE = 0.1  # of the hours: the most that the finished masks' measurement takes
 _ENDLESS = 10_000  # epochs: the hours end it
 # settings that may change when resuming a training by hours
 _ADDED_WITH_HOURS = {"hours", "data", "distill", "max_steps"}
@@ -87,8 +88,8 @@ class TrainingView(Protocol):
     def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
         """Show the progress of a phase besides the steps, with its tokens per second."""
 
-    def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
-        """Some steps have ended."""
+    def logged(self, step: int, steps: int | None, logs: dict[str, float]) -> None:
+        """Some steps have ended; None where hours end the training, not steps."""
 
     def saved(self, folder: Path) -> None:
         """A checkpoint has been written."""
@@ -128,9 +129,11 @@ def train(
         view.note(mended)
     if processes.is_main_process:
         _begin(output, loaded, settings, resume=resume)
-    before = _acceptance(
-        loaded, prepared, recipe, loaded.mask_token_ids, min(recipe.candidates, loaded.masks_per_group), view
-    )
+    before = None
+    if loaded.mask_token_ids or recipe.method == "full":  # else its text stays, a token a step
+        before = _acceptance(
+            loaded, prepared, recipe, loaded.mask_token_ids, min(recipe.candidates, loaded.masks_per_group), view
+        )
     with processes.main_process_first():
         # the others then find all answers in the file
         answered = _distilled(loaded, prepared, recipe, settings["base_identity"], output / ANSWERS_FILE, view)
@@ -145,7 +148,7 @@ def train(
         [*prepared.examples, *answered],
         prepared.held_out_examples,
         output,
-        [_Shows(view)],
+        [_Shows(view, ends_by_steps=recipe.hours is None)],
         began=began,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -287,6 +290,7 @@ def _acceptance(
         mask_token_ids=mask_ids,
         candidates=candidates,
         stop=stop,
+        seconds=None if recipe.hours is None else recipe.hours * 3600 * _MEASURED_SHARE,
         on_progress=lambda done, total: view.phase("held-out prompts", done, total),
     )
 
@@ -335,7 +339,7 @@ def make_trainer(
         collator=collator,
         space=space,
         mask_loss_weight=recipe.mask_loss_weight,
-        hours=recipe.hours,
+        hours=None if recipe.hours is None else recipe.hours * (1 - _MEASURED_SHARE * bool(held_out)),
         began=began,
         model=loaded.model,
         args=arguments,
@@ -371,12 +375,12 @@ def _arguments(loaded: LoadedModel, recipe: Recipe, output: Path, *, evaluates: 
 class _Shows(TrainerCallback):
     """Forwards Trainer's reports to the view."""
 
-    def __init__(self, view: TrainingView) -> None:
-        self._view = view
+    def __init__(self, view: TrainingView, *, ends_by_steps: bool) -> None:
+        self._view, self._ends_by_steps = view, ends_by_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Some steps have ended."""
-        self._view.logged(state.global_step, state.max_steps, logs or {})
+        self._view.logged(state.global_step, state.max_steps if self._ends_by_steps else None, logs or {})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A checkpoint has been written."""
