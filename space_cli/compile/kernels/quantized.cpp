@@ -156,8 +156,26 @@ Floats load_halves(const uint8_t* from) {
 #endif
 }
 
-Ints widen(SmallBytes values) { return __builtin_convertvector(values, Ints); }
-Ints widen(SmallInts values) { return __builtin_convertvector(values, Ints); }
+// compilers take them apart one by one
+Ints widen(SmallBytes values) {
+#if defined(__AVX512BW__)
+    return (Ints)_mm512_cvtepu8_epi32((__m128i)values);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)values));
+#else
+    return __builtin_convertvector(values, Ints);
+#endif
+}
+
+Ints widen(SmallInts values) {
+#if defined(__AVX512BW__)
+    return (Ints)_mm512_cvtepi8_epi32((__m128i)values);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)values));
+#else
+    return __builtin_convertvector(values, Ints);
+#endif
+}
 
 // Vector `vector` of a chunk's codes, of one part of a tile.
 template <int kBits>
