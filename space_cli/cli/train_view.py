@@ -75,8 +75,8 @@ class TrainView(View):
         left = (time.monotonic() - began) / (done - first) * (total - done)
         return f", {rate:.0f} tok/s, {_clock(left)} left"
 
-    def logged(self, step: int, steps: int | None, logs: dict[str, float]) -> None:
-        """Show figures of the last steps, or of the held-out examples; `steps` in all, None where hours end them."""
+    def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
+        """Show figures of the last steps, or of the held-out examples."""
         if "eval_mask_loss" in logs:
             self._held_out.append(_accuracies(logs, "eval_"))
             self._show_held_out(step, logs)
@@ -101,12 +101,12 @@ class TrainView(View):
         pairs = zip(_HEADINGS, cells, strict=True)
         self.note("  ".join(f"{heading} {cell}" for heading, cell in pairs if cell))
 
-    def _cells(self, step: int, steps: int | None, logs: dict[str, float]) -> tuple[str, ...]:
+    def _cells(self, step: int, steps: int, logs: dict[str, float]) -> tuple[str, ...]:
         left = self._left(step, steps, logs)
         accuracies = _accuracies(logs, "")
         expected = logs.get("expected_tokens_per_step")
         return (
-            str(step) if steps is None else f"{step}/{steps}",
+            f"{step}/{steps}" if self._hours is None else str(step),
             _figure(logs.get("ar_loss")),
             _figure(logs.get("mask_loss")),
             " ".join(f"{100 * accuracy:.0f}" for accuracy in accuracies),
@@ -116,10 +116,10 @@ class TrainView(View):
             "" if left is None else _clock(left),
         )
 
-    def _left(self, step: int, steps: int | None, logs: dict[str, float]) -> float | None:
+    def _left(self, step: int, steps: int, logs: dict[str, float]) -> float | None:
         """Return the seconds left, None while they are not known."""
-        if steps is None:
-            return None if self._hours is None else max(0.0, self._hours - logs["hours"]) * 3600
+        if self._hours is not None:
+            return max(0.0, self._hours - logs["hours"]) * 3600
         done = step - (self._first_step or 0)
         return (time.monotonic() - self._begun) / done * (steps - step) if done else None
 

@@ -88,8 +88,8 @@ class TrainingView(Protocol):
     def phase(self, name: str, done: int, total: int, rate: float | None = None) -> None:
         """Show the progress of a phase besides the steps, with its tokens per second."""
 
-    def logged(self, step: int, steps: int | None, logs: dict[str, float]) -> None:
-        """Some steps have ended; None where hours end the training, not steps."""
+    def logged(self, step: int, steps: int, logs: dict[str, float]) -> None:
+        """Some steps have ended."""
 
     def saved(self, folder: Path) -> None:
         """A checkpoint has been written."""
@@ -148,7 +148,7 @@ def train(
         [*prepared.examples, *answered],
         prepared.held_out_examples,
         output,
-        [_Shows(view, ends_by_steps=recipe.hours is None)],
+        [_Shows(view)],
         began=began,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -375,12 +375,12 @@ def _arguments(loaded: LoadedModel, recipe: Recipe, output: Path, *, evaluates: 
 class _Shows(TrainerCallback):
     """Forwards Trainer's reports to the view."""
 
-    def __init__(self, view: TrainingView, *, ends_by_steps: bool) -> None:
-        self._view, self._ends_by_steps = view, ends_by_steps
+    def __init__(self, view: TrainingView) -> None:
+        self._view = view
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Some steps have ended."""
-        self._view.logged(state.global_step, state.max_steps if self._ends_by_steps else None, logs or {})
+        self._view.logged(state.global_step, state.max_steps, logs or {})
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A checkpoint has been written."""

@@ -31,7 +31,7 @@ def test_hours_are_what_is_left_of_a_training_that_they_end():
     view = TrainView(Console(file=file, width=200), quiet=False)
 
     view.begin(LOADED, PREPARED, recipe(0.2))
-    view.logged(60, None, {**FIGURES, **RIGHT, "hours": 0.125})
+    view.logged(60, 10_000_000, {**FIGURES, **RIGHT, "hours": 0.125})
 
     assert "step 60  mask loss 3.877  masks right % 50 45 40 35 30" in file.getvalue()
     assert "left 4:30" in file.getvalue()

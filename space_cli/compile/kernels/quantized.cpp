@@ -45,7 +45,6 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Pairs __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
-typedef uint8_t SmallBytes __attribute__((vector_size(kLanes)));
 typedef int8_t SmallInts __attribute__((vector_size(kLanes)));
 
 template <typename T>
@@ -157,16 +156,6 @@ Floats load_halves(const uint8_t* from) {
 }
 
 // compilers take them apart one by one
-Ints widen(SmallBytes values) {
-#if defined(__AVX512BW__)
-    return (Ints)_mm512_cvtepu8_epi32((__m128i)values);
-#elif defined(__AVX2__)
-    return (Ints)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)values));
-#else
-    return __builtin_convertvector(values, Ints);
-#endif
-}
-
 Ints widen(SmallInts values) {
 #if defined(__AVX512BW__)
     return (Ints)_mm512_cvtepi8_epi32((__m128i)values);
@@ -514,8 +503,8 @@ struct Scaled {
         Scales(const uint8_t* scales, int64_t at, int part) {
             const uint8_t* own = scales + at / kRawChunks * kSuperBytes;
             const uint8_t* of_chunk = own + 4 * kTile + at % kRawChunks * 2 * kTile + kLanes * part;
-            scale = load_halves(own + 2 * kLanes * part) * to_floats(widen(load<SmallBytes>(of_chunk)));
-            least = load_halves(own + 2 * (kTile + kLanes * part)) * to_floats(widen(load<SmallBytes>(of_chunk + kTile)));
+            scale = load_halves(own + 2 * kLanes * part) * to_floats(widen(load<SmallInts>(of_chunk)));
+            least = load_halves(own + 2 * (kTile + kLanes * part)) * to_floats(widen(load<SmallInts>(of_chunk + kTile)));
         }
     };
 
@@ -613,12 +602,8 @@ void multiply(const Activations& input, int64_t row, const uint8_t* tile, int pa
     const int64_t chunks = width / kChunk;
     const uint8_t* scales = tile + chunks * code_bytes(Format::kBits);
     Floats totals[kRows] = {};
-    if (kAdds) {
-        if (lanes == kLanes)
-            for (int each = 0; each < kRows; ++each) totals[each] = load<Floats>(output + each * outputs);
-        else
-            for (int each = 0; each < kRows; ++each) std::memcpy(&totals[each], output + each * outputs, lanes * sizeof(float));
-    }
+    if (kAdds)
+        for (int each = 0; each < kRows; ++each) std::memcpy(&totals[each], output + each * outputs, lanes * sizeof(float));
     Chunk at = input.at(0, row);
     const uint8_t* codes = tile + part * sizeof(Bytes);
     for (int64_t chunk = 0; chunk < chunks; ++chunk, codes += code_bytes(Format::kBits), at.advance(input.together)) {
